@@ -1,0 +1,86 @@
+"""ota_assign: the one public function of label assignment, and the choice of its backend."""
+
+import torch
+from torch import Tensor
+
+from .assign_reference import ota_assign_reference
+from .assign_torch import ota_assign_torch
+from .config import Assignment, OTAConfig
+from .grid import PointGrid
+
+BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch}
+
+
+@torch.no_grad()
+def ota_assign(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig | None = None,
+    *,
+    backend: str = "torch",
+    check: bool | None = None,
+) -> Assignment:
+    """Optimal transport assignment (Ge et al., CVPR 2021) of a batch: which ground truth each point learns.
+
+    logits      (B, N, C)  raw class logits, before the sigmoid; N points in the order of `grid`
+    boxes       (B, N, 4)  predicted boxes, x1 y1 x2 y2 in px
+    gt_boxes    (G, 4)     ground truths of all images, one image after the other, in px
+    gt_labels   (G,)       int64, 0..C-1; -1 marks a row to ignore
+    gt_offsets  (B + 1,)   int, image b owns rows gt_offsets[b] to gt_offsets[b + 1]; rows after that are padding
+
+    An image's result does not depend on the batch it is in. Degenerate and non-finite boxes are ignored (k = 0),
+    a non-finite prediction is nobody's candidate. `backend` is "reference" (dense, literal, float64-capable) or
+    "torch" (over candidate pairs). `check` reads labels and offsets on the host and raises ValueError when they
+    are out of range; by default on a CPU only, for elsewhere it would wait for the device. Unchecked, a row
+    whose label is out of range is ignored.
+
+    Raises ValueError for shapes, types or devices that do not fit, and TypeError for labels that are no integers.
+    """
+    config = config or OTAConfig()
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, choose from {', '.join(BACKENDS)}")
+    _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
+    if check or (check is None and boxes.device.type == "cpu"):
+        _check_values(logits, gt_boxes, gt_labels, gt_offsets)
+    return BACKENDS[backend](logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+
+
+def _check_shapes(
+    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, grid: PointGrid
+) -> None:
+    num_images, num_rows = logits.shape[0], gt_boxes.shape[0]
+    expected = {
+        "logits": (logits, (num_images, grid.num_points, logits.shape[-1])),
+        "boxes": (boxes, (num_images, grid.num_points, 4)),
+        "gt_boxes": (gt_boxes, (num_rows, 4)),
+        "gt_labels": (gt_labels, (num_rows,)),
+        "gt_offsets": (gt_offsets, (num_images + 1,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for a grid {grid.sizes}")
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}")
+        if name.startswith("gt_") and name != "gt_boxes":
+            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+                raise TypeError(f"{name} is {tensor.dtype}, expected integers")
+        elif not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, expected floating point")
+
+
+def _check_values(logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> None:
+    num_rows, num_classes = gt_boxes.shape[0], logits.shape[-1]
+    bad_rows = ((gt_labels < -1) | (gt_labels >= num_classes)).nonzero()[:, 0].tolist()
+    if bad_rows:
+        label = int(gt_labels[bad_rows[0]])
+        raise ValueError(
+            f"gt_labels[{bad_rows[0]}] is {label}, expected 0..{num_classes - 1}, or -1 for a row to ignore "
+            f"({len(bad_rows)} such rows)"
+        )
+    offsets = gt_offsets.tolist()
+    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > num_rows:
+        raise ValueError(f"gt_offsets must rise from 0 to at most G = {num_rows}, not {offsets}")

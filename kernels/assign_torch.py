@@ -1,0 +1,360 @@
+"""Optimal transport assignment over candidate pairs, in vectorised PyTorch: no loop over images or boxes.
+
+Two exact identities shrink the (m + 1) x n problem of assign_reference.py:
+1. A constant added to a column of the cost changes nothing, for v_j absorbs it. Subtract c_bg,j: background
+   costs 0, all classes but c_i cancel, and a foreground entry is
+       D_ij = l(z_j,c_i ; 1) - l(z_j,c_i ; 0) + alpha L_reg(b_j, g_i).
+2. A point that is nobody's candidate has background as its one supplier, so v_j = -u_bg. All n_0 of them in an
+   image are one column that counts n_0 times.
+
+What is left is a sparse bipartite graph: suppliers (G ground truths, then B backgrounds), points (A that are
+candidates, then one column per image for all others) and edges (P candidate pairs, then one background edge per
+point). A Sinkhorn iteration is a segmented logsumexp over the edges of each point and one over those of each
+supplier. Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig
+from .grid import INSIDE_MARGIN_PX, MAX_SIDE_PX, UNITS_PER_PX, PointGrid, box_centers, radius_in_units, valid_rows
+
+ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
+
+
+class Plan(NamedTuple):
+    """The solved transport problem of a batch, over P candidate pairs (sorted by ground truth) and A points."""
+
+    gt: Tensor  # (P,) row in gt_boxes
+    flat_point: Tensor  # (P,) image * N + point
+    cost: Tensor  # (P,) D, relative to the background cost of the point
+    iou: Tensor  # (P,)
+    k: Tensor  # (G,) int64
+    log_plan: Tensor  # (P,)
+    column: Tensor  # (P,) position of the pair's point in `points`
+    points: Tensor  # (A,) ascending flat points that are a candidate of some ground truth
+    log_plan_bg: Tensor  # (A,)
+    score: Tensor  # (P,) what a point compares its suppliers by: log plan, rescaled if so configured
+    score_bg: Tensor  # (A,)
+
+
+@lru_cache(maxsize=32)
+def _level_table(grid: PointGrid, device: torch.device) -> tuple[Tensor, ...]:
+    """Stride px, columns, rows and index of the first point of every level: (L,) int64 each."""
+    rows, columns = zip(*grid.sizes, strict=True)
+    return torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1]], device=device).unbind(0)
+
+
+@lru_cache(maxsize=32)
+def _possible_ranks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(column rank, row rank) that a point among the `count` closest of its level can have.
+
+    The point in the p-th closest column and the q-th closest row (from 0) has (p + 1)(q + 1) - 1 points at least
+    as close as itself, so (p + 1)(q + 1) <= count: 87 pairs of ranks for 25 points instead of 625.
+    """
+    ranks = [(p, q) for p in range(count) for q in range(count // (p + 1))]
+    return torch.tensor(ranks, device=device).unbind(1)
+
+
+def _nearest(center: Tensor, stride: Tensor, size: Tensor, count: int) -> Tensor:
+    """The `count` grid coordinates (..., count) closest to a centre on one axis, the lower one first on a tie.
+
+    The m closest form a run that starts at ceil(a - m / 2), a being the centre in grid coordinates, pushed back
+    inside the grid. Entries from rank `size` on mean nothing.
+    """
+    m = torch.arange(1, count + 1, device=center.device)
+    half = (stride * (UNITS_PER_PX // 2))[..., None]
+    start = -((half * (m + 1) - center[..., None]) // (2 * half))
+    start = torch.minimum(start, size[..., None] - m).clamp(min=0)
+    grew_right = F.pad(start[..., 1:] == start[..., :-1], (1, 0))
+    return start + grew_right * (m - 1)
+
+
+def _inside_range(low: Tensor, high: Tensor, stride: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last grid coordinate of the points farther than the margin from both sides of a box, one axis."""
+    first = (low / stride - 0.5).floor()
+    last = (high / stride - 0.5).ceil()
+    for _ in range(2):  # the guess is at most two short; the test itself is the literal one
+        first = first + ((first + 0.5) * stride - low <= INSIDE_MARGIN_PX).float()
+        last = last - (high - (last + 0.5) * stride <= INSIDE_MARGIN_PX).float()
+    return first.long(), last.long()
+
+
+def _candidate_ranges(boxes: Tensor, center: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, ...]:
+    """Columns and rows a candidate may lie in: first column, last column, first row, last row, (G, L) each."""
+    stride, columns, rows, _ = _level_table(grid, boxes.device)
+    boxes = boxes.clamp(-MAX_SIDE_PX, 2 * MAX_SIDE_PX)
+    ranges = []
+    for axis, size in ((0, columns), (1, rows)):
+        first, last = _inside_range(boxes[:, axis, None], boxes[:, axis + 2, None], stride)
+        if config.center_prior == "radius":
+            reach = torch.tensor([radius_in_units(config.radius, s) for s in grid.strides], device=boxes.device)
+            half, c = stride * (UNITS_PER_PX // 2), center[:, axis, None]
+            first = torch.maximum(first, (c - reach - half) // (2 * half) + 1)
+            last = torch.minimum(last, -((half - c - reach) // (2 * half)) - 1)
+        ranges += [first.clamp(min=0), torch.minimum(last, size - 1)]
+    return tuple(ranges)
+
+
+def _all_in_ranges(ranges: tuple[Tensor, ...], grid: PointGrid) -> tuple[Tensor, Tensor]:
+    """Every (ground truth, point) of the ranges."""
+    _, columns, _, level_start = _level_table(grid, ranges[0].device)
+    first_x, last_x, first_y, last_y = ranges
+    width, height = (last_x - first_x + 1).clamp(min=0), (last_y - first_y + 1).clamp(min=0)
+    count = (width * height).flatten()
+    cell = torch.arange(count.numel(), device=count.device).repeat_interleave(count)  # gt * L + level
+    inner = torch.arange(cell.numel(), device=count.device) - (count.cumsum(0) - count)[cell]
+    y, x = inner // width.flatten()[cell], inner % width.flatten()[cell]
+    gt, level = cell // len(grid.strides), cell % len(grid.strides)
+    point = level_start[level] + (first_y[gt, level] + y) * columns[level] + first_x[gt, level] + x
+    return gt, point
+
+
+def _closest_in_ranges(
+    center: Tensor, ranges: tuple[Tensor, ...], grid: PointGrid, count: int
+) -> tuple[Tensor, Tensor]:
+    """(ground truth, point) of the `count` points closest to the centre on each level, if in the ranges."""
+    table = _level_table(grid, center.device)
+    first_x, last_x, first_y, last_y = ranges
+    gt, level = ((last_x >= first_x) & (last_y >= first_y)).nonzero(as_tuple=True)
+    stride, columns, rows, level_start = (t[level] for t in table)
+    center, rank_x, rank_y = center[gt], *_possible_ranks(count, center.device)
+
+    x = _nearest(center[:, 0], stride, columns, count)
+    y = _nearest(center[:, 1], stride, rows, count)
+    unit = (stride * (UNITS_PER_PX // 2))[:, None]
+    square_x = ((2 * x + 1) * unit - center[:, :1]) ** 2
+    square_y = ((2 * y + 1) * unit - center[:, 1:]) ** 2
+    distance = square_x[:, rank_x] + square_y[:, rank_y]
+    x, y = x[:, rank_x], y[:, rank_y]
+    exists = (rank_x < columns[:, None]) & (rank_y < rows[:, None])
+    distance = distance.masked_fill(~exists, torch.iinfo(torch.int64).max)
+
+    # Closest first, the lower point on a tie: two stable sorts, the last one by distance.
+    point, by_point = (level_start[:, None] + y * columns[:, None] + x).sort(dim=1)
+    by_distance = distance.gather(1, by_point).argsort(dim=1, stable=True)[:, :count]
+    chosen = by_point.gather(1, by_distance)
+    x, y, exists = x.gather(1, chosen), y.gather(1, chosen), exists.gather(1, chosen)
+    inside = exists & (x >= first_x[gt, level, None]) & (x <= last_x[gt, level, None])
+    inside &= (y >= first_y[gt, level, None]) & (y <= last_y[gt, level, None])
+    row, _ = inside.nonzero(as_tuple=True)
+    return gt[row], point.gather(1, by_distance)[inside]
+
+
+def _closest_point(center: Tensor, grid: PointGrid) -> Tensor:
+    """(G,) the one point closest to the centre over all levels, the finest level first on a tie."""
+    stride, columns, rows, level_start = _level_table(grid, center.device)
+    unit = stride * (UNITS_PER_PX // 2)
+    shape = (center.shape[0], len(grid.strides))
+    x = _nearest(center[:, :1].expand(shape), stride.expand(shape), columns.expand(shape), 1)[..., 0]
+    y = _nearest(center[:, 1:].expand(shape), stride.expand(shape), rows.expand(shape), 1)[..., 0]
+    distance = ((2 * x + 1) * unit - center[:, :1]) ** 2 + ((2 * y + 1) * unit - center[:, 1:]) ** 2
+    level = distance.argmin(1, keepdim=True)
+    return (level_start + y * columns + x).gather(1, level)[:, 0]
+
+
+def candidate_pairs(gt_boxes: Tensor, valid: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, Tensor]:
+    """Row in gt_boxes and point (0..N-1) of all candidate pairs, (P,) each, sorted by row."""
+    rows = valid.nonzero()[:, 0]
+    boxes = gt_boxes[rows].float()
+    center = box_centers(boxes)
+    ranges = _candidate_ranges(boxes, center, grid, config)
+    if config.center_prior == "closest":
+        gt, point = _closest_in_ranges(center, ranges, grid, int(config.radius) ** 2)
+    else:
+        gt, point = _all_in_ranges(ranges, grid)
+    without = torch.bincount(gt, minlength=len(rows)) == 0
+    if without.any():
+        lonely = without.nonzero()[:, 0]
+        gt, order = torch.cat([gt, lonely]).sort(stable=True)
+        point = torch.cat([point, _closest_point(center[lonely], grid)])[order]
+    return rows[gt], point
+
+
+def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of paired (P, 4) boxes."""
+    gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
+    bx1, by1, bx2, by2 = boxes.unbind(1)
+    width = (torch.minimum(gx2, bx2) - torch.maximum(gx1, bx1)).clamp(min=0)
+    overlap = width * (torch.minimum(gy2, by2) - torch.maximum(gy1, by1)).clamp(min=0)
+    area_b = (bx2 - bx1).clamp(min=0) * (by2 - by1).clamp(min=0)
+    union = (gx2 - gx1) * (gy2 - gy1) + area_b - overlap
+    hull = (torch.maximum(gx2, bx2) - torch.minimum(gx1, bx1)) * (torch.maximum(gy2, by2) - torch.minimum(gy1, by1))
+    iou = overlap / union
+    return iou, iou - (hull - union) / hull
+
+
+def _pair_cost(logit: Tensor, boxes: Tensor, gt_boxes: Tensor, stride: Tensor, config: OTAConfig):
+    """Relative cost D and IoU of P pairs; boxes (P, 4), logit of the ground truth's class and stride px (P,)."""
+    if config.cls_cost == "focal":
+        # From exp and log1p alone: on a CPU sigmoid and softplus round the last few elements of a tensor differently,
+        # and then identical boxes would not tie and a result would depend on the batch.
+        log1p_small = (-logit.abs()).exp().log1p()
+        log_p, log_q = logit.clamp(max=0) - log1p_small, (-logit).clamp(max=0) - log1p_small
+        cls = (1 - FOCAL_ALPHA) * (2 * log_p).exp() * log_q - FOCAL_ALPHA * (2 * log_q).exp() * log_p
+    else:
+        cls = -logit
+    iou, giou = _pair_iou_giou(gt_boxes, boxes)
+    if config.reg_cost == "iou":
+        reg = -iou.clamp(min=IOU_FLOOR).log()
+    elif config.reg_cost == "giou":
+        reg = 1 - giou
+    else:
+        difference = (boxes - gt_boxes) / stride[:, None]
+        reg = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum(1)
+    return cls + config.alpha * reg, iou
+
+
+def _supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tensor:
+    """k (G,) int64; `gt` (P,) ascending."""
+    count = torch.bincount(gt, minlength=num_rows)
+    if config.fixed_k is not None:
+        return count.clamp(max=config.fixed_k)
+    # One sort orders by ground truth and, within it, by falling IoU: bits of a float >= 0 sort like the float.
+    key = (gt << 32) + (0x7FFFFFFF - iou.view(torch.int32))
+    key, order = key.sort(stable=True)
+    rank = torch.arange(gt.numel(), device=gt.device) - (count.cumsum(0) - count)[gt]
+    best = torch.where(rank < config.top_q, iou[order], 0)
+    total = torch.segment_reduce(best, "sum", lengths=count, unsafe=True)
+    return torch.minimum(total.floor().long().clamp(min=1), count)
+
+
+class _Segments(NamedTuple):
+    """Edges grouped by supplier or by point."""
+
+    edge: Tensor  # (E,) edge at every position, sorted by segment
+    segment: Tensor  # (E,) segment of every position
+    lengths: Tensor  # (segments,)
+
+    @classmethod
+    def by(cls, segment_of_edge: Tensor, count: int) -> "_Segments":
+        segment, edge = segment_of_edge.sort(stable=True)
+        return cls(edge, segment, torch.bincount(segment, minlength=count))
+
+    def max(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "max", lengths=self.lengths, unsafe=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "sum", lengths=self.lengths, unsafe=True)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        peak = self.max(x)
+        return peak + self.sum((x - peak[self.segment]).exp()).log()
+
+
+def _sinkhorn(
+    cost: Tensor, log_count: Tensor, supply: Tensor, supplier: Tensor, by_supplier: _Segments, receiver: Tensor,
+    by_point: _Segments, iterations: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Potentials u of the suppliers and v of the points, both in units of eps, as is the cost (E,).
+
+    `supplier`, `receiver` (E,) are the ends of every edge; a point counts exp(log_count) times for its suppliers.
+    The first iteration is in the log domain. After it every row of the plan sums to its supply and every column to
+    1 / N at least, so the factors u and v change by are bounded: ABSORB_EVERY iterations are products of these
+    factors with the plan, exact in float64, and only then do logarithm and exponential meet again.
+    """
+    supplier_p, cost_p = supplier[by_point.edge], cost[by_point.edge]
+    receiver_p = by_point.segment
+    receiver_s, cost_s = receiver[by_supplier.edge], (cost - log_count)[by_supplier.edge]
+    supplier_s = by_supplier.segment
+    log_supply = supply.log()
+
+    v = -by_point.logsumexp(-cost_p)
+    u = log_supply - by_supplier.logsumexp(v[receiver_s] - cost_s)
+    block = ABSORB_EVERY if cost.dtype == torch.float64 else 1
+    for done in range(1, iterations, block):
+        plan_p = (u[supplier_p] + v[receiver_p] - cost_p).exp()
+        plan_s = (u[supplier_s] + v[receiver_s] - cost_s).exp()
+        row_factor = torch.ones_like(u)
+        for _ in range(min(block, iterations - done)):
+            column_factor = by_point.sum(plan_p * row_factor.index_select(0, supplier_p)).reciprocal()
+            row_factor = supply / by_supplier.sum(plan_s * column_factor.index_select(0, receiver_s))
+        u, v = u + row_factor.log(), v + column_factor.log()
+    return u, v
+
+
+def solve(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig,
+) -> Plan:
+    """Candidates, costs, supplies and the transport plan of a batch."""
+    num_images, num_points, num_classes = logits.shape
+    num_rows, device = gt_boxes.shape[0], boxes.device
+
+    image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, num_classes)
+    gt, point = candidate_pairs(gt_boxes, valid, grid, config)
+    image = image_of_row[gt]
+    logit = logits[image, point, gt_labels[gt]].float()
+    predicted = boxes[image, point].float()
+    stride = grid.point_strides(device)[point]
+    cost, iou = _pair_cost(logit, predicted, gt_boxes[gt].float(), stride, config)
+    finite = torch.isfinite(logit) & torch.isfinite(predicted).all(1) & torch.isfinite(cost / config.eps)
+    keep = finite.nonzero()[:, 0]
+    gt, image, point, cost, iou = gt[keep], image[keep], point[keep], cost[keep], iou[keep]
+
+    k = _supplies(gt, iou, num_rows, config)
+    flat_point = image * num_points + point
+    points, column = torch.unique(flat_point, return_inverse=True)
+    num_active = points.numel()
+    active_per_image = torch.bincount(points // num_points, minlength=num_images)
+    supply_bg = num_points - torch.zeros_like(active_per_image).index_add_(0, image_of_row, k)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    supply = torch.cat([k, supply_bg.clamp(min=0)]).to(wide).clamp(min=EMPTY_SUPPLY)
+
+    # Edges: candidate pairs, background to every active point, background to the rest of each image.
+    images = torch.arange(num_images, device=device)
+    supplier = torch.cat([gt, num_rows + points // num_points, num_rows + images])
+    receiver = torch.cat([column, torch.arange(num_active + num_images, device=device)])
+    scaled_cost = F.pad(cost.to(wide) / config.eps, (0, num_active + num_images))
+    log_count = F.pad((num_points - active_per_image).to(wide).log(), (gt.numel() + num_active, 0))
+
+    by_point = _Segments.by(receiver, num_active + num_images)
+    by_supplier = _Segments.by(supplier, num_rows + num_images)
+    u, v = _sinkhorn(scaled_cost, log_count, supply, supplier, by_supplier, receiver, by_point, config.iterations)
+
+    sent = v[receiver] - scaled_cost  # log plan without its supplier's factor
+    log_plan = u[supplier] + sent
+    score = log_plan
+    if config.rescale:
+        none_there = torch.isneginf(log_count)
+        score = sent - by_supplier.max(sent.masked_fill(none_there, -torch.inf)[by_supplier.edge])[supplier]
+    num_pairs = gt.numel()
+    log_plan, log_plan_bg, _ = log_plan.split([num_pairs, num_active, num_images])
+    score, score_bg, _ = score.split([num_pairs, num_active, num_images])
+    return Plan(gt, flat_point, cost, iou, k, log_plan, column, points, log_plan_bg, score, score_bg)
+
+
+def ota_assign_torch(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig,
+) -> Assignment:
+    """The contract of `ota_assign`, for all images at once."""
+    num_images, num_points = logits.shape[:2]
+    plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+
+    num_pairs = plan.gt.numel()
+    best = plan.score_bg.scatter_reduce(0, plan.column, plan.score, "amax")
+    pair = torch.arange(num_pairs, device=boxes.device)
+    pair = torch.where(plan.score >= best[plan.column], pair, num_pairs)
+    winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, plan.column, pair, "amin")
+    foreground = (winner < num_pairs).nonzero()[:, 0]
+    winner, point = winner[foreground], plan.points[foreground]
+
+    gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
+    iou = torch.zeros(num_images * num_points, device=boxes.device)
+    gt_index[point], iou[point] = plan.gt[winner], plan.iou[winner]
+    return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int())

@@ -1,0 +1,78 @@
+"""What every backend of ota_assign is told, and what it returns."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+CENTER_PRIORS = ("closest", "radius", "none")
+CLS_COSTS = ("focal", "bce")
+REG_COSTS = ("iou", "giou", "smooth_l1")
+DEFAULT_RADIUS = {"closest": 5, "radius": 2.5, "none": 0}
+
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+IOU_FLOOR = 1.1920928955078125e-07  # float32 eps: -log IoU of boxes that do not meet is 15.9
+# The supply left for background when the ground truths ask for every point: nothing, but with a logarithm.
+EMPTY_SUPPLY = 1e-12
+
+
+@dataclass(frozen=True)
+class OTAConfig:
+    """Settings of optimal transport assignment; the defaults are those of the paper (section 4.1).
+
+    alpha         weight of the regression cost (equation 6)
+    eps           entropic regularisation of Sinkhorn-Knopp (equation 9)
+    iterations    Sinkhorn iterations T
+    top_q         dynamic k: the supply of a ground truth is the floor of the sum of its q best IoUs
+    fixed_k       the same supply for every ground truth instead; None is dynamic k
+    center_prior  "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
+                  "radius": points inside the box, closer than radius strides to its centre along x and y
+                  "none": all points inside the box
+    radius        None is 5 for "closest", 2.5 for "radius"
+    cls_cost      "focal" or "bce"
+    reg_cost      "iou" (-log IoU), "giou" (1 - GIoU) or "smooth_l1" (sides in strides)
+    rescale       divide every supplier's row of the plan by its maximum before each point picks its supplier
+    """
+
+    alpha: float = 1.5
+    eps: float = 0.1
+    iterations: int = 50
+    top_q: int = 20
+    fixed_k: int | None = None
+    center_prior: str = "closest"
+    radius: float | None = None
+    cls_cost: str = "focal"
+    reg_cost: str = "iou"
+    rescale: bool = True
+
+    def __post_init__(self):
+        for name, allowed in (("center_prior", CENTER_PRIORS), ("cls_cost", CLS_COSTS), ("reg_cost", REG_COSTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"OTAConfig.{name} is {getattr(self, name)!r}, choose from {', '.join(allowed)}")
+        if self.radius is None:
+            object.__setattr__(self, "radius", DEFAULT_RADIUS[self.center_prior])
+        if self.center_prior == "closest" and (self.radius < 1 or self.radius != int(self.radius)):
+            raise ValueError(f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number >= 1")
+        if self.center_prior == "radius" and not 0 < self.radius < 2**14:
+            raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
+        if not 0 < self.eps < math.inf or not 0 <= self.alpha < math.inf:
+            raise ValueError(f"OTAConfig needs finite eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
+        if self.iterations < 1 or self.top_q < 1 or (self.fixed_k is not None and self.fixed_k < 1):
+            raise ValueError(
+                "OTAConfig needs iterations, top_q and fixed_k of at least 1, "
+                f"not {self.iterations}, {self.top_q}, {self.fixed_k}"
+            )
+
+
+class Assignment(NamedTuple):
+    """Labels of a batch.
+
+    gt_index  (B, N) int64    row in gt_boxes of the matched ground truth, -1 = background
+    iou       (B, N) float32  IoU of the predicted and the matched box, 0 for background
+    k         (G,)   int32    supply of every ground truth, 0 for a row that takes no part
+    """
+
+    gt_index: Tensor
+    iou: Tensor
+    k: Tensor
