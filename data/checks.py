@@ -1,0 +1,220 @@
+"""What has to hold for an annotation file before anything is trained on it.
+
+`check_annotations` reads the records and the headers of the image files, collects every problem, and
+raises one error that lists them by kind. A box is x, y, width, height in px, as COCO has it.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+OUTSIDE_TOLERANCE_PX = 1
+ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
+CULPRITS_SHOWN = 5
+
+Problems = dict[str, list[str]]  # kind -> one line for each culprit
+
+
+class DatasetError(ValueError):
+    """Something is wrong with the data; the message is the whole story, meant for the user."""
+
+
+def check_annotations(annotations: dict, images_dir: Path, source: Path) -> None:
+    """Raise one DatasetError that lists every problem of the parsed file `source`.
+
+    Image files (there, readable, inside `images_dir`, of the size that the record says) are looked at
+    by their headers: all of them up to 5,000, above that an evenly spaced 2,000. Every image is
+    checked again as it is loaded. Degenerate boxes and boxes up to 1 px outside are no problem here:
+    the dataset drops and clips them.
+    """
+    problems: Problems = defaultdict(list)
+    if not isinstance(annotations, dict):
+        raise DatasetError(f"{source}: the top level is a {type(annotations).__name__}, not an object")
+    categories = _check_records("categories", annotations, problems)
+    images = _check_records("images", annotations, problems)
+    objects = _check_records("annotations", annotations, problems)
+    _check_boxes(objects, {c["id"] for c in categories}, {i["id"]: i for i in images}, problems)
+    _check_files(images, images_dir, problems)
+    if problems:
+        raise DatasetError(_report(source, problems))
+
+
+def image_path(images_dir: Path, file_name: str) -> Path:
+    """The file of a record. Raises DatasetError where it lies outside the folder, links followed."""
+    folder = images_dir.resolve()
+    path = (folder / file_name).resolve()
+    if _leaves_folder(file_name) or not path.is_relative_to(folder):
+        raise DatasetError(f"file_name {file_name!r} leaves the image folder {folder}")
+    return path
+
+
+def _leaves_folder(file_name: str) -> bool:
+    return os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == ".."
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_size(value: object) -> bool:
+    return type(value) in (int, float) and value > 0 and value == value // 1
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+
+
+# What a record must have: field -> (predicate, the wanted thing in words).
+Fields = dict[str, tuple[Callable[[object], bool], str]]
+_ID = (_is_id, "an integer")
+_NAME = (_is_name, "a name")
+_SIZE = (_is_size, "a number of pixels")
+FIELDS: dict[str, Fields] = {
+    "categories": {"id": _ID, "name": _NAME},
+    "images": {"id": _ID, "file_name": _NAME, "width": _SIZE, "height": _SIZE},
+    "annotations": {
+        "id": _ID,
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (_is_box, "four numbers (x, y, width, height)"),
+    },
+}
+
+
+def _check_records(key: str, annotations: dict, problems: Problems) -> list[dict]:
+    """The well-formed records under a top-level key, each id once."""
+    records = annotations.get(key)
+    if not isinstance(records, list):
+        problems["missing top-level lists"].append(f"{key!r}: a COCO file has images, annotations, categories")
+        return []
+    if not records and key != "annotations":
+        problems["empty top-level lists"].append(f"{key!r} has no records")
+    sound: dict[int, dict] = {}
+    for row, record in enumerate(records):
+        flaw = _flaw(record, FIELDS[key])
+        if flaw:
+            problems[f"malformed records in {key!r}"].append(f"{_who(record, row)}: {flaw}")
+        elif record["id"] in sound:
+            problems[f"ids that occur twice in {key!r}"].append(_who(record, row))
+        else:
+            sound[record["id"]] = record
+    return list(sound.values())
+
+
+def _flaw(record: object, fields: Fields) -> str | None:
+    if not isinstance(record, dict):
+        return "not an object"
+    for name, (is_valid, wanted) in fields.items():
+        if name not in record:
+            return f"{name} is missing"
+        if not is_valid(record[name]):
+            return f"{name} is {record[name]!r}, not {wanted}"
+    if record.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd is {record['iscrowd']!r}, not 0 or 1"
+    return None
+
+
+def _who(record: object, row: int) -> str:
+    """Whatever names the record: its own fields and its position, as any of them may be missing."""
+    names = ("id", "image_id", "file_name", "name")
+    known = [f"{n} {record[n]!r}" for n in names if n in record] if isinstance(record, dict) else []
+    return ", ".join([f"record {row}", *known])
+
+
+def _check_boxes(objects: list[dict], categories: set[int], images: dict[int, dict], problems: Problems) -> None:
+    for record in objects:
+        image = images.get(record["image_id"])
+        if record["category_id"] not in categories:
+            culprit = f"{_object(record, image)}: category_id {record['category_id']}"
+            problems["annotations of unknown categories"].append(culprit)
+        if image is None:
+            problems["annotations of unknown images"].append(_object(record, image))
+        elif _is_outside(record["bbox"], image["width"], image["height"]):
+            culprit = f"{_object(record, image)}: {record['bbox']} in {image['width']} x {image['height']}"
+            problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(culprit)
+
+
+def _object(record: dict, image: dict | None) -> str:
+    file_name = f" ({image['file_name']})" if image else ""
+    return f"annotation {record['id']}, image {record['image_id']}{file_name}"
+
+
+def _is_outside(box: list[float], width: float, height: float) -> bool:
+    x, y, w, h = box
+    far = OUTSIDE_TOLERANCE_PX
+    return (
+        (x < -far or y < -far or x + w > width + far or y + h > height + far)
+        and (w > 0 and h > 0)
+        and math.isfinite(x + y + w + h)
+    )
+
+
+def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> None:
+    if not images_dir.is_dir():
+        problems["missing image folder"].append(str(images_dir.absolute()))
+        return
+    first_with: dict[str, dict] = {}
+    for record in images:
+        first = first_with.setdefault(record["file_name"], record)
+        if first is not record:
+            culprit = f"{record['file_name']}: images {first['id']} and {record['id']}"
+            problems["file names that occur twice"].append(culprit)
+        if _leaves_folder(record["file_name"]):
+            culprit = f"image {record['id']} ({record['file_name']})"
+            problems["file names that leave the image folder"].append(culprit)
+
+    inside = [record for record in first_with.values() if not _leaves_folder(record["file_name"])]
+    sample, coverage = inside, ""
+    if len(inside) > ALL_FILES_UP_TO:
+        sample = [inside[i * len(inside) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
+        coverage = f" (in {FILES_SAMPLED} of {len(inside)} files looked at)"
+    with ThreadPoolExecutor(16) as pool:
+        for found in pool.map(lambda record: _file_problem(record, images_dir), sample):
+            if found:
+                problems[found[0] + coverage].append(found[1])
+
+
+def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
+    """(kind, culprit) where the file of an image record is not what the record says."""
+    culprit = f"image {record['id']} ({record['file_name']})"
+    try:
+        width, height = _header_size(image_path(images_dir, record["file_name"]))
+    except DatasetError:
+        return "file names that leave the image folder", f"{culprit} is a link to outside"
+    except FileNotFoundError:
+        return f"image files missing in {images_dir.absolute()}", culprit
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+        return "image files that cannot be read", f"{culprit}: {error}"
+    if (width, height) == (record["width"], record["height"]):
+        return None
+    sizes = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
+    return "sizes that disagree with the image (its EXIF orientation applied)", f"{culprit}: {sizes}"
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    """(width, height) as displayed, without decoding."""
+    with Image.open(path) as image:
+        # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
+        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+
+
+def _report(source: Path, problems: Problems) -> str:
+    total = sum(map(len, problems.values()))
+    lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
+    for kind, culprits in problems.items():
+        lines.append(f"  {kind}: {len(culprits)}")
+        lines += [f"    {culprit}" for culprit in culprits[:CULPRITS_SHOWN]]
+        if len(culprits) > CULPRITS_SHOWN:
+            lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
+    return "\n".join(lines)

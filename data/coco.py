@@ -1,0 +1,212 @@
+"""Images and boxes of a data set in COCO layout.
+
+`find_splits` turns "coco", "shapes" or a folder into the files of its splits; `CocoDataset` reads one.
+Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and boxes are
+x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+
+from data.checks import DatasetError, check_annotations, image_path
+from data.shapes import generate_shapes, shapes_folder
+
+# (annotation file, image folder) of train, then of val
+LAYOUTS = (
+    (
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/instances_val2017.json", "val2017"),
+    ),
+    (("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
+    (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
+)
+COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one half of a data set lies; name is "train" or "val"."""
+
+    name: str
+    annotations: Path
+    images: Path
+
+
+def find_splits(data: str) -> tuple[Split, Split | None]:
+    """The train split and, where there is one, the val split.
+
+    data: "coco" ($OTA_DATA/coco), "shapes" (generated under $OTA_DATA on first use) or a folder in one
+    of LAYOUTS. OTA_DATA is ./datasets where it is not set.
+    Raises DatasetError: no train split, or annotations without their image folder.
+    """
+    home = Path(os.environ.get("OTA_DATA", "datasets"))
+    root = {"coco": home / "coco", "shapes": home / shapes_folder()}.get(data, Path(data).expanduser())
+    if data == "shapes" and not root.is_dir():
+        generate_shapes(root)
+    for train, val in LAYOUTS:
+        if (root / train[0]).is_file():
+            has_val = (root / val[0]).is_file()
+            return _split("train", root, *train), _split("val", root, *val) if has_val else None
+    raise DatasetError(_missing_message(data, root.absolute()))
+
+
+def _split(name: str, root: Path, annotations: str, images: str) -> Split:
+    split = Split(name, root / annotations, root / images)
+    if not split.images.is_dir():
+        raise DatasetError(
+            f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
+        )
+    return split
+
+
+def _missing_message(data: str, root: Path) -> str:
+    if data == "coco":
+        urls = "".join(f"\n  http://images.cocodataset.org/{name}" for name in COCO_ZIPS)
+        return (
+            f"COCO is not in {root}: no {LAYOUTS[0][0][0]} there. Unzip these three into that folder"
+            f" (or set OTA_DATA to the folder that holds coco/):{urls}"
+        )
+    layouts = "".join(f"\n  {annotations} with images in {images}/" for (annotations, images), _ in LAYOUTS)
+    there = "has none of" if root.is_dir() else "does not exist; wanted a folder with one of"
+    return f'no data set for --data {data} ("coco", "shapes" or a folder): {root} {there}{layouts}'
+
+
+class CocoDataset(torch.utils.data.Dataset):
+    """One split: image i and its boxes, checked at the start (see `check_annotations`).
+
+    class_names    class c -> name
+    category_ids   class c -> the file's own id, ascending
+    images         id, file_name, width, height of each image, in file order
+    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
+    crowd_boxes    iscrowd regions; these are no targets
+    """
+
+    def __init__(self, split: Split, transform: Callable | None = None) -> None:
+        """transform: a torchvision.transforms.v2 callable on (image, target). Raises DatasetError."""
+        self.split = split
+        self.transform = transform
+        content = _read_json(split.annotations)
+        check_annotations(content, split.images, split.annotations)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.class_names = [category["name"] for category in categories]
+        self.category_ids = [category["id"] for category in categories]
+        self.images = [{k: i[k] for k in ("id", "file_name", "width", "height")} for i in content["images"]]
+        # Loader workers are forks: reading a Python object there counts references, which copies its
+        # page into every worker. So what __getitem__ reads lies in a few arrays.
+        self._image_ids = np.array([image["id"] for image in self.images], np.int64)
+        self._file_names = np.array([image["file_name"] for image in self.images])
+        self._sizes = np.array([(image["height"], image["width"]) for image in self.images], np.int64)
+        self._pack_boxes(content["annotations"])
+
+    def _pack_boxes(self, records: list[dict]) -> None:
+        """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1]."""
+        targets = [record for record in records if not record.get("iscrowd", 0)]
+        image_of = {image_id: i for i, image_id in enumerate(self._image_ids.tolist())}
+        class_of = {category_id: c for c, category_id in enumerate(self.category_ids)}
+        owner = np.array([image_of[record["image_id"]] for record in targets], np.int64)
+        labels = np.array([class_of[record["category_id"]] for record in targets], np.int64)
+        boxes = np.array([record["bbox"] for record in targets], np.float64).reshape(-1, 4)
+
+        kept = np.isfinite(boxes).all(1)
+        owner, labels, boxes = owner[kept], labels[kept], boxes[kept]
+        boxes[:, 2:] += boxes[:, :2]
+        height, width = self._sizes[owner].T
+        boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
+        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+
+        rows = kept[np.argsort(owner[kept], kind="stable")]
+        self._boxes, self._labels = boxes[rows], labels[rows]
+        self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
+        self.dropped_boxes = len(targets) - len(rows)
+        self.crowd_boxes = len(records) - len(targets)
+
+    @cached_property
+    def annotations(self) -> dict:
+        """The file, for pycocotools' ground truth; read again when first asked for, as COCO's polygons
+        would cost every training process gigabytes.
+
+        pycocotools needs `area` and `iscrowd`, which some files leave out (width x height and 0 are
+        filled in), and counts a detection matched to annotation 0 as false (0 gets the next free id).
+        """
+        content = _read_json(self.split.annotations)
+        free_id = max((record["id"] for record in content["annotations"]), default=0) + 1
+        for record in content["annotations"]:
+            record["id"] = record["id"] or free_id
+            record.setdefault("iscrowd", 0)
+            record.setdefault("area", record["bbox"][2] * record["bbox"][3])
+        return content
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
+        """The uint8 (3, H, W) image and its target, both after the transform:
+
+        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, image_id the file's own, and orig_size
+        (H, W) in px from before the transform.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
+        """
+        image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
+        try:
+            image = load_image(image_path(self.split.images, str(self._file_names[i])))
+        except DatasetError as error:
+            raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
+        if image.size != (width, height):
+            raise DatasetError(
+                f"{self.split.annotations}, image {image_id} ({self._file_names[i]}): {width} x {height} in"
+                f" the record, {image.width} x {image.height} in the file with its EXIF orientation applied"
+            )
+        rows = slice(self._offsets[i], self._offsets[i + 1])
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(self._boxes[rows].copy()), format="XYXY", canvas_size=(height, width)
+            ),
+            "labels": torch.from_numpy(self._labels[rows].copy()),
+            "image_id": image_id,
+            "orig_size": (height, width),
+        }
+        sample = tv_tensors.Image(image), target
+        return self.transform(*sample) if self.transform else sample
+
+
+def load_image(path: Path) -> Image.Image:
+    """An RGB image, turned upright as its EXIF orientation says. Raises DatasetError naming the file."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise DatasetError(f"there is no image file {path}") from error
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+        raise DatasetError(f"image file {path} cannot be read: {error}") from error
+    if upright.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
+        raise DatasetError(f"image file {path} has more than 8 bits a channel; save it with 8")
+    # A palette with transparency has to become RGBA on its way.
+    return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
+
+
+def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
+    """Images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
+    images = [image.as_subclass(Tensor) for image, _ in batch]
+    targets = [target | {"boxes": target["boxes"].as_subclass(Tensor)} for _, target in batch]
+    return images, targets
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read: {error}") from error

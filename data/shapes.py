@@ -1,0 +1,241 @@
+"""A generated detection data set in COCO layout: five kinds of shapes, a third of the images crowded.
+
+Small and quick to learn, yet with what label assignment is about: rows and clusters of similar shapes
+whose boxes overlap by an IoU of 0.3 to 0.6. A box is that of the whole shape, covered parts included,
+clipped to the image; no shape is covered so far that it could not be found. Lengths are in px.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator as Rng
+from PIL import Image, ImageDraw
+from torchvision.ops import box_iou
+
+VERSION = 1  # to be raised with any change to the pictures: it is part of the folder's name
+CLASSES = ("circle", "square", "triangle", "star", "ring")
+SIZE_PX, TRAIN_IMAGES, VAL_IMAGES = 160, 1000, 200
+EMPTY_SHARE, CROWDED_SHARE = 0.04, 0.35
+SPARSE_OBJECTS, CROWD_OBJECTS = (1, 6), (7, 12)
+SPARSE_SIZE, CROWD_SIZE = (0.15, 0.50), (0.20, 0.36)  # of the image's side
+FRESH_START = 0.08  # chance that the next shape of a crowd starts another row or cluster
+BORDER = 0.3  # how far inside the image a centre stays, in units of the shape's size
+CROWD_STEP = (0.34, 0.50)  # from neighbour to neighbour, in units of their size
+MIN_VISIBLE = 0.45  # share of a shape's own pixels
+MAX_IOU, MAX_IOU_SAME_CLASS = 0.7, 0.55  # the second under any sensible NMS threshold
+ATTEMPTS_PER_OBJECT = 10
+OUTLINE_PX = 1.5
+JPEG_QUALITY = 90
+SETTINGS = (
+    *(VERSION, CLASSES, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, EMPTY_SHARE, CROWDED_SHARE, SPARSE_OBJECTS),
+    *(CROWD_OBJECTS, SPARSE_SIZE, CROWD_SIZE, CROWD_STEP, MIN_VISIBLE, MAX_IOU, MAX_IOU_SAME_CLASS),
+    *(ATTEMPTS_PER_OBJECT, OUTLINE_PX, JPEG_QUALITY, BORDER, FRESH_START),
+)
+
+
+def shapes_folder() -> str:
+    """The name of the folder for today's settings, so that a change of settings makes a new set."""
+    return "shapes-" + hashlib.sha256(repr(SETTINGS).encode()).hexdigest()[:8]
+
+
+def generate_shapes(
+    root: Path,
+    *,
+    seed: int = 0,
+    train_images: int = TRAIN_IMAGES,
+    val_images: int = VAL_IMAGES,
+    size_px: int = SIZE_PX,
+) -> None:
+    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; the same bytes for a seed.
+
+    `root` appears when it is complete, also where several processes write it at once.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
+        made = Path(unfinished) / root.name
+        (made / "annotations").mkdir(parents=True)
+        for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
+            content = _write_split(made / name, count, size_px, (seed, split))
+            (made / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+        try:
+            os.rename(made, root)
+        except OSError:
+            if not root.is_dir():  # otherwise another process was first, with the same pictures
+                raise
+
+
+def _write_split(folder: Path, count: int, size_px: int, seed: tuple[int, int]) -> dict:
+    """Write the images, return the content of the annotation file."""
+    folder.mkdir()
+    images, annotations = [], []
+    for index in range(count):
+        scene = Scene(size_px, np.random.default_rng([*seed, index]))
+        scene.fill()
+        file_name = f"{index + 1:06d}.jpg"
+        pixels = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
+        pixels.save(folder / file_name, quality=JPEG_QUALITY)
+        images.append({"id": index + 1, "file_name": file_name, "width": size_px, "height": size_px})
+        for shape in scene.shapes:
+            x1, y1, x2, y2 = shape.box(size_px).round(2).tolist()
+            w, h = round(x2 - x1, 2), round(y2 - y1, 2)
+            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": shape.label + 1}
+            box = {"bbox": [x1, y1, w, h], "area": round(w * h, 2), "iscrowd": 0, "segmentation": []}
+            annotations.append(ids | box)
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One object, covered or not, in px of the image."""
+
+    label: int  # index into CLASSES
+    x: float  # of the centre
+    y: float
+    radius: float  # of the circle around it
+    angle: float
+
+    def outline(self, inset: float = 0.0) -> np.ndarray:
+        """(V, 2) vertices around the shape's own centre; `inset` px further in along the radius."""
+        kind, radius = CLASSES[self.label], self.radius - inset
+        corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
+        turns = self.angle + np.arange(corners) * (2 * np.pi / corners)
+        # The inner corners of a star of five lie at 0.45 instead of the pentagram's 0.38: less spiky.
+        radii = radius * np.where((kind == "star") & (np.arange(corners) % 2 == 1), 0.45, 1.0)
+        return np.stack([radii * np.cos(turns), radii * np.sin(turns)], 1)
+
+    def box(self, size_px: int) -> np.ndarray:
+        """x1 y1 x2 y2 of the whole shape, clipped to the image."""
+        centre, outline = (self.x, self.y), self.outline()
+        return np.concatenate([outline.min(0) + centre, outline.max(0) + centre]).clip(0, size_px)
+
+    def coverage(self, left: int, top: int, side: int, inset: float = 0.0) -> np.ndarray:
+        """(side, side) share of each pixel that the shape covers, 0..1, in a window at left, top."""
+        centre = np.array([self.x - left, self.y - top])
+        patch = Image.new("L", (2 * side, 2 * side))
+        draw = ImageDraw.Draw(patch)
+        draw.polygon([tuple(p) for p in 2 * (centre + self.outline(inset)) - 0.5], fill=255)
+        if CLASSES[self.label] == "ring":
+            hole = 2 * (0.5 * self.radius + inset)
+            x, y = 2 * centre - 0.5
+            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+        return np.asarray(patch.reduce(2), np.float32) / 255
+
+
+class Scene:
+    """A picture in the making. canvas (H, W, 3) float32, 0..255."""
+
+    def __init__(self, size_px: int, rng: Rng) -> None:
+        self.size_px, self.rng = size_px, rng
+        self.canvas = _background(size_px, rng)
+        self.shapes: list[Shape] = []
+        self._owner = np.full((size_px, size_px), -1)  # index of the topmost shape at each pixel
+        # Pixels of each shape, all of them and those that no later shape covers.
+        self._own_pixels = self._visible = np.zeros(0, np.int64)
+
+    def fill(self) -> None:
+        kind = self.rng.random()
+        if kind < EMPTY_SHARE:
+            return
+        crowded = kind > 1 - CROWDED_SHARE
+        low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
+        wanted = int(self.rng.integers(low, high + 1))
+        propose = self._crowd_proposals() if crowded else self._sparse_proposals()
+        for _, shape in zip(range(ATTEMPTS_PER_OBJECT * wanted), propose, strict=False):
+            self._add(shape)
+            if len(self.shapes) == wanted:
+                return
+
+    def _sparse_proposals(self) -> Iterator[Shape]:
+        """Any size, any place."""
+        while True:
+            size = self.size_px * np.exp(self.rng.uniform(*np.log(SPARSE_SIZE)))
+            yield self._shape(int(self.rng.integers(len(CLASSES))), size, *self._place(size))
+
+    def _crowd_proposals(self) -> Iterator[Shape]:
+        """A row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
+        rng = self.rng
+        in_row, one_class = rng.random(2) < 0.5
+        common_size, common_label = self.size_px * rng.uniform(*CROWD_SIZE), int(rng.integers(len(CLASSES)))
+        heading = rng.uniform(0, 2 * np.pi)
+        while True:
+            size = common_size * rng.uniform(0.9, 1.1)
+            label = common_label if one_class else int(rng.integers(len(CLASSES)))
+            place = self._place(size)
+            if self.shapes and rng.random() > FRESH_START:
+                parent = self.shapes[-1 if in_row else rng.integers(len(self.shapes))]
+                turn = heading + rng.normal(0, 0.15) if in_row else rng.uniform(0, 2 * np.pi)
+                step = size * rng.uniform(*CROWD_STEP)
+                place = np.array([parent.x + step * np.cos(turn), parent.y + step * np.sin(turn)])
+                if not self._is_inside(place, size):
+                    continue
+            yield self._shape(label, size, *place)
+
+    def _shape(self, label: int, size: float, x: float, y: float) -> Shape:
+        return Shape(label, float(x), float(y), float(size / 2), float(self.rng.uniform(0, 2 * np.pi)))
+
+    def _place(self, size: float) -> np.ndarray:
+        return self.rng.uniform(BORDER * size, self.size_px - BORDER * size, 2)
+
+    def _is_inside(self, place: np.ndarray, size: float) -> bool:
+        return bool((place >= BORDER * size).all() and (place <= self.size_px - BORDER * size).all())
+
+    def _add(self, shape: Shape) -> None:
+        """Draw the shape on top, unless it or one below could then no longer be found."""
+        side = int(2 * shape.radius) + 4
+        left, top = int(shape.x - shape.radius) - 2, int(shape.y - shape.radius) - 2
+        # The window that the shape is drawn in, and what of it lies in the image.
+        x1, y1 = max(left, 0), max(top, 0)
+        seen = np.s_[y1 - top : self.size_px - top, x1 - left : self.size_px - left]
+        coverage = shape.coverage(left, top, side)
+        mask = coverage > 0.5
+        own_pixels = np.append(self._own_pixels, mask.sum())
+        mask, coverage = mask[seen], coverage[seen]
+        there = np.s_[y1 : y1 + mask.shape[0], x1 : x1 + mask.shape[1]]
+
+        covered = np.bincount(self._owner[there][mask] + 1, minlength=len(self.shapes) + 1)[1:]
+        visible = np.append(self._visible - covered, mask.sum())
+        if (visible < MIN_VISIBLE * own_pixels).any() or self._is_double(shape):
+            return
+        self._owner[there][mask] = len(self.shapes)
+        self.shapes.append(shape)
+        self._own_pixels, self._visible = own_pixels, visible
+        interior = shape.coverage(left, top, side, inset=OUTLINE_PX)[seen]
+        self.canvas[there] = _painted(self.canvas[there], coverage[..., None], interior[..., None], self.rng)
+
+    def _is_double(self, shape: Shape) -> bool:
+        """Whether the box nearly repeats an earlier one."""
+        if not self.shapes:
+            return False
+        boxes = torch.from_numpy(np.stack([s.box(self.size_px) for s in [*self.shapes, shape]]))
+        limits = [MAX_IOU_SAME_CLASS if s.label == shape.label else MAX_IOU for s in self.shapes]
+        return bool((box_iou(boxes[-1:], boxes[:-1])[0] > torch.tensor(limits)).any())
+
+
+def _background(size_px: int, rng: Rng) -> np.ndarray:
+    """(size_px, size_px, 3) colour gradients, blotches and pixel noise."""
+    canvas = rng.uniform(2, 8) * rng.standard_normal((size_px, size_px, 3), np.float32)
+    for cells, contrast in ((2, 55), (5, 25), (16, 12)):
+        grid = (128 + rng.normal(0, contrast, (cells, cells, 3))).clip(0, 255).astype(np.uint8)
+        canvas += np.asarray(Image.fromarray(grid).resize((size_px, size_px), Image.Resampling.BICUBIC)) - 128.0
+    return (canvas + rng.uniform(60, 195, 3)).astype(np.float32)
+
+
+def _painted(under: np.ndarray, coverage: np.ndarray, interior: np.ndarray, rng: Rng) -> np.ndarray:
+    """The window `under` (h, w, 3) with a striped, shaded, outlined shape over it."""
+    below = (under * coverage).sum((0, 1)) / coverage.sum()
+    palette = rng.uniform(20, 235, (4, 3))
+    colour = palette[np.abs(palette - below).sum(1).argmax()]  # stands out from what is below
+    y, x = np.mgrid[: under.shape[0], : under.shape[1]] / len(under)
+    turn, waves, depth = rng.uniform((0, 0.2, 5), (2 * np.pi, 5, 30))
+    stripes = depth * np.sin(2 * np.pi * waves * (x * np.cos(turn) + y * np.sin(turn)))
+    fill = colour + stripes[..., None] + 6 * rng.standard_normal(under.shape, np.float32)
+    edge = colour - 90 if colour.mean() > 110 else colour + 90
+    return under + coverage * (interior * fill + (1 - interior) * edge - under)

@@ -1,0 +1,372 @@
+"""The data package against small sets built here: layouts, targets, every named problem, shapes."""
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision import tv_tensors
+from torchvision.ops import box_iou
+
+import data.coco
+from data import (
+    CocoDataset,
+    DatasetError,
+    Split,
+    check_annotations,
+    collate,
+    eval_transform,
+    find_splits,
+    generate_shapes,
+    resized_size,
+    train_transform,
+)
+
+REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
+LAYOUTS = {
+    "coco-2017": ("annotations/instances_{}2017.json", "{}2017", "val"),
+    "plain": ("annotations/instances_{}.json", "{}", "val"),
+    "export": ("{}/_annotations.coco.json", "{}", "valid"),
+}
+
+
+def image_record(image_id=1, file_name="a.jpg", width=40, height=30):
+    return {"id": image_id, "file_name": file_name, "width": width, "height": height}
+
+
+def box_record(annotation_id=1, bbox=(5, 6, 10, 12), image_id=1, category_id=3, **more):
+    return {"id": annotation_id, "image_id": image_id, "category_id": category_id, "bbox": list(bbox), **more}
+
+
+def write_split(root, images=None, boxes=(), categories=None, pixels=True, layout="plain", half="train"):
+    """Write one half of a data set, grey pictures included; returns its Split."""
+    images = [image_record()] if images is None else images
+    categories = [{"id": 3, "name": "cat"}] if categories is None else categories
+    annotations, folder = (root / part.format(half) for part in LAYOUTS[layout][:2])
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    content = {"images": images, "annotations": list(boxes), "categories": categories}
+    annotations.write_text(json.dumps(content))
+    for record in images if pixels else ():
+        Image.new("RGB", (record["width"], record["height"]), "grey").save(folder / record["file_name"])
+    return Split(half, annotations, folder)
+
+
+def dataset_with_image(root, save, width=40, height=30, file_name="a.png"):
+    """A data set of one image, whose file `save(path)` writes after the check at the start has passed."""
+    split = write_split(root, [image_record(7, file_name, width, height)])
+    dataset = CocoDataset(split)
+    save(split.images / file_name)
+    return dataset
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_is_found(tmp_path, layout):
+    val_half = LAYOUTS[layout][2]
+    wanted = [write_split(tmp_path, layout=layout, half=half) for half in ("train", val_half)]
+    train, val = find_splits(str(tmp_path))
+    assert (train.name, train.annotations, train.images) == ("train", wanted[0].annotations, wanted[0].images)
+    assert (val.name, val.annotations, val.images) == ("val", wanted[1].annotations, wanted[1].images)
+    assert len(CocoDataset(train)) == 1
+
+
+def test_no_val_is_none(tmp_path):
+    write_split(tmp_path)
+    assert find_splits(str(tmp_path))[1] is None
+
+
+def test_missing_coco_says_where_and_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTA_DATA", str(tmp_path))
+    with pytest.raises(DatasetError) as error:
+        find_splits("coco")
+    for part in (str(tmp_path / "coco"), "train2017.zip", "val2017.zip", "annotations_trainval2017.zip"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["there", "absent"])
+def test_missing_set_lists_layouts(tmp_path, folder):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DatasetError, match=r"instances_train2017\.json(.|\n)*_annotations\.coco") as error:
+        find_splits(str(tmp_path / folder))
+    assert str(tmp_path / folder) in str(error.value) and "zip" not in str(error.value)
+
+
+@pytest.mark.parametrize("half", ["train", "val"])
+def test_missing_image_folder(tmp_path, half):
+    write_split(tmp_path)
+    shutil.rmtree(write_split(tmp_path, half=half).images)
+    with pytest.raises(DatasetError, match=f"instances_{half}.json is there, but its image folder .*{half}"):
+        find_splits(str(tmp_path))
+
+
+def test_category_ids_with_gaps(tmp_path):
+    categories = [{"id": 90, "name": "z"}, {"id": 2, "name": "b"}, {"id": 17, "name": "m"}]
+    boxes = [box_record(1, category_id=90), box_record(2, category_id=2), box_record(3, category_id=17)]
+    dataset = CocoDataset(write_split(tmp_path, boxes=boxes, categories=categories))
+    assert (dataset.class_names, dataset.category_ids) == (["b", "m", "z"], [2, 17, 90])
+    assert dataset[0][1]["labels"].tolist() == [2, 0, 1]
+
+
+def test_target_of_each_image_in_file_order(tmp_path):
+    images = [image_record(9, "b.jpg"), image_record(4, "empty.jpg", 50, 20), image_record(5, "a.jpg")]
+    boxes = [
+        box_record(1, (1, 2, 3, 4), 5),
+        box_record(2, (-0.5, 20, 41, 10.5), 9),
+        box_record(3, image_id=5),
+    ]
+    dataset = CocoDataset(write_split(tmp_path, images, boxes))
+    images, targets = collate([dataset[i] for i in range(len(dataset))])
+    assert [target["image_id"] for target in targets] == [9, 4, 5]
+    assert [target["orig_size"] for target in targets] == [(30, 40), (20, 50), (30, 40)]
+    assert targets[0]["boxes"].tolist() == [[0, 20, 40, 30]]  # clipped
+    assert targets[1]["boxes"].shape == (0, 4) and targets[1]["labels"].shape == (0,)  # a negative
+    assert targets[2]["boxes"].tolist() == [[1, 2, 4, 6], [5, 6, 15, 18]]
+    assert all(type(x) is torch.Tensor for x in [*images, *(t["boxes"] for t in targets)])
+    assert images[1].shape == (3, 20, 50) and images[1].dtype == torch.uint8
+
+
+def test_crowd_and_degenerate_boxes_are_no_targets(tmp_path):
+    bad = [(5, 5, 0, 9), (5, 5, 9, -1), (5, 5, float("nan"), 9), (5, 5, float("inf"), 9), (40, 5, 0.5, 9)]
+    boxes = [box_record(i, box) for i, box in enumerate(bad, 1)]
+    boxes += [box_record(10, iscrowd=1), box_record(11, (1, 1, 2, 2), iscrowd=0)]
+    dataset = CocoDataset(write_split(tmp_path, boxes=boxes))
+    assert (dataset.dropped_boxes, dataset.crowd_boxes) == (5, 1)
+    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3]]
+
+
+def test_ground_truth_fit_for_pycocotools(tmp_path):
+    """Without area and iscrowd, and with an annotation 0, a perfect detector still has AP 1."""
+    boxes = [box_record(0), box_record(1, (20, 2, 9, 9))]
+    truth = COCO()
+    truth.dataset = CocoDataset(write_split(tmp_path, boxes=boxes)).annotations
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found = truth.loadRes([{**record, "score": 0.9} for record in boxes])
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "wanted"),
+    [
+        pytest.param("L", 90, "jpg", (90, 90, 90), id="grey"),
+        pytest.param("1", 1, "png", (255, 255, 255), id="bilevel"),
+        pytest.param("CMYK", (0, 255, 255, 0), "jpg", (254, 0, 0), id="cmyk"),
+        pytest.param("RGBA", (10, 200, 30, 128), "png", (10, 200, 30), id="rgba"),
+        pytest.param("P", 0, "png", (0, 0, 0), id="palette"),
+    ],
+)
+def test_colour_modes(tmp_path, mode, colour, suffix, wanted):
+    split = write_split(tmp_path, [image_record(1, f"a.{suffix}")], pixels=False)
+    Image.new(mode, (40, 30), colour).save(split.images / f"a.{suffix}")
+    image, _ = CocoDataset(split)[0]
+    assert image.shape == (3, 30, 40)
+    assert (image[:, 15, 20].int() - torch.tensor(wanted)).abs().max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_rotation(tmp_path, suffix):
+    split = write_split(tmp_path, [image_record(1, f"a.{suffix}", 30, 40)], pixels=False)
+    stored = np.zeros((30, 40, 3), np.uint8)
+    stored[:, :20] = 255  # orientation 6: what is stored on the left is shown on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(split.images / f"a.{suffix}", exif=exif)
+    image, _ = CocoDataset(split)[0]
+    assert image.shape == (3, 40, 30) and image[:, :18].min() > 200 and image[:, 22:].max() < 50
+
+
+def _truncated(path):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-700])
+
+
+@pytest.mark.parametrize(
+    ("file_name", "save", "story"),
+    [
+        pytest.param("a.jpg", lambda path: path.write_bytes(b"no image"), "cannot be read", id="corrupt"),
+        pytest.param("a.jpg", _truncated, "cannot be read", id="truncated-jpg"),
+        pytest.param("a.png", _truncated, "cannot be read", id="truncated-png"),
+        pytest.param("a.jpg", lambda path: path.unlink(), "there is no image file", id="missing"),
+        pytest.param("a.png", lambda p: Image.new("RGB", (30, 40)).save(p), "40 x 30 .*30 x 40", id="size"),
+        pytest.param("a.png", lambda p: Image.new("I;16", (40, 30)).save(p), "more than 8 bits", id="16-bit"),
+    ],
+)
+def test_broken_image_is_named(tmp_path, file_name, save, story):
+    dataset = dataset_with_image(tmp_path, save, file_name=file_name)
+    with pytest.raises(DatasetError, match=story) as error:
+        dataset[0]
+    assert "image 7" in str(error.value) and file_name in str(error.value)
+
+
+@pytest.mark.parametrize("escape", ["parent", "absolute", "link"])
+def test_file_outside_the_folder_is_refused(tmp_path, escape):
+    outside = tmp_path / "secret.png"
+    Image.new("RGB", (40, 30)).save(outside)
+    name = {"parent": "../secret.png", "absolute": str(outside), "link": "link.png"}[escape]
+    split = write_split(tmp_path, [image_record(1, name)], pixels=False)
+    if escape == "link":
+        (split.images / name).symlink_to(outside)
+    with pytest.raises(DatasetError, match="file names that leave the image folder: 1"):
+        CocoDataset(split)
+    with pytest.raises(DatasetError, match="leaves the image folder"):
+        data.checks.image_path(split.images, name)
+
+
+def test_every_problem_in_one_error(tmp_path):
+    images = [image_record(1), image_record(1, "b.jpg"), image_record(2), image_record(3, "gone.jpg")]
+    images += [image_record(4, "c.jpg", 10, 10), image_record(5, "d.jpg"), {"id": 6, "width": 3, "height": 3}]
+    boxes = [box_record(i, (30, 0, 20, 5)) for i in range(1, 9)]
+    boxes += [box_record(8), box_record(9, image_id=77), box_record(10, category_id=66), {"id": 11}]
+    boxes += [box_record(12, (1, 2, 3)), box_record(13, image_id="1"), box_record(14, iscrowd=2)]
+    categories = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4}]
+    split = write_split(tmp_path, images, boxes, categories, pixels=False)
+    for name in ("a.jpg", "c.jpg"):
+        Image.new("RGB", (40, 30)).save(split.images / name)
+    (split.images / "d.jpg").write_bytes(b"no image")
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    for part in (
+        str(split.annotations),
+        "ids that occur twice in 'images': 1\n    record 1, id 1, file_name 'b.jpg'",
+        "malformed records in 'images': 1\n    record 6, id 6: file_name is missing",
+        "file names that occur twice: 1\n    a.jpg: images 1 and 2",
+        "image 3 (gone.jpg)",
+        "image 4 (c.jpg): 10 x 10 in the record, 40 x 30 in the file",
+        "image files that cannot be read: 1\n    image 5 (d.jpg)",
+        "ids that occur twice in 'annotations': 1",
+        "annotations of unknown images: 1\n    annotation 9, image 77",
+        "annotations of unknown categories: 1\n    annotation 10, image 1 (a.jpg): category_id 66",
+        "malformed records in 'annotations': 4\n    record 11, id 11: image_id is missing",
+        "bbox is [1, 2, 3], not four numbers",
+        "image_id is '1', not an integer",
+        "iscrowd is 2, not 0 or 1",
+        "px?): 8\n    annotation 1, image 1 (a.jpg): [30, 0, 20, 5] in 40 x 30",
+        "and 3 more",
+        "ids that occur twice in 'categories': 1",
+        "malformed records in 'categories': 1\n    record 2, id 4: name is missing",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "story"),
+    [
+        pytest.param('{"images": [\n  1,,', "not valid JSON at line 2, column 5", id="bad-json"),
+        pytest.param("[]", "the top level is a list", id="list"),
+        pytest.param("{}", "missing top-level lists: 3", id="no-keys"),
+        pytest.param('{"images": [], "annotations": [], "categories": []}', "'images' has no", id="empty"),
+    ],
+)
+def test_unusable_annotation_file(tmp_path, text, story):
+    split = write_split(tmp_path)
+    split.annotations.write_text(text)
+    with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value)
+
+
+def test_large_sets_are_sampled(tmp_path):
+    images = [image_record(i, f"{i}.jpg") for i in range(5001)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    with pytest.raises(DatasetError, match=r"\(in 2000 of 5001 files looked at\): 2000"):
+        check_annotations(content, tmp_path, tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("image_size", [(800, 1333), (97, 131), (128, 128), (193, 194)], ids=str)
+def test_resized_size_is_that_of_torchvision(image_size):
+    resize = eval_transform(image_size)
+    rng = np.random.default_rng(0)
+    for height, width in [(333, 333), (427, 640), (3, 40), *rng.integers(20, 2000, (200, 2)).tolist()]:
+        boxes = tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=(height, width))
+        assert resized_size(height, width, image_size) == tuple(resize(boxes).canvas_size), (height, width)
+    for height, width in [(37, 91), (91, 37), (50, 50), (123, 45)]:
+        image = resize(tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8)))
+        assert tuple(image.shape[-2:]) == resized_size(height, width, image_size)
+
+
+@pytest.mark.parametrize("image_size", [(800, 600), (0, 10)], ids=str)
+def test_image_size_is_checked(image_size):
+    with pytest.raises(ValueError, match="image_size"):
+        train_transform(image_size)
+
+
+def test_train_transform_flips_boxes(tmp_path):
+    boxes = [box_record(1, (0, 6, 10, 12)), box_record(2, (20, 20, 0.4, 9))]
+    split = write_split(tmp_path, boxes=boxes)
+    image, target = CocoDataset(split, train_transform((60, 100), flip=1.0))[0]
+    assert image.shape == (3, 60, 80) and target["orig_size"] == (30, 40) and target["image_id"] == 1
+    assert target["boxes"].tolist() == [[60, 12, 80, 36]]  # the other one is 0.8 px wide by then
+    assert target["labels"].tolist() == [0]
+
+
+def test_eval_transform_keeps_every_box(tmp_path):
+    boxes = [box_record(1, (0, 6, 10, 12)), box_record(2, (20, 20, 0.4, 9))]
+    image, target = CocoDataset(write_split(tmp_path, boxes=boxes), eval_transform((15, 100)))[0]
+    assert image.shape == (3, 15, 20) and image.dtype == torch.uint8
+    torch.testing.assert_close(torch.as_tensor(target["boxes"]), torch.tensor([[0, 3, 5, 9], [10, 10, 10.2, 14.5]]))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "set"
+    generate_shapes(root, train_images=60, val_images=3)
+    return root
+
+
+def test_shapes_are_deterministic(shapes, tmp_path):
+    generate_shapes(tmp_path / "again", train_images=60, val_images=3)
+    files = sorted(path.relative_to(shapes) for path in shapes.rglob("*") if path.is_file())
+    assert len(files) == 65
+    assert all((shapes / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+    generate_shapes(tmp_path / "other", seed=1, train_images=60, val_images=3)
+    name = "annotations/instances_train.json"
+    assert (shapes / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_shapes_are_valid_and_crowded(shapes):
+    train = CocoDataset(find_splits(str(shapes))[0])
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(train.split.annotations).getAnnIds()) == len(train.annotations["annotations"])
+    boxes = [torch.as_tensor(target["boxes"]) for _, target in train]
+    overlap = torch.tensor([box_iou(b, b).triu(1).max().item() if len(b) else 0.0 for b in boxes])
+    counts = torch.tensor([len(b) for b in boxes])
+    assert (overlap > 0.3).float().mean() > 0.25 and overlap.max() < 0.75
+    assert (counts == 0).any() and (counts >= 10).float().mean() > 0.2 and counts.max() <= 18
+    sides = torch.cat(boxes)[:, 2:] - torch.cat(boxes)[:, :2]
+    assert sides.min() > 8 and sides.max() <= 101
+    assert train.dropped_boxes == 0 and len(train.class_names) == 5
+
+
+def test_shapes_are_generated_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTA_DATA", str(tmp_path / "home"))
+    small = functools.partial(generate_shapes, train_images=2, val_images=1)
+    monkeypatch.setattr(data.coco, "generate_shapes", small)
+    train, val = find_splits("shapes")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")}
+    assert find_splits("shapes") == (train, val) and val is not None
+    small(train.annotations.parents[1], seed=5)  # as a second process that came too late
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [data.shapes.shapes_folder()]
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco128"])
+def test_real_set(name):
+    if not (REAL_SETS / name).is_dir():
+        pytest.skip(f"{REAL_SETS / name} is not on this machine")
+    for split in filter(None, find_splits(str(REAL_SETS / name))):
+        dataset = CocoDataset(split, train_transform((320, 480)))
+        assert dataset.dropped_boxes == 0
+        for i in range(0, len(dataset), 25):
+            image, target = dataset[i]
+            assert tuple(image.shape[-2:]) == resized_size(*target["orig_size"], (320, 480))
