@@ -1,0 +1,69 @@
+"""One file for a trained detector: safetensors weights and a JSON string of metadata."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kernels import OTAConfig
+
+from .detector import Detector, DetectorConfig
+
+FORMAT = "ota-triton/1"
+
+
+class WeightsError(ValueError):
+    """The file is no detector of this project; the message names the file and the reason."""
+
+
+def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
+    """Writes to a temporary name and renames, so the file is whole or absent.
+
+    `metadata` must be JSON; the architecture and the normalisation are added to it.
+    """
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "architecture": dataclasses.asdict(detector.config),
+        "normalisation": {"mean": list(detector.backbone.mean), "std": list(detector.backbone.std)},
+        **metadata,
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"ota": json.dumps(metadata)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(path: Path) -> tuple[Detector, dict]:
+    """The detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"there is no weights file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("ota")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no safetensors file, or it is truncated: {error}") from error
+    if header is None:
+        raise WeightsError(f"{path} holds tensors but no detector of this project: train.py writes what is needed")
+    metadata = json.loads(header)
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    architecture = metadata["architecture"]
+    config = architecture | {
+        "assigner": OTAConfig(**architecture["assigner"]),
+        "image_size": tuple(architecture["image_size"]),
+    }
+    detector = Detector(DetectorConfig(**config))
+    try:
+        detector.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit the architecture that its own metadata name: {error}") from error
+    return detector.eval(), metadata

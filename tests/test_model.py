@@ -1,0 +1,225 @@
+"""The network, its losses and its detections, without any data set."""
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from kernels import Assignment, OTAConfig, PointGrid
+from model import BackboneError, Detector, DetectorConfig, WeightsError, load_weights, save_weights
+from model.backbone import STRIDES, Backbone
+from model.head import Predictions
+from model.losses import detection_losses
+from model.postprocess import postprocess
+
+
+def tiny_detector(backbone: str = "test_resnet", **settings) -> Detector:
+    torch.manual_seed(0)
+    settings = {"num_classes": 3, "channels": 32, "head_convs": 1, "image_size": (96, 128)} | settings
+    return Detector(DetectorConfig(backbone=backbone, **settings))
+
+
+def random_batch(sizes: list[tuple[int, int]], boxes_per_image: int = 3) -> tuple[list, list]:
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    targets = []
+    for height, width in sizes:
+        corner = torch.rand(boxes_per_image, 2, generator=generator) * torch.tensor([width, height]) * 0.6
+        side = 8 + torch.rand(boxes_per_image, 2, generator=generator) * torch.tensor([width, height]) * 0.3
+        labels = torch.randint(0, 3, (boxes_per_image,), generator=generator)
+        targets.append({"boxes": torch.cat([corner, corner + side], 1), "labels": labels})
+    return images, targets
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_mambaout", "swin_tiny_patch4_window7_224"],
+    ids=["cnn", "cnn-without-format", "channels-last", "channels-last-transformer"],
+)  # fmt: skip
+def test_backbone_gives_five_levels(name):
+    features = Backbone(name, 32)(torch.zeros(2, 3, 96, 160))
+    assert [tuple(f.shape) for f in features] == [(2, 32, *hw) for hw in PointGrid.for_image((96, 160)).sizes]
+
+
+def test_backbone_levels_follow_the_grid_at_odd_multiples_of_32():
+    features = Backbone("test_resnet", 32)(torch.zeros(1, 3, 224, 352))
+    assert tuple(tuple(f.shape[-2:]) for f in features) == PointGrid.for_image((224, 352), STRIDES).sizes
+
+
+@pytest.mark.parametrize(
+    "name, message", [("resnet18x", "no backbone 'resnet18x'.*--backbone"), ("test_vit", r"strides \[16\].*needs")]
+)
+def test_unfit_backbone_is_refused_by_name(name, message):
+    with pytest.raises(BackboneError, match=message):
+        Backbone(name, 32)
+
+
+def test_pretrained_weights_are_loaded_through_timm(monkeypatch):
+    full = timm.create_model("test_resnet")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(full.state_dict()))
+    body = Backbone("test_resnet", 32, pretrained=True).body
+    torch.testing.assert_close(body.state_dict()["conv1.0.weight"], full.state_dict()["conv1.0.weight"])
+
+
+def test_weights_that_cannot_be_had_stop_with_the_flag(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(BackboneError, match="cannot reach the hub(.|\n)*--no-pretrained"):
+        Backbone("test_resnet", 32, pretrained=True)
+
+
+def test_images_are_normalised_with_the_backbones_own_statistics():
+    detector = tiny_detector("resnet10t")
+    mean, std = (torch.tensor(detector.backbone.body.pretrained_cfg[name]) for name in ("mean", "std"))
+    image = torch.full((3, 30, 40), 51, dtype=torch.uint8)
+    batch = detector.batch([image, image[:, :20, :33]])
+    assert batch.shape == (2, 3, 32, 64)
+    torch.testing.assert_close(batch[0, :, 29, 39], (0.2 - mean) / std)
+    assert not batch[1, :, 20:].any() and not batch[1, :, :, 33:].any()
+    torch.testing.assert_close(detector.batch([image.float() / 255]), batch[:1])
+
+
+def test_training_gives_three_losses_and_gradients_everywhere():
+    detector = tiny_detector().train()
+    losses = detector(*random_batch([(90, 130), (64, 100)]))
+    assert set(losses) == {"cls", "box", "iou"}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+    assert (detector.last_assignment.gt_index >= 0).any()
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_mambaout"])
+def test_batch_without_objects_trains_on_negatives(backbone):
+    detector = tiny_detector(backbone).train()
+    losses = detector(*random_batch([(64, 64), (64, 96)], boxes_per_image=0))
+    assert losses["cls"] > 0 and losses["box"] == 0 and losses["iou"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.parameters())
+
+
+def test_training_without_targets_says_so():
+    with pytest.raises(ValueError, match="one target"):
+        tiny_detector().train()([torch.zeros(3, 64, 64)])
+
+
+def test_losses_of_perfect_predictions_vanish():
+    gt_boxes, gt_labels = torch.tensor([[2.0, 3, 20, 30], [5, 5, 9, 9]]), torch.tensor([2, 0])
+    gt_index = torch.tensor([[-1, 1, 0, -1, 0]])
+    logits = torch.full((1, 5, 3), -30.0)
+    logits[0, [1, 2, 4], [0, 2, 2]] = 30.0
+    predictions = Predictions(logits, gt_boxes[gt_index.clamp(min=0)], torch.full((1, 5), 30.0))
+    assignment = Assignment(gt_index, (gt_index >= 0).float(), torch.tensor([2, 1]))
+    losses = detection_losses(predictions, assignment, gt_boxes, gt_labels)
+    assert all(value < 1e-6 for value in losses.values())
+
+
+def test_detections_are_in_pixels_of_the_image_as_given(monkeypatch):
+    detector = tiny_detector().eval()
+    grid = PointGrid.for_image((96, 128))
+    logits = torch.full((1, grid.num_points, 3), -20.0)
+    logits[0, 5, 1] = 8.0
+    boxes = torch.zeros(1, grid.num_points, 4)
+    boxes[0, 5] = torch.tensor([12.0, 24, 36, 48])
+    predictions = Predictions(logits, boxes, torch.full((1, grid.num_points), 8.0))
+    monkeypatch.setattr(detector, "predict_raw", lambda batch: (predictions, grid))
+    (found,) = detector([torch.zeros(3, 192, 256, dtype=torch.uint8)])  # resized to 96 x 128, a half
+    torch.testing.assert_close(found["boxes"], torch.tensor([[24.0, 48, 72, 96]]))
+    assert found["labels"].tolist() == [1]
+    torch.testing.assert_close(found["scores"], torch.tensor([8.0]).sigmoid())
+
+
+def test_image_of_the_right_size_is_not_resized():
+    detector = tiny_detector(image_size=(96, 128))
+    for size in ((96, 100), (128, 96), (77, 128)):
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        assert detector.resize(image) is image or torch.equal(detector.resize(image), image)
+
+
+@torch.no_grad()
+def test_detections_do_not_depend_on_neighbours_of_the_same_padded_size():
+    detector = tiny_detector(score_threshold=0.0, max_detections=20).eval()
+    images, _ = random_batch([(96, 120), (96, 128)])
+    alone, together = detector(images[:1])[0], detector(images)[0]
+    torch.testing.assert_close(alone["boxes"], together["boxes"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(alone["scores"], together["scores"], atol=1e-5, rtol=0)
+
+
+def test_postprocess_thresholds_suppresses_and_clips():
+    grid = PointGrid.for_image((32, 32), (8, 16))
+    logits, iou_logits = torch.full((1, 20, 2), -20.0), torch.full((1, 20), 20.0)
+    boxes = torch.tensor([0.0, 0, 10, 10]).repeat(1, 20, 1)
+    logits[0, 0, 0], logits[0, 1, 0] = 4.0, 3.0  # the same box twice: the better one stays
+    logits[0, 2, 1] = 2.0  # the same box, another class: stays
+    boxes[0, 3], logits[0, 3, 0] = torch.tensor([20.0, 20, 60, 60]), 1.0  # reaches out of the image
+    logits[0, 16, 1], boxes[0, 16] = 1.5, torch.tensor([0.0, 20, 8, 30])  # second level
+    logits[0, 17, 1], boxes[0, 17] = -5.5, torch.tensor([20.0, 0, 30, 8])  # sqrt(0.004) = 0.064
+    (found,) = postprocess(Predictions(logits, boxes, iou_logits), grid, [(30, 28)], 0.07, 1000, 0.6, 100)
+    assert found["labels"].tolist() == [0, 1, 1, 0]
+    torch.testing.assert_close(found["scores"], torch.tensor([4.0, 2.0, 1.5, 1.0]).sigmoid().sqrt())
+    assert found["boxes"][3].tolist() == [20, 20, 28, 30]
+    (best,) = postprocess(Predictions(logits, boxes, iou_logits), grid, [(30, 28)], 0.05, 1, 0.6, 100)
+    assert best["labels"].tolist() == [0, 1]  # one of each level
+    (none,) = postprocess(Predictions(logits - 40, boxes, iou_logits), grid, [(30, 28)], 0.05, 1000, 0.6, 100)
+    assert none["boxes"].shape == (0, 4) and len(none["labels"]) == 0
+
+
+@torch.no_grad()
+def test_weights_come_back_as_saved(tmp_path):
+    detector = tiny_detector(assigner=OTAConfig(center_prior="radius", top_q=7)).eval()
+    save_weights(tmp_path / "ota.safetensors", detector, {"class_names": ["a", "b", "c"]})
+    loaded, metadata = load_weights(tmp_path / "ota.safetensors")
+    assert loaded.config == detector.config and metadata["class_names"] == ["a", "b", "c"]
+    assert metadata["normalisation"]["mean"] == list(detector.backbone.mean)
+    images, _ = random_batch([(96, 128)])
+    assert torch.equal(detector.predict_raw(detector.batch(images))[0].boxes,
+                       loaded.predict_raw(loaded.batch(images))[0].boxes)  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["ota.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "other-tensors", "other-architecture"])
+def test_unusable_weights_are_named(tmp_path, kind):
+    path = tmp_path / "ota.safetensors"
+    if kind == "text":
+        path.write_text("not tensors at all")
+    elif kind == "other-tensors":
+        save_file({"x": torch.zeros(2)}, path)
+    elif kind != "missing":
+        save_weights(path, tiny_detector(), {})
+        if kind == "truncated":
+            path.write_bytes(path.read_bytes()[:-1000])
+        else:
+            content = path.read_bytes()
+            path.write_bytes(content.replace(b'\\"num_classes\\": 3', b'\\"num_classes\\": 4'))
+    expected = {"missing": "no weights file", "other-tensors": "no detector", "other-architecture": "does not fit"}
+    with pytest.raises(WeightsError, match=expected.get(kind, "no safetensors file, or it is truncated")) as error:
+        load_weights(path)
+    assert str(path) in str(error.value)
+
+
+def gradients(detector, images, targets) -> list[torch.Tensor]:
+    sum(detector(images, targets).values()).backward()
+    return [p.grad for p in detector.parameters()]
+
+
+def rank_gradients(rank: int, world: int, folder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    images, targets = random_batch([(64, 96)] * 4)
+    targets[0] = {name: value[:1] for name, value in targets[0].items()}  # ranks differ in their positives
+    detector = DistributedDataParallel(tiny_detector("test_convnext").train())
+    grads = gradients(detector, images[2 * rank : 2 * rank + 2], targets[2 * rank : 2 * rank + 2])
+    torch.save((grads, images, targets), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_gradients_of_one(tmp_path):
+    mp.spawn(rank_gradients, args=(2, tmp_path), nprocs=2)
+    (first, images, targets), (second, _, _) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    expected = gradients(tiny_detector("test_convnext").train(), images, targets)  # a backbone without batch norm
+    for one, two, both in zip(first, second, expected, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, both, rtol=1e-3, atol=1e-6)
