@@ -1,0 +1,239 @@
+"""The commands: training, evaluation, what they write and what they say when something is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+import eval as eval_script
+import train
+from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes
+from eval import batches_of_one_size, coco_metrics
+from model import BackboneError, DetectorConfig, WeightsError, load_weights
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", "--workers", "0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def command(*args, ranks: int = 1) -> list[str]:
+    return [sys.executable, *(TORCHRUN if ranks > 1 else []), *map(str, args)]
+
+
+def run(*args, ranks: int = 1) -> str:
+    done = subprocess.run(command(*args, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def call(monkeypatch, script, *args) -> None:
+    """The script's main in this process, for what stops it."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def four_images(tmp_path_factory) -> Path:
+    """A data set of four generated training images and no validation part."""
+    root = tmp_path_factory.mktemp("four") / "shapes"
+    generate_shapes(root, train_images=4, val_images=0, size_px=128)
+    (root / "annotations" / "instances_val.json").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(four_images, tmp_path_factory) -> Path:
+    """The folder of a run that learned the four images by heart."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    said = run(
+        *("train.py", "--data", four_images, *TINY, "--image-size", 128, "--batch-size", 4, "--steps", 250),
+        *("--lr", 8e-3, "--warmup", 20, "--radius", 3, "--top-q", 10, "--eval-every", 1000, "--out", out),
+    )
+    assert "learning rate 0.002 = 0.008 x 4 / 16" in said
+    return out
+
+
+def test_four_images_are_learned_by_heart(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["AP"] > 0.9
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses == sorted(losses, reverse=True) and lines[-1]["split"] == "train"
+    assert set(lines[0]) >= {"step", "lr", "cls", "box", "iou", "positives_per_gt", "images_per_s", "data_wait"}
+
+
+def test_run_folder_holds_what_is_promised(trained, four_images):
+    for name in ("curves.png", "samples.png"):
+        Image.open(trained / name).load()
+    settings = json.loads((trained / "args.json").read_text())
+    assert settings["args"]["steps"] == 250 and settings["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "commit" in settings
+    metadata = load_weights(trained / "ota.safetensors")[1]
+    assert metadata["class_names"] == find_dataset(four_images).class_names
+    assert metadata["category_ids"] == [1, 2, 3, 4, 5]
+    assert metadata["architecture"]["image_size"] == [128, 213]
+    assert metadata["architecture"]["assigner"]["top_q"] == 10
+    assert metadata["training"]["step"] == 250
+
+
+def find_dataset(folder: Path) -> CocoDataset:
+    return CocoDataset(find_splits(str(folder))[0], eval_transform((128, 213)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_eval_gives_the_ap_that_training_printed(trained, tmp_path, ranks):
+    said = run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", 0, ranks=ranks)
+    trained_metrics, metrics = (json.loads((d / "metrics.json").read_text()) for d in (trained, tmp_path))
+    for name in eval_script.METRICS:
+        assert abs(metrics[name] - trained_metrics[name]) < 1e-6, name
+    assert metrics["images"] == 4 and re.search(r"AP 0\.9\d\d  AP50", said) and "triangle" in said
+    assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results_of(tmp_path))
+
+
+def results_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "detections.json").read_text())
+
+
+def test_eval_works_without_triton(trained, tmp_path):
+    blocked = "import sys; sys.modules['triton'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", "0"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_on_two_ranks(four_images, tmp_path):
+    out = tmp_path / "out"
+    run("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 3,
+        "--log-every", 1, "--out", out, ranks=2)  # fmt: skip
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4  # three steps and one evaluation
+    load_weights(out / "ota.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 100_000,
+                "--log-every", 1, "--out", out, ranks=ranks),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("step 2/"):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    process.wait(60)
+    assert "interrupted after step" in said, said
+    assert process.returncode != 0
+    step = load_weights(out / "ota.safetensors")[1]["training"]["step"]
+    assert 2 <= step < 100_000
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        (["--data", "nowhere"], DatasetError, "nowhere does not exist"),
+        (["--batch-size", "8"], train.SettingsError, r"--batch-size 8 .* 4 images"),
+        (["--lr", "1e38"], FloatingPointError, r"step \d.*not finite \(cls .* box .*iou .*image ids \d"),
+        (["--backbone", "resnet999"], BackboneError, "resnet999.*--backbone"),
+        (["--channels", "30"], train.SettingsError, "--channels"),
+        (["--fixed-k", "0"], train.SettingsError, "fixed_k"),
+    ],
+    ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "odd-channels", "bad-assigner"],
+)
+def test_train_stops_with_a_name(monkeypatch, four_images, tmp_path, args, error, message):
+    base = ["--data", four_images, *TINY, "--image-size", "64", "--batch-size", "4", "--steps", "4", "--warmup", "1"]
+    with pytest.raises(error, match=message):
+        call(monkeypatch, train, *base, "--out", tmp_path / "out", *args)
+
+
+def test_train_refuses_a_folder_with_a_run(monkeypatch, four_images, trained):
+    before = (trained / "ota.safetensors").read_bytes()
+    with pytest.raises(train.SettingsError, match="holds a run already; name another folder with --out"):
+        call(monkeypatch, train, "--data", four_images, *TINY, "--batch-size", "4", "--steps", "1", "--out", trained)
+    assert (trained / "ota.safetensors").read_bytes() == before
+
+
+def test_pretrained_without_a_hub_is_one_clear_line(four_images, tmp_path):
+    done = subprocess.run(
+        command("train.py", "--data", four_images, "--pretrained", "--backbone", "resnet18", "--batch-size", "4",
+                "--out", tmp_path / "out"),
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "--no-pretrained" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_coco_recipe_is_the_papers(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "coco"])
+    args = train.parse_args()
+    assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
+    assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
+    assert train.detector_config(args, 80) == DetectorConfig(80)
+    rates = [train.learning_rate(step, 90_000, args) for step in (0, 500, 59_999, 60_000, 79_999, 80_000)]
+    assert rates == pytest.approx([1e-5, 0.00501, 0.01, 0.001, 0.001, 0.0001])
+    args.batch_size = 64
+    assert train.learning_rate(50_000, 90_000, args) == pytest.approx(0.04)
+
+
+def test_eval_refuses_other_classes(monkeypatch, trained, four_images, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(four_images, other)
+    path = other / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["categories"][1]["name"] = "rhombus"
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="2 square.*2 rhombus.*--data"):
+        call(monkeypatch, eval_script, "--weights", trained / "ota.safetensors", "--data", other)
+
+
+def test_known_detections_give_known_numbers(four_images):
+    annotations = find_dataset(four_images).annotations
+    perfect = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in annotations["annotations"]
+    ]
+    assert coco_metrics(annotations, perfect)["AP"] == 1.0
+    assert coco_metrics(annotations, [])["AP"] == 0.0
+
+    # One class, two boxes, one found with IoU 0.75: precision 1 up to recall 0.5 (51 of 101 points), at the six
+    # thresholds 0.5 to 0.75.
+    truth = {
+        "images": [{"id": 7, "width": 100, "height": 100, "file_name": "x.jpg"}],
+        "categories": [{"id": 3, "name": "thing"}],
+        "annotations": [
+            {"id": i, "image_id": 7, "category_id": 3, "bbox": box, "area": 1600, "iscrowd": 0}
+            for i, box in ((1, [0, 0, 40, 40]), (2, [50, 50, 40, 40]))
+        ],
+    }
+    metrics = coco_metrics(truth, [{"image_id": 7, "category_id": 3, "bbox": [0, 0, 40, 30], "score": 0.5}])
+    assert metrics["AP50"] == pytest.approx(51 / 101)
+    assert metrics["AP"] == pytest.approx(0.6 * 51 / 101)
+    assert metrics["per_class"]["thing"]["boxes"] == 2 and metrics["APl"] == -1
+
+
+def test_detections_file_is_a_coco_result(trained, four_images, tmp_path):
+    run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", 0)
+    truth = COCO(four_images / "annotations" / "instances_train.json")
+    assert len(truth.loadRes(str(tmp_path / "detections.json")).anns) == len(results_of(tmp_path)) > 10
+
+
+def test_batches_hold_one_padded_size_and_every_image_once(four_images):
+    dataset = find_dataset(four_images)
+    dataset.images = [
+        {"height": h, "width": w} for h, w in ((480, 640), (640, 480), (481, 640), (480, 640), (100, 100))
+    ]
+    batches = batches_of_one_size(dataset, (128, 213), 2)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
+    assert sorted(map(len, batches)) == [1, 1, 1, 2]
