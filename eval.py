@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -29,16 +30,43 @@ from model import BackboneError, Detector, WeightsError, load_weights
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+class SettingsError(ValueError):
+    """Flags that do not fit each other, the data or the machine; the message names them."""
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
     """Device, rank and world size; starts the process group when torchrun has set one up."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
+        ) from error
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
+
+
+def ignore_interrupts(_: int) -> None:
+    """For loader processes: on Ctrl-C the main process decides, and may still need them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
@@ -55,7 +83,9 @@ def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch
     """Detections of a data set in COCO result format, by image id; all of them on rank 0, none elsewhere."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = batches_of_one_size(dataset, detector.config.image_size, batch_size)[rank::world]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts
+    )
     results = []
     for images, targets in tqdm(
         loader, desc="evaluate", unit="batch", leave=False, disable=None if rank == 0 else True
@@ -125,56 +155,63 @@ def print_table(metrics: dict) -> None:
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[6:]))
 
 
-def check_classes(metadata: dict, dataset: CocoDataset, weights: Path) -> None:
-    """Raises WeightsError when the data set's classes are not those that the weights were trained on."""
-    trained = dict(zip(metadata["category_ids"], metadata["class_names"], strict=True))
-    there = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-    if trained != there:
-        only_weights = [f"{i} {n}" for i, n in trained.items() if there.get(i) != n][:5]
-        only_data = [f"{i} {n}" for i, n in there.items() if trained.get(i) != n][:5]
-        raise WeightsError(
-            f"the classes of {weights} ({len(trained)}) are not those of {dataset.split.annotations} ({len(there)}); "
-            f"first differences: weights {only_weights}, data {only_data}. Pass the fitting data set with --data."
-        )
+def class_differences(metadata: dict, dataset: CocoDataset) -> str:
+    """The first categories (id and name) that are only on one side; empty where all agree."""
+    here = set(zip(metadata["category_ids"], metadata["class_names"], strict=True))
+    there = set(zip(dataset.category_ids, dataset.class_names, strict=True))
+    return "; ".join(
+        f"only in {source}: " + ", ".join(f"{i} {name}" for i, name in sorted(only)[:5])
+        for source, only in ((metadata["source"], here - there), (dataset.split.annotations, there - here))
+        if only
+    )
 
 
-def evaluation_split(data: str):
+def evaluation_dataset(data: str, image_size: tuple[int, int]) -> CocoDataset:
     """The validation part, or, said aloud, the training part of a data set that has no other."""
     train, val = find_splits(data)
-    if val is None and int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"note: {data} has no validation part, so the training part is evaluated; "
-            "the AP tells how well it was learned, not how well it generalises",
-            file=sys.stderr,
-        )
-    return val or train
+    dataset = CocoDataset(val or train, eval_transform(image_size))
+    if int(os.environ.get("RANK", 0)) == 0:
+        if val is None:
+            print(
+                f"note: {data} has no validation part, so the training part is evaluated; "
+                "the AP tells how well it was learned, not how well it generalises",
+                file=sys.stderr,
+            )
+        print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
+    return dataset
+
+
+def describe(dataset: CocoDataset) -> str:
+    return (
+        f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: "
+        f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="file written by train.py")
     parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
-    parser.add_argument("--out", type=Path, help="folder of detections.json and metrics.json; default: the weights'")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per rank")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes per rank")
+    parser.add_argument("--out", type=Path, help="folder to write to; default: the weights', or eval-<data> in it")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
+    parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
 
     device, rank, world = setup_distributed(args.device)
     detector, metadata = load_weights(args.weights)
-    split = evaluation_split(args.data or metadata["data"])
-    dataset = CocoDataset(split, eval_transform(detector.config.image_size))
-    check_classes(metadata, dataset, args.weights)
-    if rank == 0:
-        print(f"{args.weights}: {len(dataset.class_names)} classes; {split.annotations}: {len(dataset)} images")
+    dataset = evaluation_dataset(args.data or metadata["data"], detector.config.image_size)
+    differences = class_differences(metadata | {"source": args.weights}, dataset)
+    if differences:
+        raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers)
     if rank == 0:
         print_table(metrics)
-        out = args.out or args.weights.parent
+        out = args.out or args.weights.parent / (f"eval-{Path(args.data).resolve().name}" if args.data else "")
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
-        record = {"weights": str(args.weights), "data": str(split.annotations), "images": len(dataset), **metrics}
-        (out / "metrics.json").write_text(json.dumps(record, indent=1))
+        record = {"weights": str(args.weights), "data": str(dataset.split.annotations), "images": len(dataset)}
+        (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
     if world > 1:
         dist.destroy_process_group()
@@ -183,5 +220,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (DatasetError, WeightsError, BackboneError) as error:
+    except (SettingsError, DatasetError, WeightsError, BackboneError) as error:
         sys.exit(f"eval.py: {error}")

@@ -12,12 +12,9 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,9 +23,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
-from data import CocoDataset, DatasetError, collate, eval_transform, find_splits, train_transform
+from benchmarks import environment
+from data import CocoDataset, DatasetError, collate, find_splits, train_transform
 from data.draw import draw_curves, draw_detections, save_contact_sheet
-from eval import evaluate, evaluation_split, print_table, setup_distributed
+from eval import (
+    SettingsError,
+    class_differences,
+    describe,
+    evaluate,
+    evaluation_dataset,
+    ignore_interrupts,
+    not_negative,
+    positive,
+    print_table,
+    setup_distributed,
+)
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from model import BackboneError, Detector, DetectorConfig, save_weights
@@ -50,54 +59,54 @@ RECIPES = {"coco": COCO, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 
 
-class SettingsError(ValueError):
-    """Flags that do not fit each other, the data or the machine; the message names them."""
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="shapes", help="coco, shapes or a folder in COCO layout")
     group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
-    group.add_argument("--workers", type=int, help="loader processes per rank")
+    group.add_argument("--workers", type=not_negative, help="loader processes per rank")
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", help="any timm model with features at strides 8, 16 and 32")
     group.add_argument("--pretrained", action=on_off, help="timm's weights for the backbone")
-    group.add_argument("--channels", type=int, help="width of neck and head")
-    group.add_argument("--head-convs", type=int, help="convolutions per head tower")
+    group.add_argument("--channels", type=positive, help="width of neck and head")
+    group.add_argument("--head-convs", type=not_negative, help="convolutions per head tower")
     group = parser.add_argument_group("optimisation")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int)
-    length.add_argument("--steps", type=int)
-    group.add_argument("--batch-size", type=int, help="images a step, over all ranks")
+    length.add_argument("--epochs", type=positive)
+    length.add_argument("--steps", type=positive)
+    group.add_argument("--batch-size", type=positive, help="images a step, over all ranks")
     group.add_argument("--lr", type=float, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
     group.add_argument("--optimizer", choices=("sgd", "adamw"))
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--schedule", choices=("step", "cosine"), help="step: / 10 after 2/3 and 8/9 of the steps")
-    group.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    group.add_argument("--warmup", type=not_negative, help="steps of linear warm-up")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("assignment (defaults: the paper's; small images want --radius 3 --top-q 10)")
     group.add_argument("--center-prior", choices=CENTER_PRIORS)
     group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
-    group.add_argument("--top-q", type=int, help="best IoUs that a dynamic k sums up")
-    group.add_argument("--fixed-k", type=int, help="the same supply for every object instead of a dynamic k")
+    group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
+    group.add_argument("--fixed-k", type=positive, help="the same supply for every object instead of a dynamic k")
     group.add_argument("--cls-cost", choices=CLS_COSTS)
     group.add_argument("--reg-cost", choices=REG_COSTS)
     group.add_argument("--alpha", type=float, help="weight of the regression cost")
     group.add_argument("--eps", type=float, help="entropic regularisation")
-    group.add_argument("--iterations", type=int, help="of Sinkhorn-Knopp")
+    group.add_argument("--iterations", type=positive, help="of Sinkhorn-Knopp")
     group.add_argument("--rescale", action=on_off, help="divide plan rows by their maximum before decoding")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="folder of the run; default runs/<data>-<time>")
-    group.add_argument("--eval-every", type=int, metavar="EPOCHS", help="evaluate (and save) this often; always last")
-    group.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    group.add_argument(
+        "--eval-every", type=positive, metavar="EPOCHS", help="evaluate (and save) this often; always last"
+    )
+    group.add_argument("--log-every", type=positive, default=50, metavar="STEPS")
     group.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
 
     recipe = RECIPES.get(args.data, OWN).copy()
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
+    if args.center_prior not in (None, "closest"):
+        recipe.pop("radius", None)  # the recipes' radius belongs to "closest"
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -105,37 +114,25 @@ def parse_args() -> argparse.Namespace:
         args.image_size.append(round(args.image_size[0] * 1333 / 800))
     if len(args.image_size) != 2 or not 0 < args.image_size[0] <= args.image_size[1]:
         parser.error(f"--image-size takes the shorter and the longest side in px, not {args.image_size}")
-    for name in ("epochs", "steps", "batch_size", "lr", "eval_every", "log_every"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.lr <= 0 or args.weight_decay < 0:
+        parser.error(f"--lr must be positive and --weight-decay not negative: {args.lr}, {args.weight_decay}")
     return args
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
+    assigner = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
     try:
         return DetectorConfig(
-            num_classes=num_classes, backbone=args.backbone, image_size=tuple(args.image_size), channels=args.channels,
-            head_convs=args.head_convs, assigner=OTAConfig(**{k: v for k, v in given.items() if v is not None}),
-        )  # fmt: skip
+            num_classes=num_classes,
+            backbone=args.backbone,
+            image_size=tuple(args.image_size),
+            channels=args.channels,
+            head_convs=args.head_convs,
+            frozen_norm=args.pretrained,
+            assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),
+        )
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def environment() -> dict:
-    packages = ("torch", "torchvision", "timm", "pycocotools", "numpy", "pillow")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout
-    return {
-        "commit": commit,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "command": " ".join(sys.argv),
-    }
 
 
 @torch.no_grad()
@@ -152,13 +149,13 @@ def draw_samples(detector: Detector, dataset: CocoDataset, device: torch.device,
 
 
 def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels only. Group learning rates are set every step."""
-    weights = [p for p in detector.parameters() if p.ndim > 1]
-    others = [p for p in detector.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """SGD decays every parameter, as the paper's recipe does; AdamW, whose decay is far stronger, only kernels."""
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=args.lr)
+        return torch.optim.SGD(detector.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    kernels = [p for p in detector.parameters() if p.ndim > 1]
+    others = [p for p in detector.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": kernels}, {"params": others, "weight_decay": 0.0}],
+                             lr=args.lr, weight_decay=args.weight_decay)  # fmt: skip
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -179,6 +176,7 @@ def endless(loader: DataLoader, sampler: DistributedSampler):
 
 
 def main() -> None:
+    started = time.time()
     args = parse_args()
     device, rank, world = setup_distributed(args.device)
     is_main = rank == 0
@@ -186,22 +184,22 @@ def main() -> None:
     torch.manual_seed(args.seed + rank)  # ranks flip differently; weights start from rank 0's
 
     # data
-    if args.data == "shapes":
-        say("shapes: generated on first use, which takes some seconds")
-    if not is_main:
-        dist.barrier()  # the main rank writes a generated set first
-    train_split = find_splits(args.data)[0]
-    if is_main and world > 1:
+    if args.data == "shapes" and world > 1:  # the main rank writes a generated set, the others wait
+        if is_main:
+            find_splits(args.data)
         dist.barrier()
+    train_split, _ = find_splits(args.data)
+    if train_split is None:
+        raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     dataset = CocoDataset(train_split, train_transform(args.image_size))
-    val_dataset = CocoDataset(evaluation_split(args.data), eval_transform(args.image_size))
-    if val_dataset.category_ids != dataset.category_ids or val_dataset.class_names != dataset.class_names:
-        raise DatasetError(f"{val_dataset.split.annotations} and {train_split.annotations} differ in their categories")
-    say(
-        f"{args.data}: {len(dataset)} training images, {len(val_dataset)} for evaluation ({val_dataset.split.name}), "
-        f"{len(dataset.class_names)} classes; left out: {dataset.dropped_boxes} degenerate boxes, "
-        f"{dataset.crowd_boxes} crowd regions"
-    )
+    say(f"training on {train_split.annotations}: {describe(dataset)}")
+    if not dataset.num_boxes:
+        raise DatasetError(f"{train_split.annotations} has no boxes to learn from: {describe(dataset)}")
+    val_dataset = evaluation_dataset(args.data, args.image_size)
+    classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
+    differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
+    if differences:
+        raise DatasetError(f"the two parts of {args.data} differ in their categories: {differences}")
     config = detector_config(args, len(dataset.class_names))
     if args.batch_size % world or args.batch_size > len(dataset):
         raise SettingsError(
@@ -211,7 +209,7 @@ def main() -> None:
     sampler = DistributedSampler(dataset, world, rank, seed=args.seed, drop_last=True)
     loader = DataLoader(
         dataset, args.batch_size // world, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=True,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=ignore_interrupts,
     )  # fmt: skip
     epoch_steps = len(loader)
     steps = args.steps or args.epochs * epoch_steps
@@ -236,7 +234,11 @@ def main() -> None:
         if (out / "log.jsonl").exists():
             raise SettingsError(f"{out} holds a run already; name another folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **environment()}
+        settings = {
+            "command": " ".join(sys.argv),
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            **environment(device),
+        }
         (out / "args.json").write_text(json.dumps(settings, indent=1))
 
     def write_log(line: dict) -> None:
@@ -249,8 +251,7 @@ def main() -> None:
             out / "ota.safetensors",
             detector,
             {
-                "class_names": dataset.class_names,
-                "category_ids": dataset.category_ids,
+                **classes,
                 "data": args.data if args.data in RECIPES else str(Path(args.data).absolute()),
                 "training": {"step": step, "steps": steps, "metrics": metrics, **settings},
             },
@@ -258,7 +259,13 @@ def main() -> None:
 
     # Ctrl-C ends the run after the step, with the weights saved; torchrun then ends the other ranks.
     stop = []
-    signal.signal(signal.SIGINT, (lambda *_: stop.append(True)) if is_main else signal.SIG_IGN)
+
+    def request_stop(*_) -> None:
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; once more to quit at once")
+
+    signal.signal(signal.SIGINT, request_stop if is_main else signal.SIG_IGN)
 
     batches = endless(loader, sampler)
     bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None if is_main else True)
@@ -285,7 +292,8 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         bar.update()
-        window_losses.append({name: value.detach() for name, value in losses.items()})
+        if is_main:
+            window_losses.append({name: value.detach() for name, value in losses.items()})
 
         done = step + 1
         if is_main and (done % args.log_every == 0 or done == steps):
@@ -315,19 +323,29 @@ def main() -> None:
             print(f"interrupted after step {done}; weights are in {out / 'ota.safetensors'}")
             sys.exit(130)
         if done == steps or done % (args.eval_every * epoch_steps) == 0:
+            paused = time.perf_counter()
+            if is_main:
+                save(done, None)  # an evaluation can take long
+            if world > 1:  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
+                for buffer in detector.buffers():
+                    dist.broadcast(buffer, 0)
             metrics, _ = evaluate(detector, val_dataset, device, workers=workers)
             if is_main:
                 write_log({"step": done, "split": val_dataset.split.name, **metrics})
                 save(done, metrics)
-                tqdm.write(
-                    f"step {done}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f} ({val_dataset.split.name})"
-                )
-            window_start, window_wait, window_losses = time.perf_counter(), 0.0, []
+                scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50"))
+                tqdm.write(f"step {done}: {scores} ({val_dataset.split.name})")
+            window_start += time.perf_counter() - paused
     bar.close()
 
     if is_main:
         print_table(metrics)
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        record = {
+            "data": str(val_dataset.split.annotations),
+            "images": len(val_dataset),
+            "train_s": round(time.time() - started),
+        }
+        (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
         draw_curves(log, out / "curves.png")
         draw_samples(detector.eval(), val_dataset, device, out / "samples.png")
         print(f"wrote {out}: ota.safetensors, log.jsonl, metrics.json, curves.png, samples.png")

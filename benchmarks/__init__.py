@@ -14,7 +14,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
     here = str(Path(__file__).parent)
     about = {
         "device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "triton": _version("triton"), "python": platform.python_version(),
+        "torchvision": _version("torchvision"), "timm": _version("timm"), "triton": _version("triton"),
+        "pycocotools": _version("pycocotools"), "python": platform.python_version(),
         "commit": _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

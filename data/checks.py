@@ -6,7 +6,7 @@ raises one error that lists them by kind. A box is x, y, width, height in px, as
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +38,8 @@ def check_annotations(annotations: dict, images_dir: Path, source: Path) -> None
     categories = _check_records("categories", annotations, problems)
     images = _check_records("images", annotations, problems)
     objects = _check_records("annotations", annotations, problems)
-    _check_boxes(objects, {c["id"] for c in categories}, {i["id"]: i for i in images}, problems)
+    _check_names(categories, problems)
+    _check_boxes(objects, _ids(annotations, "categories"), _ids(annotations, "images"), images, problems)
     _check_files(images, images_dir, problems)
     if problems:
         raise DatasetError(_report(source, problems))
@@ -130,15 +131,31 @@ def _who(record: object, row: int) -> str:
     return ", ".join([f"record {row}", *known])
 
 
-def _check_boxes(objects: list[dict], categories: set[int], images: dict[int, dict], problems: Problems) -> None:
+def _check_names(categories: list[dict], problems: Problems) -> None:
+    for name, count in Counter(category["name"] for category in categories).items():
+        if count > 1:
+            problems["category names that occur twice"].append(repr(name))
+
+
+def _ids(annotations: dict, key: str) -> set:
+    """The ids of all records under a key, malformed ones too: what refers to those is not to blame."""
+    records = annotations.get(key)
+    ids = [record.get("id") for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    return {i for i in ids if _is_id(i)}
+
+
+def _check_boxes(
+    objects: list[dict], category_ids: set[int], image_ids: set[int], images: list[dict], problems: Problems
+) -> None:
+    sound_images = {image["id"]: image for image in images}
     for record in objects:
-        image = images.get(record["image_id"])
-        if record["category_id"] not in categories:
+        image = sound_images.get(record["image_id"])
+        if record["category_id"] not in category_ids:
             culprit = f"{_object(record, image)}: category_id {record['category_id']}"
             problems["annotations of unknown categories"].append(culprit)
-        if image is None:
+        if record["image_id"] not in image_ids:
             problems["annotations of unknown images"].append(_object(record, image))
-        elif _is_outside(record["bbox"], image["width"], image["height"]):
+        elif image and _is_outside(record["bbox"], image["width"], image["height"]):
             culprit = f"{_object(record, image)}: {record['bbox']} in {image['width']} x {image['height']}"
             problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(culprit)
 

@@ -42,31 +42,26 @@ class Split:
     images: Path
 
 
-def find_splits(data: str) -> tuple[Split, Split | None]:
-    """The train split and, where there is one, the val split.
+def find_splits(data: str) -> tuple[Split | None, Split | None]:
+    """The train and the val split; one of them may be missing.
 
     data: "coco" ($OTA_DATA/coco), "shapes" (generated under $OTA_DATA on first use) or a folder in one
     of LAYOUTS. OTA_DATA is ./datasets where it is not set.
-    Raises DatasetError: no train split, or annotations without their image folder.
+    Raises DatasetError: neither split is there.
     """
     home = Path(os.environ.get("OTA_DATA", "datasets"))
     root = {"coco": home / "coco", "shapes": home / shapes_folder()}.get(data, Path(data).expanduser())
     if data == "shapes" and not root.is_dir():
+        print(f"generating the shapes data set in {root}: some seconds, once")
         generate_shapes(root)
-    for train, val in LAYOUTS:
-        if (root / train[0]).is_file():
-            has_val = (root / val[0]).is_file()
-            return _split("train", root, *train), _split("val", root, *val) if has_val else None
+    for layout in LAYOUTS:
+        splits = [
+            Split(name, root / annotations, root / images) if (root / annotations).is_file() else None
+            for name, (annotations, images) in zip(("train", "val"), layout, strict=True)
+        ]
+        if any(splits):
+            return splits[0], splits[1]
     raise DatasetError(_missing_message(data, root.absolute()))
-
-
-def _split(name: str, root: Path, annotations: str, images: str) -> Split:
-    split = Split(name, root / annotations, root / images)
-    if not split.images.is_dir():
-        raise DatasetError(
-            f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
-        )
-    return split
 
 
 def _missing_message(data: str, root: Path) -> str:
@@ -88,6 +83,7 @@ class CocoDataset(torch.utils.data.Dataset):
     category_ids   class c -> the file's own id, ascending
     images         id, file_name, width, height of each image, in file order
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
+    num_boxes      boxes that are targets
     crowd_boxes    iscrowd regions; these are no targets
     """
 
@@ -95,6 +91,10 @@ class CocoDataset(torch.utils.data.Dataset):
         """transform: a torchvision.transforms.v2 callable on (image, target). Raises DatasetError."""
         self.split = split
         self.transform = transform
+        if not split.images.is_dir():
+            raise DatasetError(
+                f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
+            )
         content = _read_json(split.annotations)
         check_annotations(content, split.images, split.annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -117,8 +117,9 @@ class CocoDataset(torch.utils.data.Dataset):
         labels = np.array([class_of[record["category_id"]] for record in targets], np.int64)
         boxes = np.array([record["bbox"] for record in targets], np.float64).reshape(-1, 4)
 
+        ids = np.array([record["id"] for record in targets], np.int64)
         kept = np.isfinite(boxes).all(1)
-        owner, labels, boxes = owner[kept], labels[kept], boxes[kept]
+        owner, labels, boxes, kept_ids = owner[kept], labels[kept], boxes[kept], ids[kept]
         boxes[:, 2:] += boxes[:, :2]
         height, width = self._sizes[owner].T
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
@@ -127,7 +128,8 @@ class CocoDataset(torch.utils.data.Dataset):
         rows = kept[np.argsort(owner[kept], kind="stable")]
         self._boxes, self._labels = boxes[rows], labels[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
-        self.dropped_boxes = len(targets) - len(rows)
+        self._dropped_ids = set(ids.tolist()) - set(kept_ids[rows].tolist())
+        self.num_boxes, self.dropped_boxes = len(rows), len(self._dropped_ids)
         self.crowd_boxes = len(records) - len(targets)
 
     @cached_property
@@ -135,16 +137,19 @@ class CocoDataset(torch.utils.data.Dataset):
         """The file, for pycocotools' ground truth; read again when first asked for, as COCO's polygons
         would cost every training process gigabytes.
 
-        pycocotools needs `area` and `iscrowd`, which some files leave out (width x height and 0 are
-        filled in), and counts a detection matched to annotation 0 as false (0 gets the next free id).
+        Dropped boxes are no objects here either. pycocotools needs `area` and `iscrowd`, which some files
+        leave out or empty (width x height and 0 are filled in), and counts a detection matched to
+        annotation 0 as false (0 gets the next free id).
         """
         content = _read_json(self.split.annotations)
-        free_id = max((record["id"] for record in content["annotations"]), default=0) + 1
-        for record in content["annotations"]:
+        records = [record for record in content["annotations"] if record["id"] not in self._dropped_ids]
+        free_id = max((record["id"] for record in records), default=0) + 1
+        for record in records:
             record["id"] = record["id"] or free_id
             record.setdefault("iscrowd", 0)
-            record.setdefault("area", record["bbox"][2] * record["bbox"][3])
-        return content
+            if not isinstance(record.get("area"), int | float):
+                record["area"] = record["bbox"][2] * record["bbox"][3]
+        return content | {"annotations": records}
 
     def __len__(self) -> int:
         return len(self._image_ids)

@@ -46,7 +46,11 @@ def ota_assign(
     _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
     if check or (check is None and boxes.device.type == "cpu"):
         _check_values(logits, gt_boxes, gt_labels, gt_offsets)
-    return BACKENDS[backend](logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+    inputs = (logits, boxes, gt_boxes, gt_labels, gt_offsets)
+    if boxes.device.type == "mps":  # has neither float64 nor segmented reductions
+        match = BACKENDS[backend](*(t.cpu() for t in inputs), grid, config)
+        return Assignment(*(t.to(boxes.device) for t in match))
+    return BACKENDS[backend](*inputs, grid, config)
 
 
 def _check_shapes(

@@ -13,15 +13,15 @@ point). A Sinkhorn iteration is a segmented logsumexp over the edges of each poi
 supplier. Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .candidates import candidate_pairs
 from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig
-from .grid import INSIDE_MARGIN_PX, MAX_SIDE_PX, UNITS_PER_PX, PointGrid, box_centers, radius_in_units, valid_rows
+from .grid import PointGrid, valid_rows
 
 ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
 
@@ -40,139 +40,6 @@ class Plan(NamedTuple):
     log_plan_bg: Tensor  # (A,)
     score: Tensor  # (P,) what a point compares its suppliers by: log plan, rescaled if so configured
     score_bg: Tensor  # (A,)
-
-
-@lru_cache(maxsize=32)
-def _level_table(grid: PointGrid, device: torch.device) -> tuple[Tensor, ...]:
-    """Stride px, columns, rows and index of the first point of every level: (L,) int64 each."""
-    rows, columns = zip(*grid.sizes, strict=True)
-    return torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1]], device=device).unbind(0)
-
-
-@lru_cache(maxsize=32)
-def _possible_ranks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(column rank, row rank) that a point among the `count` closest of its level can have.
-
-    The point in the p-th closest column and the q-th closest row (from 0) has (p + 1)(q + 1) - 1 points at least
-    as close as itself, so (p + 1)(q + 1) <= count: 87 pairs of ranks for 25 points instead of 625.
-    """
-    ranks = [(p, q) for p in range(count) for q in range(count // (p + 1))]
-    return torch.tensor(ranks, device=device).unbind(1)
-
-
-def _nearest(center: Tensor, stride: Tensor, size: Tensor, count: int) -> Tensor:
-    """The `count` grid coordinates (..., count) closest to a centre on one axis, the lower one first on a tie.
-
-    The m closest form a run that starts at ceil(a - m / 2), a being the centre in grid coordinates, pushed back
-    inside the grid. Entries from rank `size` on mean nothing.
-    """
-    m = torch.arange(1, count + 1, device=center.device)
-    half = (stride * (UNITS_PER_PX // 2))[..., None]
-    start = -((half * (m + 1) - center[..., None]) // (2 * half))
-    start = torch.minimum(start, size[..., None] - m).clamp(min=0)
-    grew_right = F.pad(start[..., 1:] == start[..., :-1], (1, 0))
-    return start + grew_right * (m - 1)
-
-
-def _inside_range(low: Tensor, high: Tensor, stride: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last grid coordinate of the points farther than the margin from both sides of a box, one axis."""
-    first = (low / stride - 0.5).floor()
-    last = (high / stride - 0.5).ceil()
-    for _ in range(2):  # the guess is at most two short; the test itself is the literal one
-        first = first + ((first + 0.5) * stride - low <= INSIDE_MARGIN_PX).float()
-        last = last - (high - (last + 0.5) * stride <= INSIDE_MARGIN_PX).float()
-    return first.long(), last.long()
-
-
-def _candidate_ranges(boxes: Tensor, center: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, ...]:
-    """Columns and rows a candidate may lie in: first column, last column, first row, last row, (G, L) each."""
-    stride, columns, rows, _ = _level_table(grid, boxes.device)
-    boxes = boxes.clamp(-MAX_SIDE_PX, 2 * MAX_SIDE_PX)
-    ranges = []
-    for axis, size in ((0, columns), (1, rows)):
-        first, last = _inside_range(boxes[:, axis, None], boxes[:, axis + 2, None], stride)
-        if config.center_prior == "radius":
-            reach = torch.tensor([radius_in_units(config.radius, s) for s in grid.strides], device=boxes.device)
-            half, c = stride * (UNITS_PER_PX // 2), center[:, axis, None]
-            first = torch.maximum(first, (c - reach - half) // (2 * half) + 1)
-            last = torch.minimum(last, -((half - c - reach) // (2 * half)) - 1)
-        ranges += [first.clamp(min=0), torch.minimum(last, size - 1)]
-    return tuple(ranges)
-
-
-def _all_in_ranges(ranges: tuple[Tensor, ...], grid: PointGrid) -> tuple[Tensor, Tensor]:
-    """Every (ground truth, point) of the ranges."""
-    _, columns, _, level_start = _level_table(grid, ranges[0].device)
-    first_x, last_x, first_y, last_y = ranges
-    width, height = (last_x - first_x + 1).clamp(min=0), (last_y - first_y + 1).clamp(min=0)
-    count = (width * height).flatten()
-    cell = torch.arange(count.numel(), device=count.device).repeat_interleave(count)  # gt * L + level
-    inner = torch.arange(cell.numel(), device=count.device) - (count.cumsum(0) - count)[cell]
-    y, x = inner // width.flatten()[cell], inner % width.flatten()[cell]
-    gt, level = cell // len(grid.strides), cell % len(grid.strides)
-    point = level_start[level] + (first_y[gt, level] + y) * columns[level] + first_x[gt, level] + x
-    return gt, point
-
-
-def _closest_in_ranges(
-    center: Tensor, ranges: tuple[Tensor, ...], grid: PointGrid, count: int
-) -> tuple[Tensor, Tensor]:
-    """(ground truth, point) of the `count` points closest to the centre on each level, if in the ranges."""
-    table = _level_table(grid, center.device)
-    first_x, last_x, first_y, last_y = ranges
-    gt, level = ((last_x >= first_x) & (last_y >= first_y)).nonzero(as_tuple=True)
-    stride, columns, rows, level_start = (t[level] for t in table)
-    center, rank_x, rank_y = center[gt], *_possible_ranks(count, center.device)
-
-    x = _nearest(center[:, 0], stride, columns, count)
-    y = _nearest(center[:, 1], stride, rows, count)
-    unit = (stride * (UNITS_PER_PX // 2))[:, None]
-    square_x = ((2 * x + 1) * unit - center[:, :1]) ** 2
-    square_y = ((2 * y + 1) * unit - center[:, 1:]) ** 2
-    distance = square_x[:, rank_x] + square_y[:, rank_y]
-    x, y = x[:, rank_x], y[:, rank_y]
-    exists = (rank_x < columns[:, None]) & (rank_y < rows[:, None])
-    distance = distance.masked_fill(~exists, torch.iinfo(torch.int64).max)
-
-    # Closest first, the lower point on a tie: two stable sorts, the last one by distance.
-    point, by_point = (level_start[:, None] + y * columns[:, None] + x).sort(dim=1)
-    by_distance = distance.gather(1, by_point).argsort(dim=1, stable=True)[:, :count]
-    chosen = by_point.gather(1, by_distance)
-    x, y, exists = x.gather(1, chosen), y.gather(1, chosen), exists.gather(1, chosen)
-    inside = exists & (x >= first_x[gt, level, None]) & (x <= last_x[gt, level, None])
-    inside &= (y >= first_y[gt, level, None]) & (y <= last_y[gt, level, None])
-    row, _ = inside.nonzero(as_tuple=True)
-    return gt[row], point.gather(1, by_distance)[inside]
-
-
-def _closest_point(center: Tensor, grid: PointGrid) -> Tensor:
-    """(G,) the one point closest to the centre over all levels, the finest level first on a tie."""
-    stride, columns, rows, level_start = _level_table(grid, center.device)
-    unit = stride * (UNITS_PER_PX // 2)
-    shape = (center.shape[0], len(grid.strides))
-    x = _nearest(center[:, :1].expand(shape), stride.expand(shape), columns.expand(shape), 1)[..., 0]
-    y = _nearest(center[:, 1:].expand(shape), stride.expand(shape), rows.expand(shape), 1)[..., 0]
-    distance = ((2 * x + 1) * unit - center[:, :1]) ** 2 + ((2 * y + 1) * unit - center[:, 1:]) ** 2
-    level = distance.argmin(1, keepdim=True)
-    return (level_start + y * columns + x).gather(1, level)[:, 0]
-
-
-def candidate_pairs(gt_boxes: Tensor, valid: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, Tensor]:
-    """Row in gt_boxes and point (0..N-1) of all candidate pairs, (P,) each, sorted by row."""
-    rows = valid.nonzero()[:, 0]
-    boxes = gt_boxes[rows].float()
-    center = box_centers(boxes)
-    ranges = _candidate_ranges(boxes, center, grid, config)
-    if config.center_prior == "closest":
-        gt, point = _closest_in_ranges(center, ranges, grid, int(config.radius) ** 2)
-    else:
-        gt, point = _all_in_ranges(ranges, grid)
-    without = torch.bincount(gt, minlength=len(rows)) == 0
-    if without.any():
-        lonely = without.nonzero()[:, 0]
-        gt, order = torch.cat([gt, lonely]).sort(stable=True)
-        point = torch.cat([point, _closest_point(center[lonely], grid)])[order]
-    return rows[gt], point
 
 
 def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,12 +132,11 @@ def _sinkhorn(
 
     v = -by_point.logsumexp(-cost_p)
     u = log_supply - by_supplier.logsumexp(v[receiver_s] - cost_s)
-    block = ABSORB_EVERY if cost.dtype == torch.float64 else 1
-    for done in range(1, iterations, block):
+    for done in range(1, iterations, ABSORB_EVERY):
         plan_p = (u[supplier_p] + v[receiver_p] - cost_p).exp()
         plan_s = (u[supplier_s] + v[receiver_s] - cost_s).exp()
         row_factor = torch.ones_like(u)
-        for _ in range(min(block, iterations - done)):
+        for _ in range(min(ABSORB_EVERY, iterations - done)):
             column_factor = by_point.sum(plan_p * row_factor.index_select(0, supplier_p)).reciprocal()
             row_factor = supply / by_supplier.sum(plan_s * column_factor.index_select(0, receiver_s))
         u, v = u + row_factor.log(), v + column_factor.log()
@@ -307,15 +173,14 @@ def solve(
     num_active = points.numel()
     active_per_image = torch.bincount(points // num_points, minlength=num_images)
     supply_bg = num_points - torch.zeros_like(active_per_image).index_add_(0, image_of_row, k)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    supply = torch.cat([k, supply_bg.clamp(min=0)]).to(wide).clamp(min=EMPTY_SUPPLY)
+    supply = torch.cat([k, supply_bg.clamp(min=0)]).double().clamp(min=EMPTY_SUPPLY)
 
     # Edges: candidate pairs, background to every active point, background to the rest of each image.
     images = torch.arange(num_images, device=device)
     supplier = torch.cat([gt, num_rows + points // num_points, num_rows + images])
     receiver = torch.cat([column, torch.arange(num_active + num_images, device=device)])
-    scaled_cost = F.pad(cost.to(wide) / config.eps, (0, num_active + num_images))
-    log_count = F.pad((num_points - active_per_image).to(wide).log(), (gt.numel() + num_active, 0))
+    scaled_cost = F.pad(cost.double() / config.eps, (0, num_active + num_images))
+    log_count = F.pad((num_points - active_per_image).double().log(), (gt.numel() + num_active, 0))
 
     by_point = _Segments.by(receiver, num_active + num_images)
     by_supplier = _Segments.by(supplier, num_rows + num_images)

@@ -19,7 +19,7 @@ EMPTY_SUPPLY = 1e-12
 
 @dataclass(frozen=True)
 class OTAConfig:
-    """Settings of optimal transport assignment; the defaults are those of the paper (section 4.1).
+    """Settings of optimal transport assignment; the defaults are the paper's (section 4.1), decoded as in its code.
 
     alpha         weight of the regression cost (equation 6)
     eps           entropic regularisation of Sinkhorn-Knopp (equation 9)
@@ -58,11 +58,10 @@ class OTAConfig:
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
         if not 0 < self.eps < math.inf or not 0 <= self.alpha < math.inf:
             raise ValueError(f"OTAConfig needs finite eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
-        if self.iterations < 1 or self.top_q < 1 or (self.fixed_k is not None and self.fixed_k < 1):
-            raise ValueError(
-                "OTAConfig needs iterations, top_q and fixed_k of at least 1, "
-                f"not {self.iterations}, {self.top_q}, {self.fixed_k}"
-            )
+        for name in ("iterations", "top_q", "fixed_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"OTAConfig.{name} is {value}, it must be at least 1")
 
 
 class Assignment(NamedTuple):

@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import timm
 from einops import rearrange
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -36,11 +37,16 @@ def create_body(name: str, pretrained: bool) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128."""
+    """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
-    def __init__(self, name: str, channels: int, pretrained: bool = False):
+    `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
+    """
+
+    def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
         super().__init__()
         self.body = create_body(name, pretrained)
+        if frozen_norm:
+            self.body = freeze_batch_norm_2d(self.body)
         info = self.body.feature_info
         missing = set(BACKBONE_STRIDES) - set(info.reduction())
         if missing:

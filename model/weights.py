@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,7 +29,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
     metadata = {
         "format": FORMAT,
         "architecture": dataclasses.asdict(detector.config),
-        "normalisation": {"mean": list(detector.backbone.mean), "std": list(detector.backbone.std)},
+        "normalisation": {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")},
         **metadata,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
@@ -48,20 +49,25 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("ota")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or it is truncated: {error}") from error
     if header is None:
         raise WeightsError(f"{path} holds tensors but no detector of this project: train.py writes what is needed")
-    metadata = json.loads(header)
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path} has format {metadata.get('format')!r}, this version reads {FORMAT!r}")
-    architecture = metadata["architecture"]
-    config = architecture | {
-        "assigner": OTAConfig(**architecture["assigner"]),
-        "image_size": tuple(architecture["image_size"]),
-    }
-    detector = Detector(DetectorConfig(**config))
+    try:
+        metadata = json.loads(header)
+        if metadata["format"] != FORMAT:
+            raise WeightsError(f"{path} has format {metadata['format']!r}, this version reads {FORMAT!r}")
+        architecture = metadata["architecture"]
+        config = architecture | {
+            "assigner": OTAConfig(**architecture["assigner"]),
+            "image_size": tuple(architecture["image_size"]),
+        }
+        detector = Detector(DetectorConfig(**config))
+        for name in ("mean", "std"):  # the file's own: timm's defaults may change
+            getattr(detector, name).copy_(torch.tensor(metadata["normalisation"][name]).view(3, 1, 1))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} has metadata that this version cannot read: {error!r}") from error
     try:
         detector.load_state_dict(tensors)
     except RuntimeError as error:

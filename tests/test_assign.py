@@ -612,9 +612,9 @@ BAD_OPTIONS = {
     "radius-huge": (dict(center_prior="radius", radius=1e9), "'radius' needs 0 < radius < 16384"),
     "eps-0": (dict(eps=0), "needs finite eps > 0"),
     "alpha-negative": (dict(alpha=-1), "alpha >= 0"),
-    "T0": (dict(iterations=0), "iterations, top_q and fixed_k of at least 1"),
-    "q0": (dict(top_q=0), "iterations, top_q and fixed_k of at least 1"),
-    "k0": (dict(fixed_k=0), "iterations, top_q and fixed_k of at least 1"),
+    "T0": (dict(iterations=0), "iterations is 0, it must be at least 1"),
+    "q0": (dict(top_q=0), "top_q is 0, it must be at least 1"),
+    "k0": (dict(fixed_k=0), "fixed_k is 0, it must be at least 1"),
 }
 
 

@@ -173,14 +173,28 @@ def test_weights_come_back_as_saved(tmp_path):
     save_weights(tmp_path / "ota.safetensors", detector, {"class_names": ["a", "b", "c"]})
     loaded, metadata = load_weights(tmp_path / "ota.safetensors")
     assert loaded.config == detector.config and metadata["class_names"] == ["a", "b", "c"]
-    assert metadata["normalisation"]["mean"] == list(detector.backbone.mean)
+    assert torch.equal(torch.tensor(metadata["normalisation"]["mean"]), detector.mean.flatten())
     images, _ = random_batch([(96, 128)])
     assert torch.equal(detector.predict_raw(detector.batch(images))[0].boxes,
                        loaded.predict_raw(loaded.batch(images))[0].boxes)  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["ota.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "other-tensors", "other-architecture"])
+@torch.no_grad()
+def test_normalisation_and_frozen_norms_come_from_the_file(tmp_path):
+    detector = tiny_detector("resnet10t", frozen_norm=True).train()
+    detector.mean.fill_(0.3)
+    before = {name: value.clone() for name, value in detector.named_buffers()}
+    detector(*random_batch([(64, 96)]))
+    assert all(torch.equal(value, before[name]) for name, value in detector.named_buffers())
+    save_weights(tmp_path / "ota.safetensors", detector, {})
+    loaded, _ = load_weights(tmp_path / "ota.safetensors")
+    assert loaded.mean.flatten().tolist() == pytest.approx([0.3] * 3) and loaded.config.frozen_norm
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "text", "truncated", "other-tensors", "other-architecture", "newer-assigner"]
+)
 def test_unusable_weights_are_named(tmp_path, kind):
     path = tmp_path / "ota.safetensors"
     if kind == "text":
@@ -189,12 +203,17 @@ def test_unusable_weights_are_named(tmp_path, kind):
         save_file({"x": torch.zeros(2)}, path)
     elif kind != "missing":
         save_weights(path, tiny_detector(), {})
-        if kind == "truncated":
-            path.write_bytes(path.read_bytes()[:-1000])
-        else:
-            content = path.read_bytes()
-            path.write_bytes(content.replace(b'\\"num_classes\\": 3', b'\\"num_classes\\": 4'))
-    expected = {"missing": "no weights file", "other-tensors": "no detector", "other-architecture": "does not fit"}
+        content = path.read_bytes()
+        changed = {
+            "truncated": content[:-1000],
+            "other-architecture": content.replace(b'\\"num_classes\\": 3', b'\\"num_classes\\": 4'),
+            "newer-assigner": content.replace(b'\\"top_q\\"', b'\\"top_Q\\"'),
+        }
+        path.write_bytes(changed[kind])
+    expected = {
+        "missing": "no weights file", "other-tensors": "no detector", "other-architecture": "does not fit",
+        "newer-assigner": "cannot read.*top_Q",
+    }  # fmt: skip
     with pytest.raises(WeightsError, match=expected.get(kind, "no safetensors file, or it is truncated")) as error:
         load_weights(path)
     assert str(path) in str(error.value)

@@ -21,7 +21,8 @@ from eval import batches_of_one_size, coco_metrics
 from model import BackboneError, DetectorConfig, WeightsError, load_weights
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", "--workers", "0"]
+CPU = ["--device", "cpu", "--workers", "0"]
+TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -67,7 +68,7 @@ def test_four_images_are_learned_by_heart(trained):
     assert metrics["AP"] > 0.9
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert losses == sorted(losses, reverse=True) and lines[-1]["split"] == "train"
+    assert losses[-1] < 0.5 * losses[0] and lines[-1]["split"] == "train"
     assert set(lines[0]) >= {"step", "lr", "cls", "box", "iou", "positives_per_gt", "images_per_s", "data_wait"}
 
 
@@ -75,8 +76,8 @@ def test_run_folder_holds_what_is_promised(trained, four_images):
     for name in ("curves.png", "samples.png"):
         Image.open(trained / name).load()
     settings = json.loads((trained / "args.json").read_text())
-    assert settings["args"]["steps"] == 250 and settings["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert "commit" in settings
+    assert settings["args"]["steps"] == 250 and settings["torch"] == torch.__version__
+    assert {"commit", "command", "device", "timm", "date"} <= set(settings)
     metadata = load_weights(trained / "ota.safetensors")[1]
     assert metadata["class_names"] == find_dataset(four_images).class_names
     assert metadata["category_ids"] == [1, 2, 3, 4, 5]
@@ -91,7 +92,7 @@ def find_dataset(folder: Path) -> CocoDataset:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_eval_gives_the_ap_that_training_printed(trained, tmp_path, ranks):
-    said = run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", 0, ranks=ranks)
+    said = run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU, ranks=ranks)
     trained_metrics, metrics = (json.loads((d / "metrics.json").read_text()) for d in (trained, tmp_path))
     for name in eval_script.METRICS:
         assert abs(metrics[name] - trained_metrics[name]) < 1e-6, name
@@ -106,18 +107,22 @@ def results_of(folder: Path) -> list[dict]:
 def test_eval_works_without_triton(trained, tmp_path):
     blocked = "import sys; sys.modules['triton'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", blocked, "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", "0"],
+        [sys.executable, "-c", blocked, "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
-def test_training_on_two_ranks(four_images, tmp_path):
+def test_two_ranks_evaluate_the_weights_that_they_save(tmp_path):
+    """The ranks' batch norms differ after a step; the validation part fills more than one batch."""
+    generate_shapes(tmp_path / "shapes", train_images=16, val_images=24, size_px=96)
     out = tmp_path / "out"
-    run("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 3,
-        "--log-every", 1, "--out", out, ranks=2)  # fmt: skip
-    assert len((out / "log.jsonl").read_text().splitlines()) == 4  # three steps and one evaluation
-    load_weights(out / "ota.safetensors")
+    run("train.py", "--data", tmp_path / "shapes", *TINY, "--image-size", 96, "--batch-size", 4, "--steps", 60,
+        "--lr", 8e-3, "--log-every", 20, "--eval-every", 100, "--out", out, ranks=2)  # fmt: skip
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4  # three log lines and one evaluation
+    run("eval.py", "--weights", out / "ota.safetensors", "--out", tmp_path, *CPU)
+    printed, metrics = (json.loads((d / "metrics.json").read_text()) for d in (out, tmp_path))
+    assert printed["AP50"] > 0 and all(abs(printed[name] - metrics[name]) < 1e-6 for name in eval_script.METRICS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -125,7 +130,7 @@ def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 100_000,
-                "--log-every", 1, "--out", out, ranks=ranks),
+                "--log-every", 1, "--workers", 1, "--out", out, ranks=ranks),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     said = ""
@@ -147,15 +152,36 @@ def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
         (["--batch-size", "8"], train.SettingsError, r"--batch-size 8 .* 4 images"),
         (["--lr", "1e38"], FloatingPointError, r"step \d.*not finite \(cls .* box .*iou .*image ids \d"),
         (["--backbone", "resnet999"], BackboneError, "resnet999.*--backbone"),
+        (["--device", "toaster"], train.SettingsError, "cannot use --device toaster"),
         (["--channels", "30"], train.SettingsError, "--channels"),
-        (["--fixed-k", "0"], train.SettingsError, "fixed_k"),
+        (["--radius", "2.5"], train.SettingsError, "radius is 2.5: 'closest'"),
     ],
-    ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "odd-channels", "bad-assigner"],
+    ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "no-device", "odd-channels", "bad-assigner"],
 )
 def test_train_stops_with_a_name(monkeypatch, four_images, tmp_path, args, error, message):
     base = ["--data", four_images, *TINY, "--image-size", "64", "--batch-size", "4", "--steps", "4", "--warmup", "1"]
     with pytest.raises(error, match=message):
         call(monkeypatch, train, *base, "--out", tmp_path / "out", *args)
+
+
+def test_set_without_boxes_is_refused(monkeypatch, four_images, tmp_path):
+    shutil.copytree(four_images, tmp_path / "empty")
+    path = tmp_path / "empty" / "annotations" / "instances_train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    with pytest.raises(DatasetError, match="no boxes to learn from"):
+        call(monkeypatch, train, "--data", tmp_path / "empty", *TINY, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--top-q", "--channels"])
+def test_zero_is_refused_by_flag(monkeypatch, capsys, flag):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, train, flag, "0")
+    assert f"{flag}: 0 is not at least 1" in capsys.readouterr().err
+
+
+def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--center-prior", "radius"])
+    assert train.detector_config(train.parse_args(), 5).assigner.radius == 2.5
 
 
 def test_train_refuses_a_folder_with_a_run(monkeypatch, four_images, trained):
@@ -168,7 +194,7 @@ def test_train_refuses_a_folder_with_a_run(monkeypatch, four_images, trained):
 def test_pretrained_without_a_hub_is_one_clear_line(four_images, tmp_path):
     done = subprocess.run(
         command("train.py", "--data", four_images, "--pretrained", "--backbone", "resnet18", "--batch-size", "4",
-                "--out", tmp_path / "out"),
+                *CPU, "--out", tmp_path / "out"),
         cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )  # fmt: skip
@@ -181,7 +207,7 @@ def test_coco_recipe_is_the_papers(monkeypatch):
     args = train.parse_args()
     assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
     assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
-    assert train.detector_config(args, 80) == DetectorConfig(80)
+    assert train.detector_config(args, 80) == DetectorConfig(80, frozen_norm=True)
     rates = [train.learning_rate(step, 90_000, args) for step in (0, 500, 59_999, 60_000, 79_999, 80_000)]
     assert rates == pytest.approx([1e-5, 0.00501, 0.01, 0.001, 0.001, 0.0001])
     args.batch_size = 64
@@ -224,7 +250,7 @@ def test_known_detections_give_known_numbers(four_images):
 
 
 def test_detections_file_is_a_coco_result(trained, four_images, tmp_path):
-    run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, "--workers", 0)
+    run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU)
     truth = COCO(four_images / "annotations" / "instances_train.json")
     assert len(truth.loadRes(str(tmp_path / "detections.json")).anns) == len(results_of(tmp_path)) > 10
 
