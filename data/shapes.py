@@ -1,8 +1,9 @@
 """A generated detection data set in COCO layout: five kinds of shapes, a third of the images crowded.
 
-Small and quick to learn, yet with what label assignment is about: rows and clusters of similar shapes
-whose boxes overlap by an IoU of 0.3 to 0.6. A box is that of the whole shape, covered parts included,
-clipped to the image; no shape is covered so far that it could not be found. Lengths are in px.
+Small and quick to learn, yet with what label assignment is about: rows and clusters of similar shapes whose
+boxes overlap by an IoU of 0.3 to 0.6, and shapes nested about one centre. A box is that of the whole shape,
+covered parts included, clipped to the image; no shape is covered so far that it could not be found. Lengths
+are in px.
 """
 
 import hashlib
@@ -19,16 +20,19 @@ from numpy.random import Generator as Rng
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
-VERSION = 1  # to be raised with any change to the pictures: it is part of the folder's name
+VERSION = 2  # to be raised with any change to the pictures: it is part of the folder's name
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 SIZE_PX, TRAIN_IMAGES, VAL_IMAGES = 160, 1000, 200
 EMPTY_SHARE, CROWDED_SHARE = 0.04, 0.35
-SPARSE_OBJECTS, CROWD_OBJECTS = (1, 6), (7, 12)
+SPARSE_OBJECTS, CROWD_OBJECTS = (1, 6), (6, 10)
 SPARSE_SIZE, CROWD_SIZE = (0.15, 0.50), (0.20, 0.36)  # of the image's side
 FRESH_START = 0.08  # chance that the next shape of a crowd starts another row or cluster
 BORDER = 0.3  # how far inside the image a centre stays, in units of the shape's size
 CROWD_STEP = (0.34, 0.50)  # from neighbour to neighbour, in units of their size
-MIN_VISIBLE = 0.45  # share of a shape's own pixels
+NESTED_SHARE = 0.5  # of the crowded images
+NEST_START, NEST_SIZE = 0.4, (0.30, 0.50)  # chance that the next shape starts another nest, and the size of its first
+NEST_RATIO, NEST_STEP = (0.50, 0.70), 0.08  # size and shift of a shape inside the one before, in units of its size
+MIN_VISIBLE = 0.5  # share of a shape's own pixels
 MAX_IOU, MAX_IOU_SAME_CLASS = 0.7, 0.55  # the second under any sensible NMS threshold
 ATTEMPTS_PER_OBJECT = 10
 OUTLINE_PX = 1.5
@@ -37,6 +41,7 @@ SETTINGS = (
     *(VERSION, CLASSES, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, EMPTY_SHARE, CROWDED_SHARE, SPARSE_OBJECTS),
     *(CROWD_OBJECTS, SPARSE_SIZE, CROWD_SIZE, CROWD_STEP, MIN_VISIBLE, MAX_IOU, MAX_IOU_SAME_CLASS),
     *(ATTEMPTS_PER_OBJECT, OUTLINE_PX, JPEG_QUALITY, BORDER, FRESH_START),
+    *(NESTED_SHARE, NEST_START, NEST_SIZE, NEST_RATIO, NEST_STEP),
 )
 
 
@@ -147,7 +152,9 @@ class Scene:
         crowded = kind > 1 - CROWDED_SHARE
         low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
         wanted = int(self.rng.integers(low, high + 1))
-        propose = self._crowd_proposals() if crowded else self._sparse_proposals()
+        propose = self._sparse_proposals()
+        if crowded:
+            propose = self._nest_proposals() if self.rng.random() < NESTED_SHARE else self._crowd_proposals()
         for _, shape in zip(range(ATTEMPTS_PER_OBJECT * wanted), propose, strict=False):
             self._add(shape)
             if len(self.shapes) == wanted:
@@ -175,6 +182,21 @@ class Scene:
                 step = size * rng.uniform(*CROWD_STEP)
                 place = np.array([parent.x + step * np.cos(turn), parent.y + step * np.sin(turn)])
                 if not self._is_inside(place, size):
+                    continue
+            yield self._shape(label, size, *place)
+
+    def _nest_proposals(self) -> Iterator[Shape]:
+        """Shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
+        rng = self.rng
+        while True:
+            label = int(rng.integers(len(CLASSES)))
+            size = self.size_px * rng.uniform(*NEST_SIZE)
+            place = self._place(size)
+            if self.shapes and rng.random() > NEST_START:
+                parent = self.shapes[-1]
+                size = 2 * parent.radius * rng.uniform(*NEST_RATIO)
+                place = np.array([parent.x, parent.y]) + rng.uniform(-1, 1, 2) * NEST_STEP * size
+                if size < SPARSE_SIZE[0] * self.size_px:
                     continue
             yield self._shape(label, size, *place)
 
