@@ -149,7 +149,7 @@ def draw_samples(detector: Detector, dataset: CocoDataset, device: torch.device,
 
 
 def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD decays every parameter, as the paper's recipe does; AdamW, whose decay is far stronger, only kernels."""
+    """SGD's small weight decay goes to every parameter, AdamW's, far stronger, to kernels only."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(detector.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     kernels = [p for p in detector.parameters() if p.ndim > 1]
