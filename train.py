@@ -343,7 +343,7 @@ def main() -> None:
         record = {
             "data": str(val_dataset.split.annotations),
             "images": len(val_dataset),
-            "train_s": round(time.time() - started),
+            "total_s": round(time.time() - started),
         }
         (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
         draw_curves(log, out / "curves.png")

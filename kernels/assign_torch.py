@@ -9,8 +9,8 @@ Two exact identities shrink the (m + 1) x n problem of assign_reference.py:
 
 What is left is a sparse bipartite graph: suppliers (G ground truths, then B backgrounds), points (A that are
 candidates, then one column per image for all others) and edges (P candidate pairs, then one background edge per
-point). A Sinkhorn iteration is a segmented logsumexp over the edges of each point and one over those of each
-supplier. Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
+point). A Sinkhorn iteration sums the plan over the edges of each point, and then over those of each supplier.
+Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,9 @@ def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull
 
 
-def _pair_cost(logit: Tensor, boxes: Tensor, gt_boxes: Tensor, stride: Tensor, config: OTAConfig):
+def _pair_cost(
+    logit: Tensor, boxes: Tensor, gt_boxes: Tensor, stride: Tensor, config: OTAConfig
+) -> tuple[Tensor, Tensor]:
     """Relative cost D and IoU of P pairs; boxes (P, 4), logit of the ground truth's class and stride px (P,)."""
     if config.cls_cost == "focal":
         # From exp and log1p alone: on a CPU sigmoid and softplus round the last few elements of a tensor differently,
@@ -120,9 +122,10 @@ def _sinkhorn(
     """Potentials u of the suppliers and v of the points, both in units of eps, as is the cost (E,).
 
     `supplier`, `receiver` (E,) are the ends of every edge; a point counts exp(log_count) times for its suppliers.
-    The first iteration is in the log domain. After it every row of the plan sums to its supply and every column to
-    1 / N at least, so the factors u and v change by are bounded: ABSORB_EVERY iterations are products of these
-    factors with the plan, exact in float64, and only then do logarithm and exponential meet again.
+    The first iteration is in the log domain. After it every row of the plan sums to its supply s, and no column sums
+    to less than min(1, s) / N, whatever the cost. So one iteration changes no entry by more than a factor of
+    N / EMPTY_SUPPLY, and ABSORB_EVERY of them stay within float64 as plain products of such factors with the plan;
+    then the factors move into u and v.
     """
     supplier_p, cost_p = supplier[by_point.edge], cost[by_point.edge]
     receiver_p = by_point.segment
