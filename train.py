@@ -49,8 +49,10 @@ COCO = {
     "steps": 90_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4,
     "schedule": "step", "warmup": 1000, "eval_every": 3,
 }  # fmt: skip
-OWN = COCO | {"steps": None, "epochs": 36, "optimizer": "adamw", "lr": 4e-4, "weight_decay": 0.05, "schedule": "cosine",
-              "warmup": 200}  # fmt: skip
+OWN = COCO | {
+    "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
+    "weight_decay": 0.05, "schedule": "cosine", "warmup": 200,
+}  # fmt: skip
 SHAPES = OWN | {
     "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
     "epochs": 14, "batch_size": 8, "lr": 4e-3, "warmup": 100, "eval_every": 7, "radius": 3, "top_q": 10,

@@ -13,6 +13,7 @@ point). A Sinkhorn iteration sums the plan over the edges of each point, and the
 Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig
 from .grid import PointGrid, valid_rows
 
 ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
+
+
+@lru_cache(maxsize=32)
+def _point_strides(grid: PointGrid, device: torch.device) -> Tensor:
+    return grid.point_strides(device)
 
 
 class Plan(NamedTuple):
@@ -140,8 +146,8 @@ def _sinkhorn(
         plan_s = (u[supplier_s] + v[receiver_s] - cost_s).exp()
         row_factor = torch.ones_like(u)
         for _ in range(min(ABSORB_EVERY, iterations - done)):
-            column_factor = by_point.sum(plan_p * row_factor.index_select(0, supplier_p)).reciprocal()
-            row_factor = supply / by_supplier.sum(plan_s * column_factor.index_select(0, receiver_s))
+            column_factor = by_point.sum(row_factor.index_select(0, supplier_p).mul_(plan_p)).reciprocal_()
+            row_factor = supply / by_supplier.sum(column_factor.index_select(0, receiver_s).mul_(plan_s))
         u, v = u + row_factor.log(), v + column_factor.log()
     return u, v
 
@@ -164,11 +170,11 @@ def solve(
     image = image_of_row[gt]
     logit = logits[image, point, gt_labels[gt]].float()
     predicted = boxes[image, point].float()
-    stride = grid.point_strides(device)[point]
+    stride = _point_strides(grid, device)[point]
     cost, iou = _pair_cost(logit, predicted, gt_boxes[gt].float(), stride, config)
     finite = torch.isfinite(logit) & torch.isfinite(predicted).all(1) & torch.isfinite(cost / config.eps)
-    keep = finite.nonzero()[:, 0]
-    gt, image, point, cost, iou = gt[keep], image[keep], point[keep], cost[keep], iou[keep]
+    if not finite.all():
+        gt, image, point, cost, iou = gt[finite], image[finite], point[finite], cost[finite], iou[finite]
 
     k = _supplies(gt, iou, num_rows, config)
     flat_point = image * num_points + point
