@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, eval_transform, find_splits, resized_size
 from model import BackboneError, Detector, WeightsError, load_weights
+from model.detector import SIZE_DIVISOR
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -74,7 +75,7 @@ def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch
     groups = defaultdict(list)
     for i, image in enumerate(dataset.images):
         height, width = resized_size(image["height"], image["width"], image_size)
-        groups[-(-height // 32), -(-width // 32)].append(i)
+        groups[-(-height // SIZE_DIVISOR), -(-width // SIZE_DIVISOR)].append(i)
     return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
 
 

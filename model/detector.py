@@ -105,9 +105,8 @@ class Detector(nn.Module):
         counts = torch.tensor([len(t["labels"]) for t in targets])
         gt_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device)
         self.last_assignment = ota_assign(
-            predictions.logits.detach(), predictions.boxes.detach(), gt_boxes, gt_labels, gt_offsets, grid,
-            self.config.assigner,
-        )  # fmt: skip
+            predictions.logits, predictions.boxes, gt_boxes, gt_labels, gt_offsets, grid, self.config.assigner
+        )
         return detection_losses(predictions, self.last_assignment, gt_boxes, gt_labels)
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
