@@ -1,5 +1,7 @@
 """ota_assign: the one public function of label assignment, and the choice of its backend."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,16 @@ from .assign_torch import ota_assign_torch
 from .config import Assignment, OTAConfig
 from .grid import PointGrid
 
-BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch}
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
+    from .assign_triton import ota_assign_triton
+else:
+
+    def ota_assign_triton(*_) -> Assignment:
+        raise ModuleNotFoundError("backend='triton' needs the package triton; backend='torch' does without")
+
+
+BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
 
 
 @torch.no_grad()
@@ -21,8 +32,9 @@ def ota_assign(
     grid: PointGrid,
     config: OTAConfig | None = None,
     *,
-    backend: str = "torch",
+    backend: str | None = None,
     check: bool | None = None,
+    max_pairs: int | None = None,
 ) -> Assignment:
     """Optimal transport assignment (Ge et al., CVPR 2021) of a batch: which ground truth each point learns.
 
@@ -33,20 +45,29 @@ def ota_assign(
     gt_offsets  (B + 1,)   int, image b owns rows gt_offsets[b] to gt_offsets[b + 1]; rows after that are padding
 
     An image's result does not depend on the batch it is in. Degenerate and non-finite boxes are ignored (k = 0),
-    a non-finite prediction is nobody's candidate. `backend` is "reference" (dense, literal, float64-capable) or
-    "torch" (over candidate pairs). `check` reads labels and offsets on the host and raises ValueError when they
-    are out of range; by default on a CPU only, for elsewhere it would wait for the device. Unchecked, a row
-    whose label is out of range is ignored.
+    a non-finite prediction is nobody's candidate. `backend` is "reference" (dense, literal, float64-capable),
+    "torch" (over candidate pairs, any device) or "triton" (the same in a few launches, never waiting for the device;
+    capturable in a CUDA graph); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. `check` reads labels and
+    offsets on the host and raises ValueError when they are out of range; by default on a CPU only, for elsewhere it
+    would wait for the device. Unchecked, a row whose label is out of range is ignored.
+
+    `max_pairs` concerns "triton" with center_prior="none". The other priors bound the candidates of a ground truth,
+    and memory with them (some 60 bytes a pair); "none" allows all N, so memory would be for G N pairs. With
+    `max_pairs` it is for that many, and more candidates than that are an error on the device.
 
     Raises ValueError for shapes, types or devices that do not fit, and TypeError for labels that are no integers.
     """
     config = config or OTAConfig()
+    if backend is None:
+        backend = "triton" if HAS_TRITON and boxes.device.type == "cuda" else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, choose from {', '.join(BACKENDS)}")
     _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
-    if check or (check is None and boxes.device.type == "cpu"):
+    if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_values(logits, gt_boxes, gt_labels, gt_offsets)
     inputs = (logits, boxes, gt_boxes, gt_labels, gt_offsets)
+    if backend == "triton":
+        return ota_assign_triton(*inputs, grid, config, max_pairs)
     if boxes.device.type == "mps":  # has neither float64 nor segmented reductions
         match = BACKENDS[backend](*(t.cpu() for t in inputs), grid, config)
         return Assignment(*(t.to(boxes.device) for t in match))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .candidates import candidate_pairs
-from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig
+from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig, Plan
 from .grid import PointGrid, valid_rows
 
 ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
@@ -32,18 +32,12 @@ def _point_strides(grid: PointGrid, device: torch.device) -> Tensor:
     return grid.point_strides(device)
 
 
-class Plan(NamedTuple):
-    """The solved transport problem of a batch, over P candidate pairs (sorted by ground truth) and A points."""
+class _Solution(NamedTuple):
+    """The plan, and what decoding it takes."""
 
-    gt: Tensor  # (P,) row in gt_boxes
-    flat_point: Tensor  # (P,) image * N + point
-    cost: Tensor  # (P,) D, relative to the background cost of the point
+    plan: Plan
     iou: Tensor  # (P,)
-    k: Tensor  # (G,) int64
-    log_plan: Tensor  # (P,)
-    column: Tensor  # (P,) position of the pair's point in `points`
-    points: Tensor  # (A,) ascending flat points that are a candidate of some ground truth
-    log_plan_bg: Tensor  # (A,)
+    column: Tensor  # (P,) position of the pair's point in `plan.points`
     score: Tensor  # (P,) what a point compares its suppliers by: log plan, rescaled if so configured
     score_bg: Tensor  # (A,)
 
@@ -152,7 +146,7 @@ def _sinkhorn(
     return u, v
 
 
-def solve(
+def _solve(
     logits: Tensor,
     boxes: Tensor,
     gt_boxes: Tensor,
@@ -160,8 +154,7 @@ def solve(
     gt_offsets: Tensor,
     grid: PointGrid,
     config: OTAConfig,
-) -> Plan:
-    """Candidates, costs, supplies and the transport plan of a batch."""
+) -> _Solution:
     num_images, num_points, num_classes = logits.shape
     num_rows, device = gt_boxes.shape[0], boxes.device
 
@@ -204,7 +197,12 @@ def solve(
     num_pairs = gt.numel()
     log_plan, log_plan_bg, _ = log_plan.split([num_pairs, num_active, num_images])
     score, score_bg, _ = score.split([num_pairs, num_active, num_images])
-    return Plan(gt, flat_point, cost, iou, k, log_plan, column, points, log_plan_bg, score, score_bg)
+    return _Solution(Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg)
+
+
+def solve(*inputs) -> Plan:
+    """Candidates, costs, supplies and the transport plan of a batch; takes what `ota_assign_torch` takes."""
+    return _solve(*inputs).plan
 
 
 def ota_assign_torch(
@@ -218,17 +216,17 @@ def ota_assign_torch(
 ) -> Assignment:
     """The contract of `ota_assign`, for all images at once."""
     num_images, num_points = logits.shape[:2]
-    plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+    plan, pair_iou, column, score, score_bg = _solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
 
     num_pairs = plan.gt.numel()
-    best = plan.score_bg.scatter_reduce(0, plan.column, plan.score, "amax")
+    best = score_bg.scatter_reduce(0, column, score, "amax")
     pair = torch.arange(num_pairs, device=boxes.device)
-    pair = torch.where(plan.score >= best[plan.column], pair, num_pairs)
-    winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, plan.column, pair, "amin")
+    pair = torch.where(score >= best[column], pair, num_pairs)
+    winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, column, pair, "amin")
     foreground = (winner < num_pairs).nonzero()[:, 0]
     winner, point = winner[foreground], plan.points[foreground]
 
     gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
     iou = torch.zeros(num_images * num_points, device=boxes.device)
-    gt_index[point], iou[point] = plan.gt[winner], plan.iou[winner]
+    gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
     return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int())

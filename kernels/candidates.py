@@ -23,7 +23,7 @@ def _level_table(grid: PointGrid, device: torch.device) -> tuple[Tensor, ...]:
 
 
 @lru_cache(maxsize=32)
-def _possible_ranks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def possible_ranks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(column rank, row rank) that a point among the `count` closest of its level can have.
 
     The point in the p-th closest column and the q-th closest row (from 0) has (p + 1)(q + 1) - 1 points at least
@@ -95,7 +95,7 @@ def _closest_in_ranges(
     first_x, last_x, first_y, last_y = ranges
     gt, level = ((last_x >= first_x) & (last_y >= first_y)).nonzero(as_tuple=True)
     stride, columns, rows, level_start = (t[level] for t in table)
-    center, rank_x, rank_y = center[gt], *_possible_ranks(count, center.device)
+    center, rank_x, rank_y = center[gt], *possible_ranks(count, center.device)
 
     x = _nearest(center[:, 0], stride, columns, count)
     y = _nearest(center[:, 1], stride, rows, count)

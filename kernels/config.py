@@ -75,3 +75,15 @@ class Assignment(NamedTuple):
     gt_index: Tensor
     iou: Tensor
     k: Tensor
+
+
+class Plan(NamedTuple):
+    """A solved transport problem of a batch, over P candidate pairs (sorted by ground truth) and A candidate points."""
+
+    gt: Tensor  # (P,) row in gt_boxes
+    flat_point: Tensor  # (P,) image * N + point
+    cost: Tensor  # (P,) D, relative to the background cost of the point
+    k: Tensor  # (G,) int64
+    log_plan: Tensor  # (P,)
+    points: Tensor  # (A,) ascending flat points that are a candidate of some ground truth
+    log_plan_bg: Tensor  # (A,)

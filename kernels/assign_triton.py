@@ -1,0 +1,91 @@
+"""Optimal transport assignment in Triton: find_pairs, a library sort by point, sinkhorn. Registered as a torch op.
+
+Nothing waits for the device, no shape depends on data and no Python loop runs over images or ground truths. So a call
+can be captured in a CUDA graph, once a first call has compiled the kernels, and torch.compile keeps it in its graph.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .candidates_triton import NO_POINT
+from .config import Assignment, OTAConfig, Plan
+from .grid import PointGrid
+from .pairs_triton import COMPILED, find_pairs
+from .sinkhorn_triton import sinkhorn
+
+
+@torch.library.custom_op("ota_triton::assign", mutates_args=())
+def _assign(
+    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor,
+    strides: list[int], rows: list[int], columns: list[int], alpha: float, eps: float, iterations: int, top_q: int,
+    fixed_k: int | None, center_prior: str, radius: float, cls_cost: str, reg_cost: str, rescale: bool,
+    max_pairs: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grid = PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True)))
+    config = OTAConfig(
+        alpha, eps, iterations, top_q, fixed_k, center_prior, radius, cls_cost, reg_cost, rescale
+    )  # fmt: skip
+    with torch.cuda.device_of(boxes):
+        pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, max_pairs)
+        match, _ = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
+    return tuple(match)
+
+
+@_assign.register_fake
+def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    points = boxes.shape[:2]
+    return (
+        boxes.new_empty(points, dtype=torch.int64),
+        boxes.new_empty(points, dtype=torch.float32),
+        boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32),
+    )
+
+
+def ota_assign_triton(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig,
+    max_pairs: int | None = None,
+) -> Assignment:
+    """The contract of `ota_assign`, on a GPU, or on a CPU in Triton's interpreter."""
+    if boxes.device.type != "cuda" and COMPILED:
+        raise ValueError(
+            f"backend='triton' needs tensors on a GPU, they are on {boxes.device}; TRITON_INTERPRET=1, set before "
+            f"triton is imported, interprets the kernels on a CPU, slowly"
+        )
+    match = _assign(
+        logits, boxes, gt_boxes, gt_labels, gt_offsets,
+        grid.strides, [rows for rows, _ in grid.sizes], [columns for _, columns in grid.sizes],
+        config.alpha, config.eps, config.iterations, config.top_q, config.fixed_k, config.center_prior, config.radius,
+        config.cls_cost, config.reg_cost, config.rescale, max_pairs,
+    )  # fmt: skip
+    return Assignment(*match)
+
+
+def solve(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig,
+) -> Plan:
+    """Candidates, costs, supplies and the transport plan of a batch, for those who want to look at them."""
+    num_points = grid.num_points
+    pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, None)
+    _, state = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
+    slot = (pairs.point != NO_POINT.value).nonzero()[:, 0]
+    gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
+    image, column = point // num_points, state.column[slot].long()
+    log_plan = (state.u[gt] + state.v[image, column] - cost) * math.log(2)
+    points, first = torch.unique(point, return_inverse=True)
+    place = torch.empty_like(points).scatter_(0, first, column)
+    log_plan_bg = (state.u_background[points // num_points] + state.v[points // num_points, place]) * math.log(2)
+    return Plan(gt, point, cost / pairs.scale, pairs.k.long(), log_plan, points, log_plan_bg)

@@ -1,0 +1,329 @@
+"""Candidate pairs, their costs and the supplies of a batch in one Triton launch: one program per ground truth.
+
+A program finds its candidates by the arithmetic of candidates.py, packs their points into its own slots, reads
+one logit and one box for each, and writes the relative cost in the units of Sinkhorn,
+
+    D_ij log2(e) / eps,  D_ij = l(z_j,c_i ; 1) - l(z_j,c_i ; 0) + alpha L_reg(b_j, g_i),
+
+and the supply k_i. B images, N anchor points over all levels, G ground truths of a batch, C classes, L levels.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import candidates_triton as prior
+from .candidates import possible_ranks
+from .candidates_triton import NO_POINT
+from .config import FOCAL_ALPHA, IOU_FLOOR, OTAConfig
+from .grid import PointGrid, radius_in_units
+
+_ALPHA = tl.constexpr(FOCAL_ALPHA)
+_IOU_FLOOR = tl.constexpr(IOU_FLOOR)
+_BLOCK = 128  # candidates that a program looks at together
+_OTHERS = 8  # points that each of them is ranked against at a time
+_WARPS = 4
+# Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
+_VARYING = ["B", "N", "C", "L", "capacity", "num_ranks", "closest", "top_q", "fixed_k", "logit_image", "box_image"]
+
+
+class Pairs(NamedTuple):
+    """Candidate pairs in slots; ground truth g owns `count[g]` slots from `start[g]` on."""
+
+    point: Tensor  # (slots,) int32 image * N + point, NO_POINT where no pair is
+    gt: Tensor  # (slots,) int32 row in gt_boxes
+    cost: Tensor  # (slots,) float32 D log2(e) / eps, inf for a pair with a non-finite prediction
+    start: Tensor  # (G + 1,) int64
+    count: Tensor  # (G,) int32
+    k: Tensor  # (G,) int32
+    scale: float  # log2(e) / eps
+
+
+@triton.jit
+def pair_iou(gx1, gy1, gx2, gy2, bx1, by1, bx2, by2):
+    """IoU, union and area of the hull of a ground truth and a predicted box."""
+    width = tl.maximum(tl.minimum(gx2, bx2) - tl.maximum(gx1, bx1), 0.0)
+    overlap = width * tl.maximum(tl.minimum(gy2, by2) - tl.maximum(gy1, by1), 0.0)
+    area_b = tl.maximum(bx2 - bx1, 0.0) * tl.maximum(by2 - by1, 0.0)
+    union = (gx2 - gx1) * (gy2 - gy1) + area_b - overlap
+    hull = (tl.maximum(gx2, bx2) - tl.minimum(gx1, bx1)) * (tl.maximum(gy2, by2) - tl.minimum(gy1, by1))
+    return overlap / union, union, hull
+
+
+@triton.jit
+def _smooth_l1(difference):
+    size = tl.abs(difference)
+    return tl.where(size < 1.0, 0.5 * size * size, size - 0.5)
+
+
+@triton.jit
+def _relative_cls_cost(logit, CLS: tl.constexpr):
+    """l(z ; 1) - l(z ; 0) of one class."""
+    if CLS == "focal":
+        softplus = tl.log(1.0 + tl.exp(-tl.abs(logit)))
+        log_p, log_q = tl.minimum(logit, 0.0) - softplus, tl.minimum(-logit, 0.0) - softplus
+        return (1 - _ALPHA) * tl.exp(2 * log_p) * log_q - _ALPHA * tl.exp(2 * log_q) * log_p
+    else:
+        return -logit
+
+
+@triton.jit
+def _top_sum(bits, start, count, top_q, BLOCK: tl.constexpr):
+    """Sum of the top_q largest of `count` floats in [0, 2), given by their bits, which sort like the floats.
+
+    The q-th largest is found four bits at a time, from the count of those that are not smaller.
+    """
+    lane = tl.arange(0, BLOCK)
+    digit = tl.arange(0, 16)
+    smallest = tl.zeros([], tl.int32)
+    for step in range(0, tl.where(count > top_q, 8, 0)):
+        shift = tl.maximum(27 - 4 * step, 0)  # floats below 2 have 30 bits
+        trial = smallest + (digit << shift)
+        not_smaller = tl.zeros([16], tl.int32)
+        for base in range(0, count, BLOCK):
+            x = tl.load(bits + start + base + lane, mask=base + lane < count, other=-1)
+            not_smaller += tl.sum((x[:, None] >= trial[None, :]).to(tl.int32), 0)
+        smallest += (tl.sum((not_smaller >= top_q).to(tl.int32), 0) - 1) << shift
+    total = tl.zeros([BLOCK], tl.float32)
+    larger = tl.zeros([BLOCK], tl.int32)
+    for base in range(0, count, BLOCK):
+        x = tl.load(bits + start + base + lane, mask=base + lane < count, other=-1)
+        total += tl.where(x > smallest, x.to(tl.float32, bitcast=True), 0.0)
+        larger += (x > smallest).to(tl.int32)
+    left = (top_q - tl.sum(larger, 0)).to(tl.float32)
+    return tl.sum(total, 0) + tl.where(smallest > 0, left * smallest.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit(do_not_specialize=["B", "C", "L"])
+def _count_kernel(
+    num_pairs, gt_boxes, gt_labels, gt_offsets, levels, box_row, box_col, label_step, offset_step, B, C, L,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Candidates of every ground truth when nothing but its box bounds them."""
+    g = tl.program_id(0).to(tl.int64)
+    _, _, x1, y1, x2, y2, valid = prior.ground_truth(
+        g, gt_boxes, gt_labels, gt_offsets, box_row, box_col, label_step, offset_step, B, C, BLOCK
+    )
+    total = tl.zeros([], tl.int64)
+    for level in range(L):
+        stride, columns, rows, _, _ = prior.level(levels, level, L)
+        first_x, last_x = prior.range_in_box(x1, x2, 0, stride, columns, 0, "none")
+        first_y, last_y = prior.range_in_box(y1, y2, 0, stride, rows, 0, "none")
+        total += tl.maximum(last_x - first_x + 1, 0).to(tl.int64) * tl.maximum(last_y - first_y + 1, 0)
+    tl.store(num_pairs + g, tl.where(valid, tl.maximum(total, 1), 0))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _pairs_kernel(
+    pair_point, pair_gt, pair_cost, pair_iou_bits, pair_start, pair_count, supply, ranked_distance, ranked_point,
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
+    logit_image, logit_point, logit_class, box_image, box_point, box_side, gt_row, gt_side, label_step, offset_step,
+    B, N, C, L, capacity, num_ranks, closest, top_q, fixed_k, alpha, scale,
+    PRIOR: tl.constexpr, CLS: tl.constexpr, REG: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0).to(tl.int64)
+    image, label, x1, y1, x2, y2, valid = prior.ground_truth(
+        g, gt_boxes, gt_labels, gt_offsets, gt_row, gt_side, label_step, offset_step, B, C, BLOCK
+    )
+    center_x, center_y = prior.fixed_point(x1) + prior.fixed_point(x2), prior.fixed_point(y1) + prior.fixed_point(y2)
+    lane = tl.arange(0, BLOCK)
+    start = tl.load(pair_start + g)
+    room = capacity - start
+    ranked_distance += g * num_ranks
+    ranked_point += g * num_ranks
+
+    # The candidates' points, packed.
+    packed = tl.zeros([], tl.int32)
+    least = tl.full([], prior.FARTHEST, tl.int64)
+    closest_point = tl.zeros([], tl.int32)
+    for level in range(tl.where(valid, L, 0)):
+        stride, columns, rows, first_point, reach = prior.level(levels, level, L)
+        half = stride * prior.HALF_UNITS
+        first_x, last_x = prior.range_in_box(x1, x2, center_x, stride, columns, reach, PRIOR)
+        first_y, last_y = prior.range_in_box(y1, y2, center_y, stride, rows, reach, PRIOR)
+        width = tl.maximum(last_x - first_x + 1, 0)
+        listed = width * tl.maximum(last_y - first_y + 1, 0)
+        if PRIOR == "closest":
+            listed = tl.where(listed > 0, num_ranks, 0)
+            prior.rank_points(
+                ranked_distance, ranked_point, ranks, num_ranks, listed, center_x, center_y, half, columns, rows, BLOCK
+            )
+            tl.debug_barrier()
+
+        for base in range(0, listed, BLOCK):
+            if PRIOR == "closest":
+                here = base + lane < listed
+                distance = tl.load(ranked_distance + base + lane, mask=here, other=prior.FARTHEST)
+                point = tl.load(ranked_point + base + lane, mask=here, other=NO_POINT)
+                closer = tl.zeros([BLOCK], tl.int32)
+                for base_other in range(0, listed, OTHERS):
+                    other = base_other + tl.arange(0, OTHERS)
+                    there = other < listed
+                    other_distance = tl.load(ranked_distance + other, mask=there, other=prior.FARTHEST)[None, :]
+                    other_point = tl.load(ranked_point + other, mask=there, other=NO_POINT)[None, :]
+                    tie = (other_distance == distance[:, None]) & (other_point < point[:, None])
+                    closer += tl.sum(((other_distance < distance[:, None]) | tie).to(tl.int32), 1)
+                x, y = point % columns, point // columns
+                inside = (x >= first_x) & (x <= last_x) & (y >= first_y) & (y <= last_y)
+                chosen = inside & (closer < closest) & (point != NO_POINT)
+            else:
+                chosen = base + lane < listed
+                point = (first_y + (base + lane) // width) * columns + first_x + (base + lane) % width
+            place = packed + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            flat = (image * N + first_point + point).to(tl.int32)
+            tl.store(pair_point + start + place, flat, mask=chosen & (place < room))
+            packed += tl.sum(chosen.to(tl.int32), 0)
+        if PRIOR == "closest":
+            tl.debug_barrier()
+
+        x = prior.nearest(0, *prior.first_runs(center_x, half), columns)
+        y = prior.nearest(0, *prior.first_runs(center_y, half), rows)
+        distance = prior.squared_distance(x, y, center_x, center_y, half)
+        closest_point = tl.where(distance < least, first_point + y * columns + x, closest_point)
+        least = tl.minimum(distance, least)
+    lonely = valid & (packed == 0)
+    tl.store(pair_point + start, (image * N + closest_point).to(tl.int32), mask=lonely & (room > 0))
+    packed = tl.minimum(tl.where(lonely, 1, packed), tl.maximum(room, 0).to(tl.int32))
+    tl.debug_barrier()
+
+    # Their costs.
+    usable = tl.zeros([BLOCK], tl.int32)
+    for base in range(0, packed, BLOCK):
+        here = base + lane < packed
+        slot = start + base + lane
+        flat = tl.load(pair_point + slot, mask=here, other=0)
+        point = tl.where(here, flat - image * N, 0)
+        logit = tl.load(
+            logits + image * logit_image + point * logit_point + label * logit_class, mask=here, other=0.0
+        ).to(tl.float32)
+        box = boxes + image * box_image + point * box_point
+        bx1 = tl.load(box, mask=here, other=0.0).to(tl.float32)
+        by1 = tl.load(box + box_side, mask=here, other=0.0).to(tl.float32)
+        bx2 = tl.load(box + 2 * box_side, mask=here, other=0.0).to(tl.float32)
+        by2 = tl.load(box + 3 * box_side, mask=here, other=0.0).to(tl.float32)
+        iou, union, hull = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
+        if REG == "iou":
+            reg = -tl.log(tl.maximum(iou, _IOU_FLOOR))
+        elif REG == "giou":
+            reg = 1.0 - iou + (hull - union) / hull
+        else:
+            stride_px = tl.zeros([BLOCK], tl.float32)
+            for level in range(L):
+                at_least = point >= tl.load(levels + 3 * L + level)
+                stride_px = tl.where(at_least, tl.load(levels + level).to(tl.float32), stride_px)
+            reg = _smooth_l1((bx1 - x1) / stride_px) + _smooth_l1((by1 - y1) / stride_px)
+            reg += _smooth_l1((bx2 - x2) / stride_px) + _smooth_l1((by2 - y2) / stride_px)
+        cost = (_relative_cls_cost(logit, CLS) + alpha * reg) * scale
+        finite = prior.is_finite(bx1) & prior.is_finite(by1) & prior.is_finite(bx2) & prior.is_finite(by2)
+        finite = finite & prior.is_finite(logit) & prior.is_finite(cost) & here
+        tl.store(pair_cost + slot, tl.where(finite, cost, float("inf")), mask=here)
+        tl.store(pair_gt + slot, tl.zeros([BLOCK], tl.int32) + g.to(tl.int32), mask=here)
+        tl.store(pair_point + slot, tl.where(finite, flat, NO_POINT), mask=here)
+        tl.store(pair_iou_bits + slot, tl.where(finite, iou.to(tl.int32, bitcast=True), -1), mask=here)
+        usable += finite.to(tl.int32)
+    num_usable = tl.sum(usable, 0)
+
+    # The supply.
+    if fixed_k > 0:
+        k = tl.minimum(fixed_k, num_usable)
+    else:
+        tl.debug_barrier()
+        total = _top_sum(pair_iou_bits, start, packed, top_q, BLOCK)
+        k = tl.minimum(tl.maximum(total.to(tl.int32), 1), num_usable)
+    tl.store(supply + g, k)
+    tl.store(pair_count + g, tl.where(num_usable > 0, packed, 0))
+
+
+COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
+
+
+def _compiler_options() -> dict[str, int]:
+    """NVIDIA's assembler aims at fewer registers than there are, and spills a few values, unless told how many."""
+    on_nvidia = COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": 128} if on_nvidia else {}
+
+
+@lru_cache(maxsize=32)
+def _level_table(grid: PointGrid, radius: float, device: torch.device) -> Tensor:
+    """Stride px, columns, rows, first point and reach of the "radius" prior of every level: (5, L) int64."""
+    rows, columns = zip(*grid.sizes, strict=True)
+    reach = [radius_in_units(radius, stride) for stride in grid.strides]
+    return _to_device(torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]), device)
+
+
+@lru_cache(maxsize=32)
+def _rank_table(count: int, device: torch.device) -> Tensor:
+    """The ranks along x and y that one of the `count` closest points can have, the lowest first: (2, .) int32."""
+    return _to_device(torch.stack(possible_ranks(count, torch.device("cpu"))).int(), device)
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting, as only pinned memory is."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def most_pairs_per_gt(grid: PointGrid, config: OTAConfig) -> int:
+    """How many candidates one ground truth can have; the host does not know how many it has, so memory is for these."""
+    if config.center_prior == "closest":
+        return sum(min(int(config.radius) ** 2, rows * columns) for rows, columns in grid.sizes)
+    if config.center_prior == "radius":
+        side = math.ceil(2 * config.radius)  # of 2r strides, both ends excluded
+        return max(1, sum(min(side, rows) * min(side, columns) for rows, columns in grid.sizes))
+    return grid.num_points
+
+
+def find_pairs(
+    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, grid: PointGrid,
+    config: OTAConfig, max_pairs: int | None,
+) -> Pairs:  # fmt: skip
+    """Candidate pairs, costs and supplies of G >= 1 ground truths.
+
+    Every ground truth has slots for as many candidates as the center prior allows. "none" allows all N points;
+    then the candidates are counted on the device first and the slots are `max_pairs` (G N when None) for all.
+    """
+    (B, N, C), G, device = logits.shape, gt_boxes.shape[0], boxes.device
+    most = most_pairs_per_gt(grid, config)
+    levels = _level_table(grid, config.radius if config.center_prior == "radius" else 0.0, device)
+    if config.center_prior == "closest":
+        closest = int(config.radius) ** 2
+        ranks = _rank_table(closest, device)
+    else:
+        closest, ranks = 0, torch.empty(2, 0, dtype=torch.int32, device=device)
+    capacity = G * most
+    if config.center_prior == "none":
+        counts = torch.empty(G, dtype=torch.int64, device=device)
+        _count_kernel[(G,)](
+            counts, gt_boxes, gt_labels, gt_offsets, levels, *gt_boxes.stride(), *gt_labels.stride(),
+            *gt_offsets.stride(), B, C, len(grid.strides), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        if max_pairs is not None:
+            capacity = min(capacity, max_pairs)
+            torch._assert_async(start[-1] <= capacity, f"more than max_pairs={max_pairs} candidate pairs")
+    else:
+        start = torch.arange(0, (G + 1) * most, most, device=device)
+    if max(capacity, B * N) > NO_POINT.value - _BLOCK:
+        raise ValueError(f"{capacity:,} possible pairs of {B * N:,} points are too many for 32 bits; pass max_pairs")
+
+    point = torch.full((capacity,), NO_POINT.value, dtype=torch.int32, device=device)
+    gt, cost, iou = (torch.empty(capacity, dtype=t, device=device) for t in (torch.int32, torch.float32, torch.int32))
+    count, k = (torch.empty(G, dtype=torch.int32, device=device) for _ in range(2))
+    ranked_distance, ranked_point = (
+        torch.empty(G, ranks.shape[1], dtype=t, device=device) for t in (torch.int64, torch.int32)
+    )
+    scale = math.log2(math.e) / config.eps
+    _pairs_kernel[(G,)](
+        point, gt, cost, iou, start, count, k, ranked_distance, ranked_point,
+        logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
+        *logits.stride(), *boxes.stride(), *gt_boxes.stride(), *gt_labels.stride(), *gt_offsets.stride(),
+        B, N, C, len(grid.strides), capacity, ranks.shape[1], closest, config.top_q, config.fixed_k or 0,
+        float(config.alpha), scale,
+        PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost, BLOCK=_BLOCK, OTHERS=_OTHERS,
+        num_warps=_WARPS, enable_fp_fusion=False, **_compiler_options(),
+    )  # fmt: skip
+    return Pairs(point, gt, cost, start, count, k, scale)
