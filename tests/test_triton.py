@@ -1,0 +1,242 @@
+"""The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_assign.py."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernels.assign_triton
+from benchmarks.parity import EXCLUDED_SHARE, parity
+from benchmarks.scenes import WORKLOADS, Scene, make_scene, make_workload
+from kernels import Assignment, OTAConfig, PointGrid, ota_assign
+from kernels.pairs_triton import most_pairs_per_gt
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GRID = PointGrid.for_image((104, 136), (8, 16, 32))
+QUICK = OTAConfig(iterations=3)
+gpu = pytest.mark.gpu
+
+
+def scene_of(counts: tuple[int, ...], seed: int = 0) -> Scene:
+    return make_scene(GRID, counts, 3, seed=seed).to(DEVICE)
+
+
+def assert_equal(one: Assignment, other: Assignment) -> None:
+    for name, a, b in zip(Assignment._fields, one, other, strict=True):
+        assert torch.equal(a, b), f"{name} differs at {(a != b).nonzero()[:8].tolist()}"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter with the repository on its path and without Triton's interpreter, unless asked for."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+TILES = {
+    "points-rows-slots": ((67, 1), OTAConfig(center_prior="none", iterations=2), (20, 160)),
+    "ranks": ((3,), OTAConfig(radius=6, iterations=2), (100, 200)),
+}
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_several_tiles(name):
+    """More candidate points, ground truths, pairs or ranks than a program looks at together."""
+    counts, config, size_px = TILES[name]
+    grid = PointGrid((8, 16), ((33, 37), (9, 31)))
+    scene = make_scene(grid, counts, 2, seed=3, size_px=size_px).to(DEVICE)
+    result = parity(scene, config, "triton")
+    assert not result.failures, "\n".join(result.failures)
+    assert name == "ranks" or result.points > 1024
+
+
+def test_more_iterations_than_one_burst_and_a_full_image():
+    """Supplies as large as the image: background has nothing left, so factors are absorbed more often."""
+    scene = make_scene(PointGrid((32, 64), ((3, 3), (2, 2))), (14, 1), 3, seed=4, size_px=(20, 60)).to(DEVICE)
+    for iterations in (1, 2, 3, 4, 11, 23):
+        result = parity(scene, OTAConfig(fixed_k=1, iterations=iterations), "triton")
+        assert not result.failures, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
+def test_most_pairs_per_gt_is_enough(center_prior):
+    """A box over everything, with its centre on a point, between two, and between four."""
+    for radius in (1, 2, 5) if center_prior == "closest" else (0.2, 0.5, 1.3, 2.5):
+        config = OTAConfig(center_prior=center_prior, radius=radius, fixed_k=10**6, iterations=1)
+        for shift in (0.0, 4.0, 8.0, 2.5):
+            box = torch.tensor([[-500.0, -500.0, 620.0 + shift, 604.0 + shift]])
+            logits, boxes = torch.zeros(1, GRID.num_points, 1), box.expand(1, GRID.num_points, 4)
+            label, offsets = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+            match = ota_assign(logits, boxes, box, label, offsets, GRID, config, backend="torch")
+            assert 0 < int(match.k) <= most_pairs_per_gt(GRID, config)
+
+
+def test_max_pairs():
+    scene, config = scene_of((4, 0, 3)), replace(QUICK, center_prior="none")
+    match = ota_assign(*scene, config, backend="triton")
+    pairs = len(kernels.assign_triton.solve(*scene, config).gt)
+    assert_equal(ota_assign(*scene, config, backend="triton", max_pairs=pairs), match)
+    if DEVICE.type == "cpu":  # on a GPU it is an assertion of the device, which ends the process
+        with pytest.raises(RuntimeError, match=f"more than max_pairs={pairs - 1} candidate pairs"):
+            ota_assign(*scene, config, backend="triton", max_pairs=pairs - 1)
+
+
+def test_empty_batch():
+    scene = scene_of((2,))
+    empty = scene._replace(
+        logits=scene.logits[:0], boxes=scene.boxes[:0], gt_boxes=scene.gt_boxes[:0], gt_labels=scene.gt_labels[:0],
+        gt_offsets=scene.gt_offsets[:1],
+    )  # fmt: skip
+    match = ota_assign(*empty, backend="triton")
+    assert match.gt_index.shape == match.iou.shape == (0, GRID.num_points) and match.k.shape == (0,)
+
+
+def operator_arguments(scene: Scene, config: OTAConfig) -> tuple:
+    rows, columns = zip(*scene.grid.sizes, strict=True)
+    return (
+        *scene[:5], list(scene.grid.strides), list(rows), list(columns), config.alpha, config.eps, config.iterations,
+        config.top_q, config.fixed_k, config.center_prior, float(config.radius), config.cls_cost, config.reg_cost,
+        config.rescale, None,
+    )  # fmt: skip
+
+
+def test_operator_is_registered_as_torch_wants_it():
+    torch.library.opcheck(kernels.assign_triton._assign, operator_arguments(scene_of((2, 0, 1)), QUICK))
+
+
+def weighted(scene: Scene, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    match = ota_assign(scene.logits * scale, *scene[1:5], GRID, OTAConfig(iterations=3), backend="triton")
+    return match.gt_index, match.iou * 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=gpu)])
+def test_torch_compile_keeps_it_in_one_graph(compiler):
+    """The second scene has other numbers of images and ground truths."""
+    compiled = torch.compile(weighted, fullgraph=True, backend=compiler)
+    for counts in ((2, 0, 1), (3, 4)):
+        scene, scale = scene_of(counts), torch.tensor(1.5, device=DEVICE)
+        for a, b in zip(compiled(scene, scale), weighted(scene, scale), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_cpu_tensors_without_the_interpreter():
+    code = (
+        "import torch; from benchmarks.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
+        "ota_assign(*make_scene(PointGrid((8,), ((4, 4),)), (1,), 2), backend='triton')"
+    )
+    result = run_python(code)
+    assert result.returncode and "backend='triton' needs tensors on a GPU, they are on cpu" in result.stderr
+
+
+def test_kernels_without_triton():
+    """The other backends work, and are the default; asking for this one says what is missing."""
+    code = (
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import sys, torch; from benchmarks.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
+        "scene = make_scene(PointGrid((8,), ((4, 4),)), (1,), 2)\n"
+        "assert int(ota_assign(*scene).k) > 0 and not [name for name in sys.modules if name.endswith('_triton')]\n"
+        "ota_assign(*scene, backend='triton')"
+    )
+    result = run_python(code)
+    assert "ModuleNotFoundError: backend='triton' needs the package triton" in result.stderr
+
+
+@gpu
+@pytest.mark.parametrize("name", ["coco", "crowd"])
+def test_parity_at_full_size(name):
+    scene = make_workload(WORKLOADS[name]).to(DEVICE)
+    result = parity(scene, OTAConfig(), "triton")
+    assert not result.failures, "\n".join(result.failures)
+    assert result.excluded_share < EXCLUDED_SHARE
+
+
+@gpu
+def test_parity_of_aerial_images():
+    """The image with 4,967 ground truths would take the dense reference some 40 GiB."""
+    workload = WORKLOADS["aerial"]
+    scene = make_workload(workload).to(DEVICE)
+    images = [b for b, count in enumerate(workload.counts) if count <= 1000][:20]
+    result = parity(scene, OTAConfig(), "triton", images)
+    assert not result.failures, "\n".join(result.failures)
+    assert result.excluded_share < EXCLUDED_SHARE
+    torch_match, match = (ota_assign(*scene, backend=backend) for backend in ("torch", "triton"))
+    assert (match.gt_index[0] != torch_match.gt_index[0]).float().mean() < EXCLUDED_SHARE
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_at_full_size(dtype):
+    scene = make_workload(WORKLOADS["coco"]).to(DEVICE)
+    half = scene._replace(logits=scene.logits.to(dtype), boxes=scene.boxes.to(dtype))
+    rounded = half._replace(logits=half.logits.float(), boxes=half.boxes.float())
+    assert_equal(ota_assign(*half), ota_assign(*rounded))
+
+
+@gpu
+@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
+def test_no_synchronisation(center_prior):
+    scene, config = make_workload(WORKLOADS["coco"]).to(DEVICE), OTAConfig(center_prior=center_prior)
+    ota_assign(*scene, config)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ota_assign(*scene, config)
+        ota_assign(*scene[:5], PointGrid(scene.grid.strides, scene.grid.sizes), replace(config, eps=0.2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("name", ["coco", "crowd"])
+def test_same_bits_ten_times(name):
+    scene = make_workload(WORKLOADS[name]).to(DEVICE)
+    first = ota_assign(*scene)
+    for _ in range(9):
+        assert_equal(ota_assign(*scene), first)
+
+
+@gpu
+@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
+def test_cuda_graph_with_changed_inputs(center_prior):
+    """Ground truths are padded to a capacity; a replay sees whatever has been copied into the inputs."""
+    config, capacity = OTAConfig(center_prior=center_prior), 64
+    scenes = [make_scene(GRID, counts, 3, seed=seed) for seed, counts in enumerate([(7, 0, 23), (1, 2, 3), (0, 0, 0)])]
+    padded = []
+    for scene in scenes:
+        rows = capacity - len(scene.gt_boxes)
+        gt_boxes = torch.cat([scene.gt_boxes, torch.zeros(rows, 4)])
+        gt_labels = torch.cat([scene.gt_labels, torch.full((rows,), -1)])
+        padded.append(scene._replace(gt_boxes=gt_boxes, gt_labels=gt_labels).to(DEVICE))
+    static = Scene(*(tensor.clone() for tensor in padded[0][:5]), GRID)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        ota_assign(*static, config)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        match = ota_assign(*static, config)
+    for scene in (*padded, *reversed(padded)):
+        for target, source in zip(static[:5], scene[:5], strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert_equal(match, ota_assign(*scene, config))
+
+
+@gpu
+@pytest.mark.parametrize("name, limit_mib", [("coco", 32), ("crowd", 64), ("aerial", 512)])
+def test_memory_follows_the_pairs(name, limit_mib):
+    scene = make_workload(WORKLOADS[name]).to(DEVICE)
+    ota_assign(*scene)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    match = ota_assign(*scene)
+    outputs = sum(tensor.numel() * tensor.element_size() for tensor in match)
+    assert torch.cuda.max_memory_allocated() - before - outputs <= limit_mib * 2**20
