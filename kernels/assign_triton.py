@@ -16,7 +16,14 @@ from .pairs_triton import COMPILED, find_pairs
 from .sinkhorn_triton import sinkhorn
 
 
-@torch.library.custom_op("ota_triton::assign", mutates_args=())
+SCHEMA = (  # spelled out, for what torch infers it from differs between versions
+    "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
+    "int[] columns, float alpha, float eps, int iterations, int top_q, int? fixed_k, str center_prior, float radius, "
+    "str cls_cost, str reg_cost, bool rescale, int? max_pairs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("ota_triton::assign", mutates_args=(), schema=SCHEMA)
 def _assign(
     logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor,
     strides: list[int], rows: list[int], columns: list[int], alpha: float, eps: float, iterations: int, top_q: int,
