@@ -15,7 +15,6 @@ from .grid import PointGrid
 from .pairs_triton import COMPILED, find_pairs
 from .sinkhorn_triton import sinkhorn
 
-
 SCHEMA = (  # spelled out, for what torch infers it from differs between versions
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
     "int[] columns, float alpha, float eps, int iterations, int top_q, int? fixed_k, str center_prior, float radius, "
