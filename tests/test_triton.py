@@ -1,6 +1,7 @@
 """The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_assign.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -183,12 +184,14 @@ def test_half_precision_at_full_size(dtype):
 @gpu
 @pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
 def test_no_synchronisation(center_prior):
+    """Not even for the tables of a grid that is seen for the first time."""
     scene, config = make_workload(WORKLOADS["coco"]).to(DEVICE), OTAConfig(center_prior=center_prior)
+    other = make_scene(PointGrid.for_image((96, 160 + 8 * len(center_prior))), (3, 1), 80).to(DEVICE)
     ota_assign(*scene, config)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ota_assign(*scene, config)
-        ota_assign(*scene[:5], PointGrid(scene.grid.strides, scene.grid.sizes), replace(config, eps=0.2))
+        ota_assign(*other, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -227,6 +230,19 @@ def test_cuda_graph_with_changed_inputs(center_prior):
             target.copy_(source)
         graph.replay()
         assert_equal(match, ota_assign(*scene, config))
+
+
+@gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_no_address_out_of_bounds():
+    code = (
+        "from benchmarks.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
+        "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
+        "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
+    )
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @gpu
