@@ -1,7 +1,5 @@
 """ota_assign: the one public function of label assignment, and the choice of its backend."""
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -10,13 +8,15 @@ from .assign_torch import ota_assign_torch
 from .config import Assignment, OTAConfig
 from .grid import PointGrid
 
-HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:
+try:
     from .assign_triton import ota_assign_triton
-else:
+
+    HAS_TRITON = True
+except ImportError as error:
+    HAS_TRITON, NO_TRITON = False, str(error)
 
     def ota_assign_triton(*_) -> Assignment:
-        raise ModuleNotFoundError("backend='triton' needs the package triton; backend='torch' does without")
+        raise ModuleNotFoundError(f"backend='triton' needs the package triton ({NO_TRITON}); backend='torch' does not")
 
 
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
@@ -49,11 +49,12 @@ def ota_assign(
     "torch" (over candidate pairs, any device) or "triton" (the same in a few launches, never waiting for the device;
     capturable in a CUDA graph); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. `check` reads labels and
     offsets on the host and raises ValueError when they are out of range; by default on a CPU only, for elsewhere it
-    would wait for the device. Unchecked, a row whose label is out of range is ignored.
+    would wait for the device. Unchecked, a row whose label is out of range is ignored, and offsets that fall give
+    a result without meaning.
 
     `max_pairs` concerns "triton" with center_prior="none". The other priors bound the candidates of a ground truth,
-    and memory with them (some 60 bytes a pair); "none" allows all N, so memory would be for G N pairs. With
-    `max_pairs` it is for that many, and more candidates than that are an error on the device.
+    and memory with them (some 70 bytes for each possible pair); "none" allows all N, so memory would be for G N pairs.
+    With `max_pairs` it is for that many, and more candidates than that are an error on the device.
 
     Raises ValueError for shapes, types or devices that do not fit, and TypeError for labels that are no integers.
     """

@@ -22,7 +22,8 @@ SCHEMA = (  # spelled out, for what torch infers it from differs between version
 )
 
 
-@torch.library.custom_op("ota_triton::assign", mutates_args=(), schema=SCHEMA)
+# The name says which copy of this folder it belongs to, for a process may hold two.
+@torch.library.custom_op(f"ota_triton::assign_{__package__.replace('.', '_')}", mutates_args=(), schema=SCHEMA)
 def _assign(
     logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor,
     strides: list[int], rows: list[int], columns: list[int], alpha: float, eps: float, iterations: int, top_q: int,
@@ -90,8 +91,9 @@ def solve(
     slot = (pairs.point != NO_POINT.value).nonzero()[:, 0]
     gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
     image, column = point // num_points, state.column[slot].long()
-    log_plan = (state.u[gt] + state.v[image, column] - cost) * math.log(2)
-    points, first = torch.unique(point, return_inverse=True)
-    place = torch.empty_like(points).scatter_(0, first, column)
-    log_plan_bg = (state.u_background[points // num_points] + state.v[points // num_points, place]) * math.log(2)
+    v = state.v[state.first[image] + column]
+    log_plan = (state.u[gt] + v - cost) * math.log(2)
+    points, inverse = torch.unique(point, return_inverse=True)
+    v_of_point = torch.empty_like(points, dtype=v.dtype).scatter_(0, inverse, v)
+    log_plan_bg = (state.u_background[points // num_points] + v_of_point) * math.log(2)
     return Plan(gt, point, cost / pairs.scale, pairs.k.long(), log_plan, points, log_plan_bg)

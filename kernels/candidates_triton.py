@@ -108,8 +108,8 @@ def rank_points(
     for base in range(0, num_listed, BLOCK):
         lane = base + tl.arange(0, BLOCK)
         listed = lane < num_listed
-        rank_x = tl.load(ranks + lane, mask=listed, other=0)
-        rank_y = tl.load(ranks + num_ranks + lane, mask=listed, other=0)
+        rank_x = tl.load(ranks + lane, mask=listed, other=0).to(tl.int32)
+        rank_y = tl.load(ranks + num_ranks + lane, mask=listed, other=0).to(tl.int32)
         x = nearest(rank_x, one_x, two_x, columns)
         y = nearest(rank_y, one_y, two_y, rows)
         distance = squared_distance(x, y, center_x, center_y, half)
@@ -133,9 +133,12 @@ def ground_truth(
     label = tl.load(gt_labels + g * label_step).to(tl.int64)
     box = gt_boxes + g * box_row
     x1 = tl.load(box).to(tl.float32)
-    y1 = tl.load(box + box_col).to(tl.float32)
-    x2 = tl.load(box + 2 * box_col).to(tl.float32)
-    y2 = tl.load(box + 3 * box_col).to(tl.float32)
+    box += box_col
+    y1 = tl.load(box).to(tl.float32)
+    box += box_col
+    x2 = tl.load(box).to(tl.float32)
+    box += box_col
+    y2 = tl.load(box).to(tl.float32)
     valid = is_finite(x1) & is_finite(y1) & is_finite(x2) & is_finite(y2) & (x2 > x1) & (y2 > y1)
     valid = valid & (label >= 0) & (label < C) & (image >= 0) & (image < B)
     return tl.minimum(tl.maximum(image, 0), B - 1).to(tl.int64), label, x1, y1, x2, y2, valid

@@ -9,7 +9,7 @@ and the supply k_i. B images, N anchor points over all levels, G ground truths o
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -197,15 +197,19 @@ def _pairs_kernel(
         here = base + lane < packed
         slot = start + base + lane
         flat = tl.load(pair_point + slot, mask=here, other=0)
+        tl.debug_barrier()  # on AMD two threads may hold the same slot: both read it before it is overwritten
         point = tl.where(here, flat - image * N, 0)
         logit = tl.load(
             logits + image * logit_image + point * logit_point + label * logit_class, mask=here, other=0.0
         ).to(tl.float32)
         box = boxes + image * box_image + point * box_point
         bx1 = tl.load(box, mask=here, other=0.0).to(tl.float32)
-        by1 = tl.load(box + box_side, mask=here, other=0.0).to(tl.float32)
-        bx2 = tl.load(box + 2 * box_side, mask=here, other=0.0).to(tl.float32)
-        by2 = tl.load(box + 3 * box_side, mask=here, other=0.0).to(tl.float32)
+        box += box_side
+        by1 = tl.load(box, mask=here, other=0.0).to(tl.float32)
+        box += box_side
+        bx2 = tl.load(box, mask=here, other=0.0).to(tl.float32)
+        box += box_side
+        by2 = tl.load(box, mask=here, other=0.0).to(tl.float32)
         iou, union, hull = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
         if REG == "iou":
             reg = -tl.log(tl.maximum(iou, _IOU_FLOOR))
@@ -220,7 +224,7 @@ def _pairs_kernel(
             reg += _smooth_l1((bx2 - x2) / stride_px) + _smooth_l1((by2 - y2) / stride_px)
         cost = (_relative_cls_cost(logit, CLS) + alpha * reg) * scale
         finite = prior.is_finite(bx1) & prior.is_finite(by1) & prior.is_finite(bx2) & prior.is_finite(by2)
-        finite = finite & prior.is_finite(logit) & prior.is_finite(cost) & here
+        finite = finite & prior.is_finite(logit) & prior.is_finite(cost) & prior.is_finite(iou) & here
         tl.store(pair_cost + slot, tl.where(finite, cost, float("inf")), mask=here)
         tl.store(pair_gt + slot, tl.zeros([BLOCK], tl.int32) + g.to(tl.int32), mask=here)
         tl.store(pair_point + slot, tl.where(finite, flat, NO_POINT), mask=here)
@@ -236,7 +240,7 @@ def _pairs_kernel(
         total = _top_sum(pair_iou_bits, start, packed, top_q, BLOCK)
         k = tl.minimum(tl.maximum(total.to(tl.int32), 1), num_usable)
     tl.store(supply + g, k)
-    tl.store(pair_count + g, tl.where(num_usable > 0, packed, 0))
+    tl.store(pair_count + g, packed)
 
 
 COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
@@ -248,23 +252,29 @@ def _compiler_options() -> dict[str, int]:
     return {"maxnreg": 128} if on_nvidia else {}
 
 
-@lru_cache(maxsize=32)
-def _level_table(grid: PointGrid, radius: float, device: torch.device) -> Tensor:
-    """Stride px, columns, rows, first point and reach of the "radius" prior of every level: (5, L) int64."""
+@cache
+def _host_table(grid: PointGrid, config: OTAConfig, pinned: bool) -> Tensor:
+    """Stride px, columns, rows, first point and reach of the "radius" prior of every level, then the ranks along x
+    and along y that one of the "closest" points can have: (5 L + 2 ranks,) int64.
+
+    It stays on the host, and for ever: a captured CUDA graph copies it at every replay.
+    """
     rows, columns = zip(*grid.sizes, strict=True)
-    reach = [radius_in_units(radius, stride) for stride in grid.strides]
-    return _to_device(torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]), device)
+    reach = [
+        radius_in_units(config.radius, stride) if config.center_prior == "radius" else 0 for stride in grid.strides
+    ]
+    parts = [torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]).flatten()]
+    if config.center_prior == "closest":
+        parts += possible_ranks(int(config.radius) ** 2, torch.device("cpu"))
+    table = torch.cat(parts)
+    return table.pin_memory() if pinned else table
 
 
-@lru_cache(maxsize=32)
-def _rank_table(count: int, device: torch.device) -> Tensor:
-    """The ranks along x and y that one of the `count` closest points can have, the lowest first: (2, .) int32."""
-    return _to_device(torch.stack(possible_ranks(count, torch.device("cpu"))).int(), device)
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting, as only pinned memory is."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+def _tables(grid: PointGrid, config: OTAConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The level and the rank part on the device, copied without waiting for it, as only pinned memory is."""
+    only_what_counts = OTAConfig(center_prior=config.center_prior, radius=config.radius)
+    host = _host_table(grid, only_what_counts, device.type == "cuda")
+    return host.to(device, non_blocking=True).tensor_split([5 * len(grid.strides)])
 
 
 def most_pairs_per_gt(grid: PointGrid, config: OTAConfig) -> int:
@@ -288,12 +298,9 @@ def find_pairs(
     """
     (B, N, C), G, device = logits.shape, gt_boxes.shape[0], boxes.device
     most = most_pairs_per_gt(grid, config)
-    levels = _level_table(grid, config.radius if config.center_prior == "radius" else 0.0, device)
-    if config.center_prior == "closest":
-        closest = int(config.radius) ** 2
-        ranks = _rank_table(closest, device)
-    else:
-        closest, ranks = 0, torch.empty(2, 0, dtype=torch.int32, device=device)
+    levels, ranks = _tables(grid, config, device)
+    num_ranks = len(ranks) // 2
+    closest = int(config.radius) ** 2 if config.center_prior == "closest" else 0
     capacity = G * most
     if config.center_prior == "none":
         counts = torch.empty(G, dtype=torch.int64, device=device)
@@ -307,21 +314,21 @@ def find_pairs(
             torch._assert_async(start[-1] <= capacity, f"more than max_pairs={max_pairs} candidate pairs")
     else:
         start = torch.arange(0, (G + 1) * most, most, device=device)
-    if max(capacity, B * N) > NO_POINT.value - _BLOCK:
+    if max(capacity, B * N) > NO_POINT.value - 2**16:
         raise ValueError(f"{capacity:,} possible pairs of {B * N:,} points are too many for 32 bits; pass max_pairs")
 
     point = torch.full((capacity,), NO_POINT.value, dtype=torch.int32, device=device)
     gt, cost, iou = (torch.empty(capacity, dtype=t, device=device) for t in (torch.int32, torch.float32, torch.int32))
     count, k = (torch.empty(G, dtype=torch.int32, device=device) for _ in range(2))
     ranked_distance, ranked_point = (
-        torch.empty(G, ranks.shape[1], dtype=t, device=device) for t in (torch.int64, torch.int32)
+        torch.empty(G, num_ranks, dtype=t, device=device) for t in (torch.int64, torch.int32)
     )
     scale = math.log2(math.e) / config.eps
     _pairs_kernel[(G,)](
         point, gt, cost, iou, start, count, k, ranked_distance, ranked_point,
         logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
         *logits.stride(), *boxes.stride(), *gt_boxes.stride(), *gt_labels.stride(), *gt_offsets.stride(),
-        B, N, C, len(grid.strides), capacity, ranks.shape[1], closest, config.top_q, config.fixed_k or 0,
+        B, N, C, len(grid.strides), capacity, num_ranks, closest, config.top_q, config.fixed_k or 0,
         float(config.alpha), scale,
         PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost, BLOCK=_BLOCK, OTHERS=_OTHERS,
         num_warps=_WARPS, enable_fp_fusion=False, **_compiler_options(),

@@ -21,9 +21,9 @@ def point_tile(point_begin, num_points, base, POINTS: tl.constexpr):
 
 
 @triton.jit
-def _edge_tile(edge_gt, begin, end, LANES: tl.constexpr):
+def _edge_tile(edge_gt, begin, end, d, LANES: tl.constexpr):
     """The next edges of a tile of points, which of them are there, and their ground truths."""
-    e = begin + tl.arange(0, LANES)[None, :]
+    e = begin + (d + tl.arange(0, LANES)[None, :])
     on = e < end
     return e, on, tl.load(edge_gt + e, mask=on, other=0)
 
@@ -92,7 +92,7 @@ def columns_in_log_domain(
         column_peak = tl.zeros([POINTS], tl.float64) + u_background
         column_total = tl.full([POINTS], 1.0, tl.float32)
         for d in range(0, most, LANES):
-            e, on, gt = _edge_tile(edge_gt, begin + d, end, LANES)
+            e, on, gt = _edge_tile(edge_gt, begin, end, d, LANES)
             cost = tl.load(edge_cost + e, mask=on, other=float("inf"))
             t = tl.load(u + gt, mask=on, other=0.0) - cost.to(tl.float64)
             column_peak, column_total = _add_exponents(column_peak, column_total, t)
@@ -148,7 +148,7 @@ def plan_by_point(
         tl.store(point_plan + c, tl.exp2((u_background + potential).to(tl.float32)), mask=here)
         tl.store(point_factor + c, tl.full([POINTS], 1.0, tl.float32), mask=here)
         for d in range(0, most, LANES):
-            e, on, gt = _edge_tile(edge_gt, begin + d, end, LANES)
+            e, on, gt = _edge_tile(edge_gt, begin, end, d, LANES)
             cost = tl.load(edge_cost + e, mask=on, other=float("inf"))
             t = tl.load(u + gt, mask=on, other=0.0) + potential[:, None] - cost.to(tl.float64)
             tl.store(edge_plan + e, tl.exp2(t.to(tl.float32)), mask=on)
@@ -166,7 +166,7 @@ def columns(
         background = tl.load(point_plan + c, mask=here, other=0.0)
         received = tl.where(here, background * background_factor, 1.0)
         for d in range(0, most, LANES):
-            e, on, gt = _edge_tile(edge_gt, begin + d, end, LANES)
+            e, on, gt = _edge_tile(edge_gt, begin, end, d, LANES)
             plan = tl.load(edge_plan + e, mask=on, other=0.0)
             received += tl.sum(plan * tl.load(row_factor + gt, mask=on, other=0.0), 1)
         tl.store(point_factor + c, 1.0 / received, mask=here)
@@ -233,7 +233,7 @@ def best_supplier(shift, edge_gt, edge_cost, begin, end, most, NONE: tl.constexp
     least = tl.full([begin.shape[0]], float("inf"), tl.float64)
     supplier = tl.zeros([begin.shape[0]], tl.int32)
     for d in range(0, most, LANES):
-        e, on, gt = _edge_tile(edge_gt, begin + d, end, LANES)
+        e, on, gt = _edge_tile(edge_gt, begin, end, d, LANES)
         cost = tl.load(edge_cost + e, mask=on, other=float("inf"))
         t = tl.load(shift + gt, mask=on, other=0.0) + cost.to(tl.float64)
         least_here = tl.min(t, 1)

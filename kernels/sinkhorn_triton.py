@@ -18,9 +18,10 @@ eps / log2(e), so that exponentials are exp2.
 Bytes and latency. Half an iteration reads 8 bytes a pair, plan and index, in order, and gathers 4. The fullest image of
 the "coco" workload has 30 ground truths, 1,962 pairs and 1,716 candidate points: 60 KB with both orders of the plan,
 which fits the L1 cache of one multiprocessor. So no bandwidth limits it but the chain: by point 3 steps of a tile, by
-ground truth 4, each two dependent loads, a sum over lanes and a store, some 300 cycles; 2,000 an iteration, 60
-microseconds for T = 50 at 1.8 GHz. The "crowd" image of 400 ground truths has 17,305 pairs of 9,146 points, 20 steps
-and 21, 600 KB from L2: some 0.4 ms. These are estimates, and not measured; benchmarks/assign.py prints the floor.
+ground truth 4, each two dependent loads, a sum over lanes, changes of layout and a store, some 400 cycles; 2,800 an
+iteration, 80 microseconds for T = 50 at 1.8 GHz. The "crowd" image of 400 ground truths has 17,305 pairs of 9,146
+points, 20 steps and 21, 600 KB from L2: some 0.5 ms. These are estimates, and not measured; benchmarks/assign.py
+prints the floor.
 
 B images, N anchor points over all levels, G ground truths of a batch, A points of an image that are candidates.
 """
@@ -52,8 +53,21 @@ class Potentials(NamedTuple):
 
     u: Tensor  # (G,) float64
     u_background: Tensor  # (B,) float64
-    v: Tensor  # (B, N) float64, by position in the image's list of candidate points
+    v: Tensor  # (points,) float64, by position in the image's list of candidate points
     column: Tensor  # (slots,) int32, position of a slot's point in that list
+    first: Tensor  # (B,) where an image's list begins
+
+
+@triton.jit
+def _load_boxes(box, side, mask):
+    """x1, y1, x2, y2 from pointers to x1; 0 0 1 1 where masked."""
+    x1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
+    box += side
+    y1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
+    box += side
+    x2 = tl.load(box, mask=mask, other=1.0).to(tl.float32)
+    box += side
+    return x1, y1, x2, tl.load(box, mask=mask, other=1.0).to(tl.float32)
 
 
 @triton.jit
@@ -67,18 +81,9 @@ def _decode(
         least, supplier = passes.best_supplier(shift, edge_gt, edge_cost, begin, end, most, NO_POINT, LANES)
         matched = here & (least <= background_shift)
         point = tl.load(flat_point + c, mask=matched, other=0).to(tl.int64)
-        box = boxes + (point - first_point) * box_point
-        gt_box = gt_boxes + supplier.to(tl.int64) * gt_row
-        overlap, _, _ = pair_iou(
-            tl.load(gt_box, mask=matched, other=0.0).to(tl.float32),
-            tl.load(gt_box + gt_side, mask=matched, other=0.0).to(tl.float32),
-            tl.load(gt_box + 2 * gt_side, mask=matched, other=1.0).to(tl.float32),
-            tl.load(gt_box + 3 * gt_side, mask=matched, other=1.0).to(tl.float32),
-            tl.load(box, mask=matched, other=0.0).to(tl.float32),
-            tl.load(box + box_side, mask=matched, other=0.0).to(tl.float32),
-            tl.load(box + 2 * box_side, mask=matched, other=1.0).to(tl.float32),
-            tl.load(box + 3 * box_side, mask=matched, other=1.0).to(tl.float32),
-        )
+        x1, y1, x2, y2 = _load_boxes(gt_boxes + supplier.to(tl.int64) * gt_row, gt_side, matched)
+        bx1, by1, bx2, by2 = _load_boxes(boxes + (point - first_point) * box_point, box_side, matched)
+        overlap, _, _ = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
         tl.store(gt_index + point, supplier.to(tl.int64), mask=matched)
         tl.store(iou + point, overlap, mask=matched)
 
@@ -87,8 +92,8 @@ def _decode(
 def _sinkhorn_kernel(
     gt_index, iou, u, u_background, v, slot_column, shift,
     edge_gt, edge_cost, edge_plan, slot_plan, point_begin, flat_point, point_plan, point_factor, row_factor,
-    sorted_point, order, first_edge_of_image, pair_gt, pair_cost, pair_start, pair_count, supply, gt_offsets,
-    boxes, gt_boxes, offset_step, box_image, box_point, box_side, gt_row, gt_side,
+    sorted_point, order, first_edge_of_image, first_of_image, pair_gt, pair_cost, pair_start, pair_count, supply,
+    gt_offsets, boxes, gt_boxes, offset_step, box_image, box_point, box_side, gt_row, gt_side,
     G, N, iterations, burst, burst_when_full,
     RESCALE: tl.constexpr, POINTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     EDGES: tl.constexpr,
@@ -97,11 +102,12 @@ def _sinkhorn_kernel(
     first_row = tl.maximum(tl.load(gt_offsets + image * offset_step).to(tl.int32), 0)
     end_row = tl.minimum(tl.load(gt_offsets + (image + 1) * offset_step).to(tl.int32), G)
     first_edge, end_edge = tl.load(first_edge_of_image + image), tl.load(first_edge_of_image + image + 1)
-    point_begin += image * (N + 1)
-    flat_point += image * N
-    v += image * N
-    point_plan += image * N
-    point_factor += image * N
+    first = tl.load(first_of_image + image)  # of its points in the arrays that have one entry for each
+    point_begin += first + image
+    flat_point += first
+    v += first
+    point_plan += first
+    point_factor += first
 
     num_points = passes.list_points(
         edge_gt, edge_cost, slot_column, point_begin, flat_point, sorted_point, order, pair_gt, pair_cost,
@@ -202,20 +208,25 @@ def sinkhorn(
         sorted_point, torch.arange(0, B * N + 1, N, dtype=torch.int32, device=device), out_int32=True
     )
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    # An image has at most as many candidate points as pairs, and at most N.
+    num_points = min(num_slots, B * N)
+    first_point = first_edge[:-1] if num_slots < B * N else torch.arange(0, B * N, N, dtype=torch.int32, device=device)
+
+    def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
 
     match = Assignment(torch.full((B, N), -1, device=device), torch.zeros(B, N, device=device), pairs.k)
+    # Columns are zeroed: should gt_offsets fall, a slot may belong to no image, and its column must still be one.
+    column = torch.zeros(num_slots, dtype=torch.int32, device=device)
     state = Potentials(
-        empty(G, dtype=torch.float64), empty(B, dtype=torch.float64), empty(B, N, dtype=torch.float64),
-        empty(num_slots, dtype=torch.int32),
+        empty(G, torch.float64), empty(B, torch.float64), empty(num_points, torch.float64), column, first_point
     )  # fmt: skip
     _sinkhorn_kernel[(B,)](
-        match.gt_index, match.iou, *state, empty(G, dtype=torch.float64),
-        empty(num_slots, dtype=torch.int32), empty(num_slots), empty(num_slots), empty(num_slots),
-        empty(B, N + 1, dtype=torch.int32), empty(B, N, dtype=torch.int32), empty(B, N), empty(B, N), empty(G),
-        sorted_point, order, first_edge, pairs.gt, pairs.cost, pairs.start, pairs.count, pairs.k, gt_offsets,
-        boxes, gt_boxes, *gt_offsets.stride(), *boxes.stride(), *gt_boxes.stride(),
+        match.gt_index, match.iou, state.u, state.u_background, state.v, column, empty(G, torch.float64),
+        empty(num_slots, torch.int32), empty(num_slots), empty(num_slots), empty(num_slots),
+        empty(num_points + B, torch.int32), empty(num_points, torch.int32), empty(num_points), empty(num_points),
+        empty(G), sorted_point, order, first_edge, first_point, pairs.gt, pairs.cost, pairs.start, pairs.count, pairs.k,
+        gt_offsets, boxes, gt_boxes, *gt_offsets.stride(), *boxes.stride(), *gt_boxes.stride(),
         G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY),
         RESCALE=config.rescale, POINTS=_POINTS, LANES=_LANES, ROWS=_ROWS, SLOTS=_SLOTS, EDGES=_EDGES,
         num_warps=_WARPS, enable_fp_fusion=False,
