@@ -30,6 +30,7 @@ LAYOUTS = (
     (("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
     (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
 )
+IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
 COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
 
 
@@ -84,11 +85,16 @@ class CocoDataset(torch.utils.data.Dataset):
     images         id, file_name, width, height of each image, in file order
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
-    crowd_boxes    iscrowd regions; these are no targets
+    crowd_boxes    iscrowd regions; these are no targets, but regions to ignore
     """
 
-    def __init__(self, split: Split, transform: Callable | None = None) -> None:
-        """transform: a torchvision.transforms.v2 callable on (image, target). Raises DatasetError."""
+    def __init__(self, split: Split, transform: Callable | None = None, ignore_crowd: bool = True) -> None:
+        """Raises DatasetError.
+
+        transform: a torchvision.transforms.v2 callable on (image, target); the boxes that it is given end with
+        the regions to ignore, whose label is IGNORE
+        ignore_crowd: targets name crowd regions as `ignore`; otherwise these are background
+        """
         self.split = split
         self.transform = transform
         if not split.images.is_dir():
@@ -106,20 +112,24 @@ class CocoDataset(torch.utils.data.Dataset):
         self._image_ids = np.array([image["id"] for image in self.images], np.int64)
         self._file_names = np.array([image["file_name"] for image in self.images])
         self._sizes = np.array([(image["height"], image["width"]) for image in self.images], np.int64)
-        self._pack_boxes(content["annotations"])
+        targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
+        crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
+        self._pack_boxes(targets, crowds if ignore_crowd else [])
+        self.crowd_boxes = len(crowds)
 
-    def _pack_boxes(self, records: list[dict]) -> None:
-        """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1]."""
-        targets = [record for record in records if not record.get("iscrowd", 0)]
+    def _pack_boxes(self, targets: list[dict], ignored: list[dict]) -> None:
+        """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1], those
+        to ignore last."""
+        records = targets + ignored
         image_of = {image_id: i for i, image_id in enumerate(self._image_ids.tolist())}
         class_of = {category_id: c for c, category_id in enumerate(self.category_ids)}
-        owner = np.array([image_of[record["image_id"]] for record in targets], np.int64)
-        labels = np.array([class_of[record["category_id"]] for record in targets], np.int64)
-        boxes = np.array([record["bbox"] for record in targets], np.float64).reshape(-1, 4)
+        owner = np.array([image_of[record["image_id"]] for record in records], np.int64)
+        labels = np.array([class_of[record["category_id"]] for record in records], np.int64)
+        labels[len(targets) :] = IGNORE
+        boxes = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
 
-        ids = np.array([record["id"] for record in targets], np.int64)
-        kept = np.isfinite(boxes).all(1)
-        owner, labels, boxes, kept_ids = owner[kept], labels[kept], boxes[kept], ids[kept]
+        finite = np.flatnonzero(np.isfinite(boxes).all(1))
+        owner, labels, boxes = owner[finite], labels[finite], boxes[finite]
         boxes[:, 2:] += boxes[:, :2]
         height, width = self._sizes[owner].T
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
@@ -128,9 +138,9 @@ class CocoDataset(torch.utils.data.Dataset):
         rows = kept[np.argsort(owner[kept], kind="stable")]
         self._boxes, self._labels = boxes[rows], labels[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
-        self._dropped_ids = set(ids.tolist()) - set(kept_ids[rows].tolist())
-        self.num_boxes, self.dropped_boxes = len(rows), len(self._dropped_ids)
-        self.crowd_boxes = len(records) - len(targets)
+        kept_ids = {records[row]["id"] for row in finite[rows].tolist()}
+        self._dropped_ids = {record["id"] for record in targets} - kept_ids
+        self.num_boxes, self.dropped_boxes = int((self._labels != IGNORE).sum()), len(self._dropped_ids)
 
     @cached_property
     def annotations(self) -> dict:
@@ -157,8 +167,8 @@ class CocoDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
         """The uint8 (3, H, W) image and its target, both after the transform:
 
-        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, image_id the file's own, and orig_size
-        (H, W) in px from before the transform.
+        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (crowd
+        regions), image_id the file's own, and orig_size (H, W) in px from before the transform.
         Raises DatasetError: the file is missing, broken, outside the folder or of another size.
         """
         image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
@@ -180,8 +190,20 @@ class CocoDataset(torch.utils.data.Dataset):
             "image_id": image_id,
             "orig_size": (height, width),
         }
-        sample = tv_tensors.Image(image), target
-        return self.transform(*sample) if self.transform else sample
+        image = tv_tensors.Image(image)
+        if self.transform:
+            image, target = self.transform(image, target)
+        return image, _split_ignored(target)
+
+
+def _split_ignored(target: dict) -> dict:
+    """The target with the boxes labelled IGNORE taken out, as `ignore`."""
+    boxes, ignored = target["boxes"], target["labels"] == IGNORE
+    return target | {
+        "boxes": tv_tensors.wrap(boxes[~ignored], like=boxes),
+        "labels": target["labels"][~ignored],
+        "ignore": tv_tensors.wrap(boxes[ignored], like=boxes),
+    }
 
 
 def load_image(path: Path) -> Image.Image:
@@ -202,7 +224,7 @@ def load_image(path: Path) -> Image.Image:
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
     """Images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
     images = [image.as_subclass(Tensor) for image, _ in batch]
-    targets = [target | {"boxes": target["boxes"].as_subclass(Tensor)} for _, target in batch]
+    targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
 
 

@@ -146,6 +146,26 @@ def test_crowd_and_degenerate_boxes_are_no_targets(tmp_path):
     assert [record["id"] for record in dataset.annotations["annotations"]] == [10, 11]  # the same objects in AP
 
 
+def test_crowd_regions_go_where_the_boxes_go(tmp_path):
+    """Flipped, resized and clipped along; degenerate ones are left out, before and after the transform."""
+    crowds = [(30, 20, 15, 15), (0, 6, 10, 12), (5, 5, 0, 9), (5, 5, float("nan"), 9), (20, 20, 0.4, 9)]
+    boxes = [box_record(i, box, iscrowd=1) for i, box in enumerate(crowds, 1)]
+    boxes += [box_record(10, (0, 6, 10, 12)), box_record(11, (1, 1, 2, 2), image_id=2)]
+    boxes[0]["bbox"][2:] = [10.5, 10.5]  # half a pixel outside
+    split = write_split(tmp_path, [image_record(), image_record(2, "b.jpg")], boxes)
+    dataset = CocoDataset(split, train_transform((60, 100), flip=1.0))
+    images, targets = collate([dataset[0], dataset[1]])
+    assert targets[0]["ignore"].tolist() == [[0, 40, 20, 60], [60, 12, 80, 36]]
+    assert targets[0]["boxes"].tolist() == [[60, 12, 80, 36]] and targets[0]["labels"].tolist() == [0]
+    assert targets[1]["ignore"].shape == (0, 4) and targets[1]["labels"].tolist() == [0]
+    assert type(targets[0]["ignore"]) is torch.Tensor
+    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 0, 5)
+    assert len(dataset.annotations["annotations"]) == 7  # pycocotools knows what to do with crowds
+    without = CocoDataset(split, ignore_crowd=False)
+    assert without[0][1]["ignore"].shape == (0, 4) and without.crowd_boxes == 5
+    assert isinstance(CocoDataset(split)[0][1]["ignore"], tv_tensors.BoundingBoxes)
+
+
 def test_class_names_that_occur_twice_are_refused(tmp_path):
     with pytest.raises(DatasetError, match="category names that occur twice: 1\n    'cell'"):
         CocoDataset(write_split(tmp_path, categories=[{"id": 1, "name": "cell"}, {"id": 4, "name": "cell"}]))
