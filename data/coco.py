@@ -7,9 +7,11 @@ x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 
-from data.checks import DatasetError, check_annotations, image_path
+from data.checks import DatasetError, check_annotations, check_pixels, image_path
 from data.shapes import generate_shapes, shapes_folder
 
 # (annotation file, image folder) of train, then of val
@@ -31,6 +33,7 @@ LAYOUTS = (
     (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
 )
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
+MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
 COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
 
 
@@ -88,12 +91,16 @@ class CocoDataset(torch.utils.data.Dataset):
     crowd_boxes    iscrowd regions; these are no targets, but regions to ignore
     """
 
-    def __init__(self, split: Split, transform: Callable | None = None, ignore_crowd: bool = True) -> None:
+    def __init__(
+        self, split: Split, transform: Callable | None = None, ignore_crowd: bool = True, bad_images: str = "stop"
+    ) -> None:
         """Raises DatasetError.
 
         transform: a torchvision.transforms.v2 callable on (image, target); the boxes that it is given end with
         the regions to ignore, whose label is IGNORE
         ignore_crowd: targets name crowd regions as `ignore`; otherwise these are background
+        bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" says which one it is and
+        takes the next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
         """
         self.split = split
         self.transform = transform
@@ -102,7 +109,7 @@ class CocoDataset(torch.utils.data.Dataset):
                 f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
             )
         content = _read_json(split.annotations)
-        check_annotations(content, split.images, split.annotations)
+        check_annotations(content, split.images, split.annotations, look_at_files=bad_images == "stop")
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -112,6 +119,8 @@ class CocoDataset(torch.utils.data.Dataset):
         self._image_ids = np.array([image["id"] for image in self.images], np.int64)
         self._file_names = np.array([image["file_name"] for image in self.images])
         self._sizes = np.array([(image["height"], image["width"]) for image in self.images], np.int64)
+        # The images that were skipped, in shared memory: the loader's workers count together.
+        self._bad = torch.zeros(len(self.images), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
         targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
         crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
         self._pack_boxes(targets, crowds if ignore_crowd else [])
@@ -169,8 +178,26 @@ class CocoDataset(torch.utils.data.Dataset):
 
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (crowd
         regions), image_id the file's own, and orig_size (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
         """
+        i, image = self._load(i) if self._bad is None else self._load_next_good(i)
+        height, width = self._sizes[i].tolist()
+        rows = slice(self._offsets[i], self._offsets[i + 1])
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.from_numpy(self._boxes[rows].copy()), format="XYXY", canvas_size=(height, width)
+            ),
+            "labels": torch.from_numpy(self._labels[rows].copy()),
+            "image_id": int(self._image_ids[i]),
+            "orig_size": (height, width),
+        }
+        image = tv_tensors.Image(image)
+        if self.transform:
+            image, target = self.transform(image, target)
+        return image, _split_ignored(target)
+
+    def _load(self, i: int) -> tuple[int, Image.Image]:
+        """i and its image. Raises DatasetError."""
         image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
         try:
             image = load_image(image_path(self.split.images, str(self._file_names[i])))
@@ -181,19 +208,28 @@ class CocoDataset(torch.utils.data.Dataset):
                 f"{self.split.annotations}, image {image_id} ({self._file_names[i]}): {width} x {height} in"
                 f" the record, {image.width} x {image.height} in the file with its EXIF orientation applied"
             )
-        rows = slice(self._offsets[i], self._offsets[i + 1])
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(self._boxes[rows].copy()), format="XYXY", canvas_size=(height, width)
-            ),
-            "labels": torch.from_numpy(self._labels[rows].copy()),
-            "image_id": image_id,
-            "orig_size": (height, width),
-        }
-        image = tv_tensors.Image(image)
-        if self.transform:
-            image, target = self.transform(image, target)
-        return image, _split_ignored(target)
+        return i, image
+
+    def _load_next_good(self, i: int) -> tuple[int, Image.Image]:
+        """The first good image from i on, in file order and around its end. Raises DatasetError above the cap."""
+        for candidate in chain(range(i, len(self)), range(i)):
+            try:
+                return self._load(candidate)
+            except DatasetError as error:
+                self._count_bad(candidate, error)
+        raise DatasetError(f"{self.split.annotations}: not one image can be used")
+
+    def _count_bad(self, i: int, error: DatasetError) -> None:
+        """Say that image i is skipped, once; raise DatasetError above the cap."""
+        if self._bad[i]:
+            return
+        self._bad[i] = True
+        count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+        if count > cap:
+            raise DatasetError(
+                f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
+            ) from error
+        print(f"skipped bad image {count} (at most {cap}): {error}", file=sys.stderr, flush=True)
 
 
 def _split_ignored(target: dict) -> dict:
@@ -210,6 +246,7 @@ def load_image(path: Path) -> Image.Image:
     """An RGB image, turned upright as its EXIF orientation says. Raises DatasetError naming the file."""
     try:
         with Image.open(path) as image:
+            check_pixels(image)
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise DatasetError(f"there is no image file {path}") from error
@@ -233,7 +270,8 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+            f" The file has {path.stat().st_size} bytes; is it whole?"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error

@@ -3,8 +3,14 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +19,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
@@ -235,6 +242,7 @@ def _truncated(path):
     ("file_name", "save", "story"),
     [
         pytest.param("a.jpg", lambda path: path.write_bytes(b"no image"), "cannot be read", id="corrupt"),
+        pytest.param("a.jpg", lambda path: path.write_bytes(b""), "cannot be read", id="empty-file"),
         pytest.param("a.jpg", _truncated, "cannot be read", id="truncated-jpg"),
         pytest.param("a.png", _truncated, "cannot be read", id="truncated-png"),
         pytest.param("a.jpg", lambda path: path.unlink(), "there is no image file", id="missing"),
@@ -247,6 +255,90 @@ def test_broken_image_is_named(tmp_path, file_name, save, story):
     with pytest.raises(DatasetError, match=story) as error:
         dataset[0]
     assert "image 7" in str(error.value) and file_name in str(error.value)
+
+
+def claim_size(path, width, height):
+    """Rewrite the size in a JPEG's frame header."""
+    content = bytearray(path.read_bytes())
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [50_000, 12_000], ids=["beyond-pillows-limit", "beyond-ours"])
+def test_image_that_claims_to_be_huge_is_named_and_not_decoded(tmp_path, side):
+    split = write_split(tmp_path / "set", [image_record(7, "a.jpg"), image_record(8, "b.jpg")])
+    dataset = CocoDataset(split)
+    claim_size(split.images / "b.jpg", side, side)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DatasetError, match=r"image 8.*b\.jpg cannot be read: .*(2500000000 pixels|12000 x 12000 px)"):
+        dataset[1]
+    with pytest.raises(DatasetError, match=r"image files that cannot be read: 1\n    image 8 \(b\.jpg\)"):
+        CocoDataset(split)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+BREAKS = {
+    "truncated": _truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "huge": lambda path: claim_size(path, 50_000, 50_000),
+    "missing": lambda path: path.unlink(),
+    "size": lambda path: Image.new("RGB", (30, 40)).save(path),
+}
+
+
+def set_with_bad_images(root, count, bad) -> Split:
+    """A data set of `count` images; those in `bad` are broken, in every way in turn."""
+    split = write_split(root, [image_record(i, f"{i}.jpg") for i in range(count)])
+    for i, break_file in zip(bad, itertools.cycle(BREAKS.values()), strict=False):
+        break_file(split.images / f"{i}.jpg")
+    return split
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_named_once_and_replaced(tmp_path, capfd, workers):
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 12, [0, 3, 4, 7, 11]), bad_images="skip")
+    loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    for _ in range(2):
+        ids = [[target["image_id"] for target in targets] for _, targets in loader]
+        assert ids == [[1, 1, 2, 5], [5, 5, 6, 8], [8, 9, 10, 1]]
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(line.split(": ")[0] for line in said) == [f"skipped bad image {n} (at most 10)" for n in range(1, 6)]
+    for i in (0, 3, 4, 7, 11):
+        assert sum(f"image {i}" in line and f"{i}.jpg" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_are_an_error_over_all_workers(tmp_path, workers):
+    """No worker alone meets eleven."""
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 34, range(0, 33, 3)), bad_images="skip")
+    loader = DataLoader(dataset, 1, num_workers=workers, collate_fn=collate)
+    with pytest.raises(DatasetError, match=r"11 images cannot be used, and --bad-images skip takes 10 at most"):
+        list(loader)
+
+
+def test_set_without_a_good_image_is_an_error(tmp_path):
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 3, range(3)), bad_images="skip")
+    with pytest.raises(DatasetError, match="instances_train.json: not one image can be used"):
+        dataset[1]
+
+
+def test_skipping_does_not_excuse_a_bad_annotation_file(tmp_path):
+    split = write_split(tmp_path, boxes=[box_record(category_id=9)])
+    with pytest.raises(DatasetError, match="unknown categories"):
+        CocoDataset(split, bad_images="skip")
+
+
+def test_killed_worker_ends_the_run_with_an_error(tmp_path):
+    split = write_split(tmp_path, [image_record(i, f"{i}.jpg") for i in range(40)])
+    loader = DataLoader(CocoDataset(split), 2, num_workers=2, collate_fn=collate, persistent_workers=True)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexp)"):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # raises whatever the main process does
+        time.sleep(1)
+        list(batches)
 
 
 @pytest.mark.parametrize("escape", ["parent", "absolute", "link"])
@@ -312,6 +404,15 @@ def test_unusable_annotation_file(tmp_path, text, story):
     split = write_split(tmp_path)
     split.annotations.write_text(text)
     with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value)
+
+
+def test_annotation_file_cut_in_half_is_named(tmp_path):
+    split = write_split(tmp_path, boxes=[box_record(i) for i in range(1, 200)])
+    content = split.annotations.read_bytes()
+    split.annotations.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DatasetError, match=r"not valid JSON at line 1.*has \d+ bytes; is it whole\?") as error:
         CocoDataset(split)
     assert str(split.annotations) in str(error.value)
 
