@@ -451,6 +451,27 @@ def test_train_transform_flips_boxes(tmp_path):
     assert target["labels"].tolist() == [0]
 
 
+def flips(split, seed, workers, epochs=2) -> list[list[bool]]:
+    """Which images each epoch flipped, as the loader of train.py gives them."""
+    torch.manual_seed(seed)
+    dataset = CocoDataset(split, train_transform((30, 50)))
+    loader = DataLoader(dataset, 8, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    return [[bool(t["boxes"][0, 0] > 10) for _, targets in loader for t in targets] for _ in range(epochs)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_flips_follow_the_seed_and_differ_between_epochs_and_workers(tmp_path, workers):
+    images = [image_record(i, f"{i}.jpg") for i in range(48)]
+    boxes = [box_record(i + 1, (0, 6, 10, 12), image_id=i) for i in range(48)]
+    split = write_split(tmp_path, images, boxes)
+    first, second = flips(split, 3, workers)
+    assert flips(split, 3, workers) == [first, second]
+    assert first != second and flips(split, 4, workers)[0] != first
+    batches = [first[i : i + 8] for i in range(0, 48, 8)]
+    assert batches[::2] != batches[1::2]  # the batches of one worker and of the other
+    assert 10 < sum(first) < 38
+
+
 def test_eval_transform_keeps_every_box(tmp_path):
     boxes = [box_record(1, (0, 6, 10, 12)), box_record(2, (20, 20, 0.4, 9))]
     image, target = CocoDataset(write_split(tmp_path, boxes=boxes), eval_transform((15, 100)))[0]
