@@ -68,6 +68,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--data", default="shapes", help="coco, shapes or a folder in COCO layout")
     group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
     group.add_argument("--workers", type=not_negative, help="loader processes per rank")
+    group.add_argument("--ignore-crowd", action=on_off, default=True, help="iscrowd regions are no negatives")
+    group.add_argument("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", help="any timm model with features at strides 8, 16 and 32")
     group.add_argument("--pretrained", action=on_off, help="timm's weights for the backbone")
@@ -193,7 +195,7 @@ def main() -> None:
     train_split, _ = find_splits(args.data)
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    dataset = CocoDataset(train_split, train_transform(args.image_size))
+    dataset = CocoDataset(train_split, train_transform(args.image_size), args.ignore_crowd, args.bad_images)
     say(f"training on {train_split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
         raise DatasetError(f"{train_split.annotations} has no boxes to learn from: {describe(dataset)}")

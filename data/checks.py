@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
 CULPRITS_SHOWN = 5
+MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header can claim any size
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
@@ -24,13 +25,13 @@ class DatasetError(ValueError):
     """Something is wrong with the data; the message is the whole story, meant for the user."""
 
 
-def check_annotations(annotations: dict, images_dir: Path, source: Path) -> None:
+def check_annotations(annotations: dict, images_dir: Path, source: Path, look_at_files: bool = True) -> None:
     """Raise one DatasetError that lists every problem of the parsed file `source`.
 
     Image files (there, readable, inside `images_dir`, of the size that the record says) are looked at
-    by their headers: all of them up to 5,000, above that an evenly spaced 2,000. Every image is
-    checked again as it is loaded. Degenerate boxes and boxes up to 1 px outside are no problem here:
-    the dataset drops and clips them.
+    by their headers: all of them up to 5,000, above that an evenly spaced 2,000, none with
+    `look_at_files` off. Every image is checked again as it is loaded. Degenerate boxes and boxes up to
+    1 px outside are no problem here: the dataset drops and clips them.
     """
     problems: Problems = defaultdict(list)
     if not isinstance(annotations, dict):
@@ -40,7 +41,9 @@ def check_annotations(annotations: dict, images_dir: Path, source: Path) -> None
     objects = _check_records("annotations", annotations, problems)
     _check_names(categories, problems)
     _check_boxes(objects, _ids(annotations, "categories"), _ids(annotations, "images"), images, problems)
-    _check_files(images, images_dir, problems)
+    named_inside = _check_file_names(images, images_dir, problems)
+    if look_at_files:
+        _check_files(named_inside, images_dir, problems)
     if problems:
         raise DatasetError(_report(source, problems))
 
@@ -175,10 +178,11 @@ def _is_outside(box: list[float], width: float, height: float) -> bool:
     )
 
 
-def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> None:
+def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> list[dict]:
+    """One record for each file name that stays in the image folder."""
     if not images_dir.is_dir():
         problems["missing image folder"].append(str(images_dir.absolute()))
-        return
+        return []
     first_with: dict[str, dict] = {}
     for record in images:
         first = first_with.setdefault(record["file_name"], record)
@@ -188,12 +192,14 @@ def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> No
         if _leaves_folder(record["file_name"]):
             culprit = f"image {record['id']} ({record['file_name']})"
             problems["file names that leave the image folder"].append(culprit)
+    return [record for record in first_with.values() if not _leaves_folder(record["file_name"])]
 
-    inside = [record for record in first_with.values() if not _leaves_folder(record["file_name"])]
-    sample, coverage = inside, ""
-    if len(inside) > ALL_FILES_UP_TO:
-        sample = [inside[i * len(inside) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
-        coverage = f" (in {FILES_SAMPLED} of {len(inside)} files looked at)"
+
+def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> None:
+    sample, coverage = images, ""
+    if len(images) > ALL_FILES_UP_TO:
+        sample = [images[i * len(images) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
+        coverage = f" (in {FILES_SAMPLED} of {len(images)} files looked at)"
     with ThreadPoolExecutor(16) as pool:
         for found in pool.map(lambda record: _file_problem(record, images_dir), sample):
             if found:
@@ -217,9 +223,16 @@ def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
     return "sizes that disagree with the image (its EXIF orientation applied)", f"{culprit}: {sizes}"
 
 
+def check_pixels(image: Image.Image) -> None:
+    """Raise ValueError where the header claims more than MAX_PIXELS; Pillow itself refuses a third more."""
+    if math.prod(image.size) > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} px is more than the {MAX_PIXELS} px that are read")
+
+
 def _header_size(path: Path) -> tuple[int, int]:
     """(width, height) as displayed, without decoding."""
     with Image.open(path) as image:
+        check_pixels(image)
         # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
         has_exif = image.format != "PNG" or "exif" in image.info
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1

@@ -7,19 +7,27 @@ x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data.checks import DatasetError, check_annotations, image_path
+from data.checks import DatasetError, check_annotations, check_pixels, image_path
 from data.shapes import generate_shapes, shapes_folder
+
+try:  # Deprecated since torchvision 0.29; where it is gone, Pillow gives the same pixels a seventh slower.
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 # (annotation file, image folder) of train, then of val
 LAYOUTS = (
@@ -30,6 +38,8 @@ LAYOUTS = (
     (("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
     (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
 )
+IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
+MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
 COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
 
 
@@ -84,11 +94,20 @@ class CocoDataset(torch.utils.data.Dataset):
     images         id, file_name, width, height of each image, in file order
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
-    crowd_boxes    iscrowd regions; these are no targets
+    crowd_boxes    iscrowd regions; these are no targets, but regions to ignore
     """
 
-    def __init__(self, split: Split, transform: Callable | None = None) -> None:
-        """transform: a torchvision.transforms.v2 callable on (image, target). Raises DatasetError."""
+    def __init__(
+        self, split: Split, transform: Callable | None = None, ignore_crowd: bool = True, bad_images: str = "stop"
+    ) -> None:
+        """Raises DatasetError.
+
+        transform: a torchvision.transforms.v2 callable on (image, target); the boxes that it is given end with
+        the regions to ignore, whose label is IGNORE
+        ignore_crowd: targets name crowd regions as `ignore`; otherwise these are background
+        bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" says which one it is and
+        takes the next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
+        """
         self.split = split
         self.transform = transform
         if not split.images.is_dir():
@@ -96,7 +115,7 @@ class CocoDataset(torch.utils.data.Dataset):
                 f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
             )
         content = _read_json(split.annotations)
-        check_annotations(content, split.images, split.annotations)
+        check_annotations(content, split.images, split.annotations, look_at_files=bad_images == "stop")
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -106,20 +125,26 @@ class CocoDataset(torch.utils.data.Dataset):
         self._image_ids = np.array([image["id"] for image in self.images], np.int64)
         self._file_names = np.array([image["file_name"] for image in self.images])
         self._sizes = np.array([(image["height"], image["width"]) for image in self.images], np.int64)
-        self._pack_boxes(content["annotations"])
+        # The images that were skipped, in shared memory: the loader's workers count together.
+        self._bad = torch.zeros(len(self.images), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
+        targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
+        crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
+        self._pack_boxes(targets, crowds if ignore_crowd else [])
+        self.crowd_boxes = len(crowds)
 
-    def _pack_boxes(self, records: list[dict]) -> None:
-        """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1]."""
-        targets = [record for record in records if not record.get("iscrowd", 0)]
+    def _pack_boxes(self, targets: list[dict], ignored: list[dict]) -> None:
+        """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1], those
+        to ignore last."""
+        records = targets + ignored
         image_of = {image_id: i for i, image_id in enumerate(self._image_ids.tolist())}
         class_of = {category_id: c for c, category_id in enumerate(self.category_ids)}
-        owner = np.array([image_of[record["image_id"]] for record in targets], np.int64)
-        labels = np.array([class_of[record["category_id"]] for record in targets], np.int64)
-        boxes = np.array([record["bbox"] for record in targets], np.float64).reshape(-1, 4)
+        owner = np.array([image_of[record["image_id"]] for record in records], np.int64)
+        labels = np.array([class_of[record["category_id"]] for record in records], np.int64)
+        labels[len(targets) :] = IGNORE
+        boxes = np.array([record["bbox"] for record in records], np.float64).reshape(-1, 4)
 
-        ids = np.array([record["id"] for record in targets], np.int64)
-        kept = np.isfinite(boxes).all(1)
-        owner, labels, boxes, kept_ids = owner[kept], labels[kept], boxes[kept], ids[kept]
+        finite = np.flatnonzero(np.isfinite(boxes).all(1))
+        owner, labels, boxes = owner[finite], labels[finite], boxes[finite]
         boxes[:, 2:] += boxes[:, :2]
         height, width = self._sizes[owner].T
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
@@ -128,9 +153,9 @@ class CocoDataset(torch.utils.data.Dataset):
         rows = kept[np.argsort(owner[kept], kind="stable")]
         self._boxes, self._labels = boxes[rows], labels[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
-        self._dropped_ids = set(ids.tolist()) - set(kept_ids[rows].tolist())
-        self.num_boxes, self.dropped_boxes = len(rows), len(self._dropped_ids)
-        self.crowd_boxes = len(records) - len(targets)
+        kept_ids = {records[row]["id"] for row in finite[rows].tolist()}
+        self._dropped_ids = {record["id"] for record in targets} - kept_ids
+        self.num_boxes, self.dropped_boxes = int((self._labels != IGNORE).sum()), len(self._dropped_ids)
 
     @cached_property
     def annotations(self) -> dict:
@@ -157,52 +182,107 @@ class CocoDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
         """The uint8 (3, H, W) image and its target, both after the transform:
 
-        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, image_id the file's own, and orig_size
-        (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
+        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (crowd
+        regions), image_id the file's own, and orig_size (H, W) in px from before the transform.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
         """
-        image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
-        try:
-            image = load_image(image_path(self.split.images, str(self._file_names[i])))
-        except DatasetError as error:
-            raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
-        if image.size != (width, height):
-            raise DatasetError(
-                f"{self.split.annotations}, image {image_id} ({self._file_names[i]}): {width} x {height} in"
-                f" the record, {image.width} x {image.height} in the file with its EXIF orientation applied"
-            )
+        i, image = self._load(i) if self._bad is None else self._load_next_good(i)
+        height, width = self._sizes[i].tolist()
         rows = slice(self._offsets[i], self._offsets[i + 1])
         target = {
             "boxes": tv_tensors.BoundingBoxes(
                 torch.from_numpy(self._boxes[rows].copy()), format="XYXY", canvas_size=(height, width)
             ),
             "labels": torch.from_numpy(self._labels[rows].copy()),
-            "image_id": image_id,
+            "image_id": int(self._image_ids[i]),
             "orig_size": (height, width),
         }
-        sample = tv_tensors.Image(image), target
-        return self.transform(*sample) if self.transform else sample
+        image = tv_tensors.Image(image)
+        if self.transform:
+            image, target = self.transform(image, target)
+        return image, _split_ignored(target)
+
+    def _load(self, i: int) -> tuple[int, Tensor]:
+        """i and its image. Raises DatasetError."""
+        image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
+        try:
+            image = load_image(image_path(self.split.images, str(self._file_names[i])))
+        except DatasetError as error:
+            raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
+        if image.shape[1:] != (height, width):
+            raise DatasetError(
+                f"{self.split.annotations}, image {image_id} ({self._file_names[i]}): {width} x {height} in"
+                f" the record, {image.shape[2]} x {image.shape[1]} in the file with its EXIF orientation applied"
+            )
+        return i, image
+
+    def _load_next_good(self, i: int) -> tuple[int, Tensor]:
+        """The first good image from i on, in file order and around its end. Raises DatasetError above the cap."""
+        for candidate in chain(range(i, len(self)), range(i)):
+            try:
+                return self._load(candidate)
+            except DatasetError as error:
+                self._count_bad(candidate, error)
+        raise DatasetError(f"{self.split.annotations}: not one image can be used")
+
+    def _count_bad(self, i: int, error: DatasetError) -> None:
+        """Say that image i is skipped, once; raise DatasetError above the cap."""
+        if self._bad[i]:
+            return
+        self._bad[i] = True
+        count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+        if count > cap:
+            raise DatasetError(
+                f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
+            ) from error
+        print(f"skipped bad image {count} (at most {cap}): {error}", file=sys.stderr, flush=True)
 
 
-def load_image(path: Path) -> Image.Image:
-    """An RGB image, turned upright as its EXIF orientation says. Raises DatasetError naming the file."""
+def _split_ignored(target: dict) -> dict:
+    """The target with the boxes labelled IGNORE taken out, as `ignore`."""
+    boxes, ignored = target["boxes"], target["labels"] == IGNORE
+    return target | {
+        "boxes": tv_tensors.wrap(boxes[~ignored], like=boxes),
+        "labels": target["labels"][~ignored],
+        "ignore": tv_tensors.wrap(boxes[ignored], like=boxes),
+    }
+
+
+def load_image(path: Path) -> Tensor:
+    """RGB, uint8 (3, H, W), turned upright as its EXIF orientation says. Raises DatasetError naming the file.
+
+    It lies in memory as (H, W, 3), which torchvision resizes and flips fastest.
+    """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+            check_pixels(image)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and decode_jpeg:
+                try:
+                    return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
+                except RuntimeError:
+                    pass  # Pillow says better what is wrong
+            return _decode(image if orientation == 1 else ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise DatasetError(f"there is no image file {path}") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
         raise DatasetError(f"image file {path} cannot be read: {error}") from error
-    if upright.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
-        raise DatasetError(f"image file {path} has more than 8 bits a channel; save it with 8")
-    # A palette with transparency has to become RGBA on its way.
-    return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
+
+
+def _decode(image: Image.Image) -> Tensor:
+    """RGB, uint8 (3, H, W), by Pillow."""
+    image.load()
+    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
+        raise ValueError("it has more than 8 bits a channel; save it with 8")
+    if "transparency" in image.info:  # a palette has to become RGBA on its way
+        image = image.convert("RGBA")
+    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
     """Images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
     images = [image.as_subclass(Tensor) for image, _ in batch]
-    targets = [target | {"boxes": target["boxes"].as_subclass(Tensor)} for _, target in batch]
+    targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
 
 
@@ -211,7 +291,8 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+            f" The file has {path.stat().st_size} bytes; is it whole?"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error

@@ -11,7 +11,7 @@ from kernels import OTAConfig, PointGrid, ota_assign
 
 from .backbone import STRIDES, Backbone
 from .head import GROUP_CHANNELS, Head, Predictions
-from .losses import detection_losses
+from .losses import detection_losses, points_inside
 from .postprocess import postprocess
 
 SIZE_DIVISOR = 32
@@ -52,7 +52,8 @@ class Detector(nn.Module):
 
     Input: a list of images (3, H, W) RGB, uint8 in 0..255 or floating point in 0..1, of any sizes; in training
     also a list of targets, one dict an image, with `boxes` (n, 4) float x1 y1 x2 y2 in px and `labels` (n,) int64
-    in 0..C-1 (contiguous, no background class).
+    in 0..C-1 (contiguous, no background class), and, where wanted, `ignore` (m, 4): regions such as crowds, whose
+    points are no negatives.
 
     Output in training: a dict of scalar losses `cls`, `box`, `iou`, to be summed. Images are taken as they are.
     Output in evaluation: a list of dicts `boxes` (n, 4), `scores` (n,), `labels` (n,), best first, in px of the
@@ -107,7 +108,17 @@ class Detector(nn.Module):
         self.last_assignment = ota_assign(
             predictions.logits, predictions.boxes, gt_boxes, gt_labels, gt_offsets, grid, self.config.assigner
         )
-        return detection_losses(predictions, self.last_assignment, gt_boxes, gt_labels)
+        ignored = self.ignored_points(targets, grid, device)
+        return detection_losses(predictions, self.last_assignment, gt_boxes, gt_labels, ignored)
+
+    def ignored_points(self, targets: list[dict[str, Tensor]], grid: PointGrid, device: torch.device) -> Tensor | None:
+        """(B, N) bool: points inside the `ignore` boxes of their image; None where no image has any."""
+        regions = [torch.as_tensor(t.get("ignore", t["boxes"][:0])).reshape(-1, 4) for t in targets]
+        counts = torch.tensor([len(boxes) for boxes in regions])
+        if not counts.any():
+            return None
+        image_index = torch.arange(len(targets)).repeat_interleave(counts).to(device)
+        return points_inside(grid.points(device), torch.cat(regions).float().to(device), image_index, len(targets))
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         resized = [self.resize(image) for image in images]

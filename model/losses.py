@@ -14,6 +14,7 @@ from kernels import Assignment
 from .head import Predictions
 
 BOX_WEIGHT, IOU_WEIGHT = 2.0, 0.5
+NO_CLASS = -1e4  # a logit whose focal loss as a negative, and its gradient, is exactly 0, in float16 too
 
 
 def average_over_ranks(value: Tensor) -> Tensor:
@@ -24,12 +25,28 @@ def average_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def points_inside(points: Tensor, boxes: Tensor, image_index: Tensor, num_images: int) -> Tensor:
+    """(B, N) bool: the points (N, 2) inside any of an image's boxes (M, 4), of images image_index (M,)."""
+    inside = ((points > boxes[:, None, :2]) & (points < boxes[:, None, 2:])).all(-1)
+    hits = torch.zeros(num_images, len(points), dtype=torch.int32, device=points.device)
+    return hits.index_add_(0, image_index, inside.int()) > 0
+
+
 def detection_losses(
-    predictions: Predictions, assignment: Assignment, gt_boxes: Tensor, gt_labels: Tensor
+    predictions: Predictions,
+    assignment: Assignment,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    ignored: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Scalars `cls`, `box` and `iou`; gt_boxes (G, 4) and gt_labels (G,) are those given to the assigner."""
+    """Scalars `cls`, `box` and `iou`; gt_boxes (G, 4) and gt_labels (G,) are those given to the assigner.
+
+    ignored (B, N) bool: points that are no negatives; those of them that are matched learn all the same.
+    """
     logits, boxes, iou_logits = predictions
     positive = assignment.gt_index >= 0
+    if ignored is not None:
+        logits = logits.masked_fill((ignored & ~positive)[..., None], NO_CLASS)
     matched = assignment.gt_index[positive]
     normaliser = average_over_ranks(positive.sum().float()).clamp(min=1)
 

@@ -3,8 +3,14 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +19,12 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
 import data.coco
+from benchmarks.decode import mean_difference, pipelines, write_jpegs
 from data import (
     CocoDataset,
     DatasetError,
@@ -26,6 +34,8 @@ from data import (
     eval_transform,
     find_splits,
     generate_shapes,
+    grouped_by_orientation,
+    load_image,
     resized_size,
     train_transform,
 )
@@ -146,6 +156,26 @@ def test_crowd_and_degenerate_boxes_are_no_targets(tmp_path):
     assert [record["id"] for record in dataset.annotations["annotations"]] == [10, 11]  # the same objects in AP
 
 
+def test_crowd_regions_go_where_the_boxes_go(tmp_path):
+    """Flipped, resized and clipped along; degenerate ones are left out, before and after the transform."""
+    crowds = [(30, 20, 15, 15), (0, 6, 10, 12), (5, 5, 0, 9), (5, 5, float("nan"), 9), (20, 20, 0.4, 9)]
+    boxes = [box_record(i, box, iscrowd=1) for i, box in enumerate(crowds, 1)]
+    boxes += [box_record(10, (0, 6, 10, 12)), box_record(11, (1, 1, 2, 2), image_id=2)]
+    boxes[0]["bbox"][2:] = [10.5, 10.5]  # half a pixel outside
+    split = write_split(tmp_path, [image_record(), image_record(2, "b.jpg")], boxes)
+    dataset = CocoDataset(split, train_transform((60, 100), flip=1.0))
+    images, targets = collate([dataset[0], dataset[1]])
+    assert targets[0]["ignore"].tolist() == [[0, 40, 20, 60], [60, 12, 80, 36]]
+    assert targets[0]["boxes"].tolist() == [[60, 12, 80, 36]] and targets[0]["labels"].tolist() == [0]
+    assert targets[1]["ignore"].shape == (0, 4) and targets[1]["labels"].tolist() == [0]
+    assert type(targets[0]["ignore"]) is torch.Tensor
+    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 0, 5)
+    assert len(dataset.annotations["annotations"]) == 7  # pycocotools knows what to do with crowds
+    without = CocoDataset(split, ignore_crowd=False)
+    assert without[0][1]["ignore"].shape == (0, 4) and without.crowd_boxes == 5
+    assert isinstance(CocoDataset(split)[0][1]["ignore"], tv_tensors.BoundingBoxes)
+
+
 def test_class_names_that_occur_twice_are_refused(tmp_path):
     with pytest.raises(DatasetError, match="category names that occur twice: 1\n    'cell'"):
         CocoDataset(write_split(tmp_path, categories=[{"id": 1, "name": "cell"}, {"id": 4, "name": "cell"}]))
@@ -193,6 +223,31 @@ def test_colour_modes(tmp_path, mode, colour, suffix, wanted):
     assert (image[:, 15, 20].int() - torch.tensor(wanted)).abs().max() <= 2
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}], ids=["420", "444", "progressive"])
+def test_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, options):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8))
+    path = tmp_path / "a.jpg"
+    coarse.resize((131, 97), Image.Resampling.BICUBIC).convert(mode).save(path, quality=85, **options)
+    wanted = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    difference = np.abs(load_image(path).permute(1, 2, 0).numpy() - wanted)
+    assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+@pytest.mark.parametrize("shorter", [60, 150], ids=["smaller", "larger"])
+def test_resized_pixels_are_those_of_the_plain_pipeline(tmp_path, shorter):
+    paths = write_jpegs(tmp_path / "set", 160, 120, 2)
+    assert mean_difference(paths, pipelines((shorter, 2 * shorter))) < 0.01
+
+
+def test_jpeg_needs_no_torchvision(tmp_path, monkeypatch):
+    Image.effect_noise((131, 97), 80).convert("RGB").save(tmp_path / "a.jpg")
+    image = load_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(data.coco, "decode_jpeg", None)
+    assert image.stride() == (1, 3 * 131, 3) and torch.equal(load_image(tmp_path / "a.jpg"), image)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_exif_rotation(tmp_path, suffix):
     split = write_split(tmp_path, [image_record(1, f"a.{suffix}", 30, 40)], pixels=False)
@@ -215,6 +270,7 @@ def _truncated(path):
     ("file_name", "save", "story"),
     [
         pytest.param("a.jpg", lambda path: path.write_bytes(b"no image"), "cannot be read", id="corrupt"),
+        pytest.param("a.jpg", lambda path: path.write_bytes(b""), "cannot be read", id="empty-file"),
         pytest.param("a.jpg", _truncated, "cannot be read", id="truncated-jpg"),
         pytest.param("a.png", _truncated, "cannot be read", id="truncated-png"),
         pytest.param("a.jpg", lambda path: path.unlink(), "there is no image file", id="missing"),
@@ -227,6 +283,90 @@ def test_broken_image_is_named(tmp_path, file_name, save, story):
     with pytest.raises(DatasetError, match=story) as error:
         dataset[0]
     assert "image 7" in str(error.value) and file_name in str(error.value)
+
+
+def claim_size(path, width, height):
+    """Rewrite the size in a JPEG's frame header."""
+    content = bytearray(path.read_bytes())
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [50_000, 12_000], ids=["beyond-pillows-limit", "beyond-ours"])
+def test_image_that_claims_to_be_huge_is_named_and_not_decoded(tmp_path, side):
+    split = write_split(tmp_path / "set", [image_record(7, "a.jpg"), image_record(8, "b.jpg")])
+    dataset = CocoDataset(split)
+    claim_size(split.images / "b.jpg", side, side)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DatasetError, match=r"image 8.*b\.jpg cannot be read: .*(2500000000 pixels|12000 x 12000 px)"):
+        dataset[1]
+    with pytest.raises(DatasetError, match=r"image files that cannot be read: 1\n    image 8 \(b\.jpg\)"):
+        CocoDataset(split)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+BREAKS = {
+    "truncated": _truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "huge": lambda path: claim_size(path, 50_000, 50_000),
+    "missing": lambda path: path.unlink(),
+    "size": lambda path: Image.new("RGB", (30, 40)).save(path),
+}
+
+
+def set_with_bad_images(root, count, bad) -> Split:
+    """A data set of `count` images; those in `bad` are broken, in every way in turn."""
+    split = write_split(root, [image_record(i, f"{i}.jpg") for i in range(count)])
+    for i, break_file in zip(bad, itertools.cycle(BREAKS.values()), strict=False):
+        break_file(split.images / f"{i}.jpg")
+    return split
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_named_once_and_replaced(tmp_path, capfd, workers):
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 12, [0, 3, 4, 7, 11]), bad_images="skip")
+    loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    for _ in range(2):
+        ids = [[target["image_id"] for target in targets] for _, targets in loader]
+        assert ids == [[1, 1, 2, 5], [5, 5, 6, 8], [8, 9, 10, 1]]
+    said = capfd.readouterr().err.splitlines()
+    assert sorted(line.split(": ")[0] for line in said) == [f"skipped bad image {n} (at most 10)" for n in range(1, 6)]
+    for i in (0, 3, 4, 7, 11):
+        assert sum(f"image {i}" in line and f"{i}.jpg" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_images_are_an_error_over_all_workers(tmp_path, workers):
+    """No worker alone meets eleven."""
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 34, range(0, 33, 3)), bad_images="skip")
+    loader = DataLoader(dataset, 1, num_workers=workers, collate_fn=collate)
+    with pytest.raises(DatasetError, match=r"11 images cannot be used, and --bad-images skip takes 10 at most"):
+        list(loader)
+
+
+def test_set_without_a_good_image_is_an_error(tmp_path):
+    dataset = CocoDataset(set_with_bad_images(tmp_path, 3, range(3)), bad_images="skip")
+    with pytest.raises(DatasetError, match="instances_train.json: not one image can be used"):
+        dataset[1]
+
+
+def test_skipping_does_not_excuse_a_bad_annotation_file(tmp_path):
+    split = write_split(tmp_path, boxes=[box_record(category_id=9)])
+    with pytest.raises(DatasetError, match="unknown categories"):
+        CocoDataset(split, bad_images="skip")
+
+
+def test_killed_worker_ends_the_run_with_an_error(tmp_path):
+    split = write_split(tmp_path, [image_record(i, f"{i}.jpg") for i in range(40)])
+    loader = DataLoader(CocoDataset(split), 2, num_workers=2, collate_fn=collate, persistent_workers=True)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexp)"):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # raises whatever the main process does
+        time.sleep(1)
+        list(batches)
 
 
 @pytest.mark.parametrize("escape", ["parent", "absolute", "link"])
@@ -296,6 +436,15 @@ def test_unusable_annotation_file(tmp_path, text, story):
     assert str(split.annotations) in str(error.value)
 
 
+def test_annotation_file_cut_in_half_is_named(tmp_path):
+    split = write_split(tmp_path, boxes=[box_record(i) for i in range(1, 200)])
+    content = split.annotations.read_bytes()
+    split.annotations.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DatasetError, match=r"not valid JSON at line 1.*has \d+ bytes; is it whole\?") as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value)
+
+
 def test_large_sets_are_sampled(tmp_path):
     images = [image_record(i, f"{i}.jpg") for i in range(5001)]
     content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
@@ -328,6 +477,42 @@ def test_train_transform_flips_boxes(tmp_path):
     assert image.shape == (3, 60, 80) and target["orig_size"] == (30, 40) and target["image_id"] == 1
     assert target["boxes"].tolist() == [[60, 12, 80, 36]]  # the other one is 0.8 px wide by then
     assert target["labels"].tolist() == [0]
+
+
+def flips(split, seed, workers, epochs=2) -> list[list[bool]]:
+    """Which images each epoch flipped."""
+    torch.manual_seed(seed)
+    dataset = CocoDataset(split, train_transform((30, 50)))
+    loader = DataLoader(dataset, 8, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    return [[bool(t["boxes"][0, 0] > 10) for _, targets in loader for t in targets] for _ in range(epochs)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_flips_follow_the_seed_and_differ_between_epochs_and_workers(tmp_path, workers):
+    images = [image_record(i, f"{i}.jpg") for i in range(48)]
+    boxes = [box_record(i + 1, (0, 6, 10, 12), image_id=i) for i in range(48)]
+    split = write_split(tmp_path, images, boxes)
+    first, second = flips(split, 3, workers)
+    assert flips(split, 3, workers) == [first, second]
+    assert first != second and flips(split, 4, workers)[0] != first
+    batches = [first[i : i + 8] for i in range(0, 48, 8)]
+    assert batches[::2] != batches[1::2]  # the batches of one worker and of the other
+    assert 10 < sum(first) < 38
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 200])
+def test_batches_of_one_orientation(batch_size):
+    rng = np.random.default_rng(batch_size)
+    sizes = rng.integers(50, 100, (101, 2)).tolist()
+    order = rng.permutation(101).tolist()
+    grouped = grouped_by_orientation(order, sizes, batch_size)
+    assert sorted(grouped) == sorted(order) and grouped == grouped_by_orientation(order, sizes, batch_size)
+    mixed = 0
+    for start in range(0, 101 - batch_size + 1, batch_size):  # an incomplete last batch is left out of training
+        batch = grouped[start : start + batch_size]
+        mixed += len({sizes[i][0] > sizes[i][1] for i in batch}) > 1
+        assert mixed or [order.index(i) for i in batch] == sorted(order.index(i) for i in batch)
+    assert mixed <= 1
 
 
 def test_eval_transform_keeps_every_box(tmp_path):

@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,7 +13,7 @@ from kernels import Assignment, OTAConfig, PointGrid
 from model import BackboneError, Detector, DetectorConfig, WeightsError, load_weights, save_weights
 from model.backbone import STRIDES, Backbone
 from model.head import Predictions
-from model.losses import detection_losses
+from model.losses import detection_losses, points_inside
 from model.postprocess import postprocess
 
 
@@ -115,6 +116,71 @@ def test_losses_of_perfect_predictions_vanish():
     assignment = Assignment(gt_index, (gt_index >= 0).float(), torch.tensor([2, 1]))
     losses = detection_losses(predictions, assignment, gt_boxes, gt_labels)
     assert all(value < 1e-6 for value in losses.values())
+
+
+def test_ignored_points_add_no_classification_loss():
+    """Focal loss by hand: 0.75 sigmoid(x)^2 softplus(x) a negative, 0.25 sigmoid(-x)^2 softplus(-x) a positive."""
+    gt_boxes, gt_labels = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([1])
+    gt_index = torch.tensor([[-1, 0, -1, -1]])
+    ignored = torch.tensor([[True, True, False, False]])
+    logits = torch.tensor([[[1.0, 2.0], [0.5, -0.5], [-1.0, 0.0], [3.0, -2.0]]], requires_grad=True)
+    predictions = Predictions(logits, gt_boxes.expand(1, 4, 4), torch.zeros(1, 4))
+    assignment = Assignment(gt_index, (gt_index >= 0).float(), torch.tensor([1]))
+    losses = detection_losses(predictions, assignment, gt_boxes, gt_labels, ignored)
+    negatives = torch.tensor([0.5, -1.0, 0.0, 3.0, -2.0])
+    matched = 0.25 * torch.tensor(0.5).sigmoid() ** 2 * F.softplus(torch.tensor(0.5))
+    by_hand = (0.75 * negatives.sigmoid() ** 2 * F.softplus(negatives)).sum() + matched
+    torch.testing.assert_close(losses["cls"], by_hand)
+    losses["cls"].backward()
+    assert not logits.grad[0, 0].any()
+    assert logits.grad[0, 1:].all()  # a point that is matched learns, inside the region or not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ignored_points_take_no_part_in_any_float_type(dtype):
+    logits = torch.randn(2, 5, 3).to(dtype)
+    gt_index = torch.full((2, 5), -1)
+    assignment = Assignment(gt_index, torch.zeros(2, 5), torch.zeros(0, dtype=torch.int32))
+    predictions = Predictions(logits, torch.zeros(2, 5, 4), torch.zeros(2, 5))
+    everywhere = torch.ones(2, 5, dtype=torch.bool)
+    none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    assert detection_losses(predictions, assignment, *none, everywhere)["cls"] == 0
+    nowhere = detection_losses(predictions, assignment, *none, ~everywhere)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(nowhere.values(), detection_losses(predictions, assignment, *none).values(), strict=True)
+    )
+
+
+def test_points_inside_are_those_of_the_own_image():
+    grid = PointGrid.for_image((64, 96))
+    points, generator = grid.points(), torch.Generator().manual_seed(0)
+    corner = torch.rand(7, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + torch.rand(7, 2, generator=generator) * 40], 1)
+    boxes[0] = torch.tensor([4.0, 4, 12, 12])  # a point at (4, 4) and one at (12, 12) lie on its corners, no more
+    image_index = torch.tensor([0, 0, 1, 1, 1, 3, 3])  # the third image has no region
+    inside = points_inside(points, boxes, image_index, 4)
+    for b in range(4):
+        for n, (x, y) in enumerate(points.tolist()):
+            mine = boxes[image_index == b].tolist()
+            assert inside[b, n] == any(x1 < x < x2 and y1 < y < y2 for x1, y1, x2, y2 in mine)
+    assert 0 < inside.sum() < inside.numel() and not inside[2].any()
+
+
+def test_regions_to_ignore_change_the_negatives_only():
+    """Regions of one image; a batch without any gives the losses of targets that never heard of them."""
+    detector = tiny_detector().train()
+    images, targets = random_batch([(90, 130), (64, 100)])
+    for norm in detector.modules():  # the same statistics in every call
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.eval()
+    plain = detector(images, targets)
+    empty = detector(images, [t | {"ignore": torch.zeros(0, 4)} for t in targets])
+    assert all(torch.equal(plain[name], empty[name]) for name in plain)
+    whole = [targets[0] | {"ignore": torch.tensor([[0.0, 0, 130, 90], [5, 5, 6, 6]])}, targets[1]]
+    ignoring = detector(images, whole)
+    assert ignoring["cls"] < plain["cls"]
+    assert all(torch.equal(plain[name], ignoring[name]) for name in ("box", "iou"))
 
 
 def test_detections_are_in_pixels_of_the_image_as_given(monkeypatch):
