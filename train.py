@@ -258,8 +258,8 @@ def main() -> None:
     if finished:
         say(f"the run in {out} is complete, all {steps} steps of it; name another folder with --out for a new one")
         return
-    start, log, window_losses = 0, [], []
-    if checkpoint is not None:
+    start, log, window_losses, continued = 0, [], [], checkpoint is not None
+    if continued:
         start = checkpoint["step"]
         window_losses = [{name: v.to(device) for name, v in terms.items()} for terms in checkpoint["window_losses"]]
         log = [json.loads(line) for line in checkpoint["log"].splitlines()]
@@ -292,7 +292,7 @@ def main() -> None:
         spoilt = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
         if spoilt:
             raise FloatingPointError(
-                f"step {step}: {len(spoilt)} parameters are not finite, {spoilt[0]} first, so no checkpoint is "
+                f"step {step}: parameters that are not finite: {len(spoilt)}, {spoilt[0]} first; so no checkpoint is "
                 f"written; the one before is in {out}. A lower --lr or a longer --warmup is the usual remedy."
             )
         state = {
@@ -305,9 +305,9 @@ def main() -> None:
     if is_main:
         with writing(out):
             write_file(out / "args.json", json.dumps(settings, indent=1).encode())
-            if start:  # lines that were written after the checkpoint will be written again
+            if continued:  # lines that were written after the checkpoint will be written again
                 write_file(out / "log.jsonl", log_text().encode())
-        if not start:
+        if not continued:
             save_progress(0)  # a run that ends before its first checkpoint can be told from another one
 
     # SIGTERM and SIGUSR1 (a scheduler wants the machine) end the run after the step, with a checkpoint and status 0;
