@@ -61,13 +61,15 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
             f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
         ) from error
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 
 def ignore_interrupts(_: int) -> None:
-    """For loader processes: on Ctrl-C the main process decides, and may still need them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For loader processes: what ends a run goes to all of its processes, and the main one may still need them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch_size: int) -> list[list[int]]:

@@ -4,11 +4,13 @@
     torchrun --nproc_per_node 8 train.py --data coco       the COCO recipe of the paper
     python train.py --data DIR --epochs 25 ...             a data set of your own in COCO layout
 
-Writes ota.safetensors, log.jsonl, args.json, metrics.json, curves.png and samples.png into --out.
+Writes ota.safetensors, log.jsonl, args.json, metrics.json, curves.png and samples.png into --out, and checkpoints:
+the same command with the same --out continues a run that was ended, exactly.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,12 +22,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks import environment
 from data import CocoDataset, DatasetError, collate, find_splits, train_transform
 from data.draw import draw_curves, draw_detections, save_contact_sheet
+from data.order import SeededDataset, batches_from, seed_of
 from eval import (
     SettingsError,
     class_differences,
@@ -40,7 +43,17 @@ from eval import (
 )
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
-from model import BackboneError, Detector, DetectorConfig, save_weights
+from model import (
+    BackboneError,
+    CheckpointError,
+    Detector,
+    DetectorConfig,
+    previous_checkpoint,
+    save_checkpoint,
+    save_weights,
+    write_file,
+    writing,
+)
 
 # Settings: the defaults of --data coco are the paper's recipe, a flag overrides a recipe's value
 
@@ -59,6 +72,8 @@ SHAPES = OWN | {
 }  # fmt: skip
 RECIPES = {"coco": COCO, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
+# What may change when a run is continued. The data set's path may, too: its annotation file is compared instead.
+FREE_FLAGS = {"data", "workers", "out", "resume", "save_every", "eval_every", "log_every", "device"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -102,6 +117,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--eval-every", type=positive, metavar="EPOCHS", help="evaluate (and save) this often; always last"
     )
+    group.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="checkpoint this often")
+    group.add_argument("--resume", choices=("auto", "never"), default="auto",
+                       help="auto: continue the run in --out; never: refuse a folder that holds one")  # fmt: skip
     group.add_argument("--log-every", type=positive, default=50, metavar="STEPS")
     group.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
@@ -171,21 +189,15 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def endless(loader: DataLoader, sampler: DistributedSampler):
-    epoch = 0
-    while True:
-        sampler.set_epoch(epoch)
-        yield from loader
-        epoch += 1
-
-
 def main() -> None:
     started = time.time()
     args = parse_args()
     device, rank, world = setup_distributed(args.device)
     is_main = rank == 0
     say = print if is_main else (lambda *_: None)
-    torch.manual_seed(args.seed + rank)  # ranks flip differently; weights start from rank 0's
+    torch.manual_seed(args.seed)
+    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise SettingsError("--max-restarts needs --out: ranks that start again find their checkpoint by it")
 
     # data
     if args.data == "shapes" and world > 1:  # the main rank writes a generated set, the others wait
@@ -210,12 +222,7 @@ def main() -> None:
             f"--batch-size {args.batch_size} must divide by the {world} ranks and not pass the {len(dataset)} images"
         )
     workers = args.workers if args.workers is not None else min(4, max(1, (os.cpu_count() or 1) // world))
-    sampler = DistributedSampler(dataset, world, rank, seed=args.seed, drop_last=True)
-    loader = DataLoader(
-        dataset, args.batch_size // world, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=True,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=ignore_interrupts,
-    )  # fmt: skip
-    epoch_steps = len(loader)
+    epoch_steps = len(dataset) // args.batch_size
     steps = args.steps or args.epochs * epoch_steps
 
     # model
@@ -231,57 +238,147 @@ def main() -> None:
         f"{args.lr:g} x {args.batch_size} / {LR_BATCH}"
     )
 
-    # the run's folder
+    # the run's folder, where only the main rank reads and writes
     out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    log: list[dict] = []
+    settings = {
+        "command": " ".join(sys.argv),
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        **environment(device),
+    }
+    checkpoint, finished = None, False
     if is_main:
-        if (out / "log.jsonl").exists():
-            raise SettingsError(f"{out} holds a run already; name another folder with --out")
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "command": " ".join(sys.argv),
-            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            **environment(device),
-        }
-        (out / "args.json").write_text(json.dumps(settings, indent=1))
+        with open(train_split.annotations, "rb") as file:
+            identity = {"annotation file (SHA-256)": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+        identity |= {"images": len(dataset)}
+        identity |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        checkpoint = previous_checkpoint(out, identity, args.resume)
+        finished = checkpoint is not None and checkpoint["step"] == steps and (out / "metrics.json").exists()
+    if world > 1:
+        received = [checkpoint, finished]
+        dist.broadcast_object_list(received)
+        checkpoint, finished = received
+    if finished:
+        say(f"the run in {out} is complete, all {steps} steps of it; name another folder with --out for a new one")
+        return
+    start, log, window_losses, continued = 0, [], [], checkpoint is not None
+    if continued:
+        start = checkpoint["step"]
+        window_losses = [{name: v.to(device) for name, v in terms.items()} for terms in checkpoint["window_losses"]]
+        log = [json.loads(line) for line in checkpoint["log"].splitlines()]
+        settings = json.loads(checkpoint["settings"])
+        settings.setdefault("continued", []).append({"step": start, "ranks": world, **environment(device)})
+        detector.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        say(f"continuing the run in {out} after step {start} of {steps}")
+    del checkpoint
+
+    def log_text() -> str:
+        return "".join(json.dumps(line) + "\n" for line in log)
 
     def write_log(line: dict) -> None:
         log.append(line)
-        with open(out / "log.jsonl", "a") as file:
+        with writing(out), open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(step: int, metrics: dict | None) -> None:
-        save_weights(
-            out / "ota.safetensors",
-            detector,
-            {
-                **classes,
-                "data": args.data if args.data in RECIPES else str(Path(args.data).absolute()),
-                "training": {"step": step, "steps": steps, "metrics": metrics, **settings},
-            },
-        )
+        metadata = {
+            **classes,
+            "data": args.data if args.data in RECIPES else str(Path(args.data).absolute()),
+            "training": {"step": step, "steps": steps, "metrics": metrics, **settings},
+        }
+        with writing(out):
+            save_weights(out / "ota.safetensors", detector, metadata)
 
-    # Ctrl-C ends the run after the step, with the weights saved; torchrun then ends the other ranks.
-    stop = []
+    def save_progress(step: int) -> None:
+        """Without random states: every step and every sample seeds its own. The learning rate follows the step."""
+        spoilt = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
+        if spoilt:
+            raise FloatingPointError(
+                f"step {step}: parameters that are not finite: {len(spoilt)}, {spoilt[0]} first; so no checkpoint is "
+                f"written; the one before is in {out}. A lower --lr or a longer --warmup is the usual remedy."
+            )
+        state = {
+            "step": step, "identity": json.dumps(identity), "settings": json.dumps(settings), "log": log_text(),
+            "window_losses": window_losses, "model": detector.state_dict(), "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        with writing(out):
+            save_checkpoint(out, state)
 
-    def request_stop(*_) -> None:
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; once more to quit at once")
+    if is_main:
+        with writing(out):
+            write_file(out / "args.json", json.dumps(settings, indent=1).encode())
+            if continued:  # lines that were written after the checkpoint will be written again
+                write_file(out / "log.jsonl", log_text().encode())
+        if not continued:
+            save_progress(0)  # a run that ends before its first checkpoint can be told from another one
+
+    # SIGTERM and SIGUSR1 (a scheduler wants the machine) end the run after the step, with a checkpoint and status 0;
+    # Ctrl-C does, too, with the weights and status 130. In an evaluation, whose checkpoint is there already, at once.
+    stop: list[int] = []
+    evaluating = False
+
+    def leave() -> None:
+        say(f"stopped in the evaluation after step {step}; the same command continues the run")
+        sys.exit(130 if signal.SIGINT in stop else 0)
+
+    def request_stop(number: int, _) -> None:
+        stop.append(number)
+        if evaluating:
+            leave()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            tqdm.write("stopping after this step; once more to quit at once")
+
+    def agreed_stop() -> int:
+        """The same answer on all ranks: one integer, on the CPU, which waits for the other ranks but for no GPU."""
+        request = torch.tensor(max(stop, default=0))
+        if world > 1:
+            dist.all_reduce(request, dist.ReduceOp.MAX)
+        return int(request)
 
     signal.signal(signal.SIGINT, request_stop if is_main else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGUSR1, request_stop)
 
-    batches = endless(loader, sampler)
-    bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None if is_main else True)
+    loader = DataLoader(
+        SeededDataset(dataset, args.seed), num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda",
+        batch_sampler=batches_from(start, steps, len(dataset), args.batch_size, args.seed, rank, world),
+        worker_init_fn=ignore_interrupts,
+    )  # fmt: skip
+    batches = iter(loader)
+    bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None if is_main else True)
     model.train()
-    window_start, window_wait, window_losses = time.perf_counter(), 0.0, []
-    for step in range(steps):
+    window_start, window_wait, window_steps = time.perf_counter(), 0.0, 0
+    evaluation_steps = args.eval_every * epoch_steps
+    for step in range(start, steps + 1):  # the last round only evaluates
+        if step == steps or (step and step % evaluation_steps == 0):
+            paused = time.perf_counter()
+            evaluating = True
+            if stop:
+                leave()
+            if is_main:
+                save(step, None)  # an evaluation can take long
+            if world > 1:  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
+                for buffer in detector.buffers():
+                    dist.broadcast(buffer, 0)
+            metrics, _ = evaluate(detector, val_dataset, device, workers=workers)
+            evaluating = False
+            if is_main:
+                save(step, metrics)
+                write_log({"step": step, "split": val_dataset.split.name, **metrics})
+                scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50"))
+                tqdm.write(f"step {step}: {scores} ({val_dataset.split.name})")
+            window_start += time.perf_counter() - paused
+        if step == steps:
+            break
+
         waited = time.perf_counter()
         images, targets = next(batches)
         window_wait += time.perf_counter() - waited
         lr = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        torch.manual_seed(seed_of(args.seed, "step", step, rank))
 
         losses = model([image.to(device, non_blocking=True) for image in images], targets)
         loss = sum(losses.values())
@@ -298,6 +395,7 @@ def main() -> None:
         bar.update()
         if is_main:
             window_losses.append({name: value.detach() for name, value in losses.items()})
+            window_steps += 1
 
         done = step + 1
         if is_main and (done % args.log_every == 0 or done == steps):
@@ -307,10 +405,10 @@ def main() -> None:
             line = {
                 "step": done, "epoch": round(done / epoch_steps, 3), "lr": lr, "loss": sum(means.values()), **means,
                 "positives_per_gt": (detector.last_assignment.gt_index >= 0).sum().item() / max(1, boxes),
-                "images_per_s": len(window_losses) * args.batch_size / seconds, "data_wait": window_wait / seconds,
+                "images_per_s": window_steps * args.batch_size / seconds, "data_wait": window_wait / seconds,
             }  # fmt: skip
             write_log(line)
-            eta_s = (steps - done) * seconds / len(window_losses)
+            eta_s = (steps - done) * seconds / window_steps
             text = (
                 f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
                 f"pos/gt {line['positives_per_gt']:.1f}  {line['images_per_s']:.1f} img/s  "
@@ -319,27 +417,19 @@ def main() -> None:
             bar.set_postfix_str(text)
             if bar.disable:  # no terminal: a line a log step
                 print(f"step {done}/{steps}  {text}  eta {int(eta_s) // 60}:{int(eta_s) % 60:02d}", flush=True)
-            window_start, window_wait, window_losses = time.perf_counter(), 0.0, []
+            window_start, window_wait, window_steps = time.perf_counter(), 0.0, 0
+            window_losses = []
 
-        if stop:
+        stopped_by = agreed_stop()
+        if is_main and (stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0):
+            save_progress(done)
+        if stopped_by:
             bar.close()
-            save(done, None)
-            print(f"interrupted after step {done}; weights are in {out / 'ota.safetensors'}")
-            sys.exit(130)
-        if done == steps or done % (args.eval_every * epoch_steps) == 0:
-            paused = time.perf_counter()
-            if is_main:
-                save(done, None)  # an evaluation can take long
-            if world > 1:  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
-                for buffer in detector.buffers():
-                    dist.broadcast(buffer, 0)
-            metrics, _ = evaluate(detector, val_dataset, device, workers=workers)
-            if is_main:
-                write_log({"step": done, "split": val_dataset.split.name, **metrics})
-                save(done, metrics)
-                scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50"))
-                tqdm.write(f"step {done}: {scores} ({val_dataset.split.name})")
-            window_start += time.perf_counter() - paused
+            if stopped_by == signal.SIGINT and is_main:
+                save(done, None)
+                print(f"interrupted after step {done}; weights are in {out / 'ota.safetensors'}")
+            say(f"stopped by {signal.Signals(stopped_by).name} after step {done}; the same command continues the run")
+            sys.exit(130 if stopped_by == signal.SIGINT else 0)
     bar.close()
 
     if is_main:
@@ -349,9 +439,10 @@ def main() -> None:
             "images": len(val_dataset),
             "total_s": round(time.time() - started),
         }
-        (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
-        draw_curves(log, out / "curves.png")
-        draw_samples(detector.eval(), val_dataset, device, out / "samples.png")
+        with writing(out):
+            draw_curves(log, out / "curves.png")
+            draw_samples(detector.eval(), val_dataset, device, out / "samples.png")
+            write_file(out / "metrics.json", json.dumps(record | metrics, indent=1).encode())  # last: complete now
         print(f"wrote {out}: ota.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
     if world > 1:
         dist.destroy_process_group()
@@ -360,5 +451,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, DatasetError, BackboneError, FloatingPointError) as error:
+    except (SettingsError, DatasetError, BackboneError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,7 +1,20 @@
 """The detector: images -> raw predictions -> losses or detections."""
 
 from .backbone import BackboneError
+from .checkpoint import CheckpointError, previous_checkpoint, save_checkpoint, write_file, writing
 from .detector import Detector, DetectorConfig
 from .weights import WeightsError, load_weights, save_weights
 
-__all__ = ["BackboneError", "Detector", "DetectorConfig", "WeightsError", "load_weights", "save_weights"]
+__all__ = [
+    "BackboneError",
+    "CheckpointError",
+    "Detector",
+    "DetectorConfig",
+    "WeightsError",
+    "load_weights",
+    "previous_checkpoint",
+    "save_checkpoint",
+    "save_weights",
+    "write_file",
+    "writing",
+]

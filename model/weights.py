@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from kernels import OTAConfig
 
+from .checkpoint import write_file
 from .detector import Detector, DetectorConfig
 
 FORMAT = "ota-triton/1"
@@ -21,7 +21,7 @@ class WeightsError(ValueError):
 
 
 def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
-    """Writes to a temporary name and renames, so the file is whole or absent.
+    """Whole or absent, see `write_file`. Raises OSError.
 
     `metadata` must be JSON; the architecture and the normalisation are added to it.
     """
@@ -33,12 +33,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
         **metadata,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"ota": json.dumps(metadata)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, save(tensors, metadata={"ota": json.dumps(metadata)}))
 
 
 def load_weights(path: Path) -> tuple[Detector, dict]:

@@ -17,7 +17,7 @@ import eval as eval_script
 import train
 from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes
 from eval import batches_of_one_size, coco_metrics
-from model import BackboneError, DetectorConfig, WeightsError, load_weights
+from model import BackboneError, CheckpointError, DetectorConfig, WeightsError, load_weights
 
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -183,10 +183,13 @@ def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):
     assert train.detector_config(train.parse_args(), 5).assigner.radius == 2.5
 
 
-def test_train_refuses_a_folder_with_a_run(monkeypatch, four_images, trained):
+def test_train_refuses_a_folder_with_another_run(monkeypatch, four_images, trained):
     before = (trained / "ota.safetensors").read_bytes()
-    with pytest.raises(train.SettingsError, match="holds a run already; name another folder with --out"):
-        call(monkeypatch, train, "--data", four_images, *TINY, "--batch-size", "4", "--steps", "1", "--out", trained)
+    args = ["--data", four_images, *TINY, "--batch-size", "4", "--out", trained]
+    with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: 0.008 there, 0.01 now(.|\n)*--out"):
+        call(monkeypatch, train, *args, "--lr", "0.01", "--steps", "1")
+    with pytest.raises(CheckpointError, match="holds a run already; name another folder with --out"):
+        call(monkeypatch, train, *args, "--resume", "never")
     assert (trained / "ota.safetensors").read_bytes() == before
 
 

@@ -1,0 +1,147 @@
+"""What a run needs to continue, on disk: whole or absent, never half.
+
+A checkpoint is `checkpoint-<step>.pt`: what torch.save writes, then the SHA-256 of that (32 bytes, which torch.load
+passes over). The two newest are kept, so there is always one to continue from while the next is being written.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+KEPT = 2
+DIGEST_BYTES = 32
+
+
+class CheckpointError(RuntimeError):
+    """The run's folder cannot be read, written or used now; the message names it and the remedy."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Temporary file, sync, rename, sync of the folder: after a crash `path` holds the old bytes or all of the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | None:
+    """Takes the folder for this process; what the run is to continue from, None for a new run.
+
+    `identity` has the settings that decide a run's result, as JSON has them. Raises CheckpointError: the folder
+    cannot be used, holds a run with others, or, with `resume` "never", any run.
+    """
+    open_folder(folder)
+    checkpoint = load_checkpoint(folder)
+    if checkpoint is None:
+        if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
+            raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
+        return None
+    if resume == "never":
+        raise CheckpointError(f"{folder} holds a run already; name another folder with --out, or drop --resume never")
+    before = json.loads(checkpoint["identity"])
+    differences = [
+        f"\n  {name}: {before.get(name, 'unknown')} there, {identity.get(name, 'unknown')} now"
+        for name in sorted(before.keys() | identity.keys())
+        if before.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(differences)}\n"
+            "Give the old ones to continue it, or name another folder with --out."
+        )
+    return checkpoint
+
+
+def open_folder(folder: Path) -> None:
+    """Creates the folder and locks it until this process ends, however it ends. Raises CheckpointError.
+
+    A POSIX record lock: unlike flock's it does not pass to forked loader processes, which outlive a killed parent
+    by seconds. The descriptor stays open on purpose.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}. Name a writable folder with --out") from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise CheckpointError(
+            f"{folder} is in use by {holder}. Wait for that run or end it, or name another folder with --out"
+        ) from error
+    with writing(folder):
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for left_by_a_kill in folder.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+
+
+@contextlib.contextmanager
+def writing(folder: Path):
+    """What fails for want of space or permission in here becomes a CheckpointError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        newest = _newest_first(folder)
+        kept = f"the last checkpoint, {newest[0].name}, is whole" if newest else "there is no checkpoint yet"
+        raise CheckpointError(
+            f"cannot write to {folder}: {error}; {kept}. Make room there and start the same command again to continue"
+        ) from error
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """`state` has a `step`, and nothing but tensors, numbers, strings, lists and dicts. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    write_file(folder / f"checkpoint-{state['step']:08d}.pt", data + hashlib.sha256(data).digest())
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint that is whole, on the CPU; None where there is none.
+
+    A damaged one is renamed, so that it does not count as one of those that are kept, and that is said.
+    Raises CheckpointError: all of them are damaged, or cannot be read.
+    """
+    paths = _newest_first(folder)
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+                raise ValueError("its checksum does not fit, it was cut off or changed")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        except Exception as error:  # torch.load raises nearly anything on what it does not understand
+            with writing(folder):
+                path.rename(path.with_suffix(".damaged"))
+            print(f"note: {path} is damaged ({error}); kept as {path.stem}.damaged", file=sys.stderr)
+    if paths:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; start afresh with another --out")
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
