@@ -2,7 +2,6 @@
 
 from data.checks import DatasetError, check_annotations
 from data.coco import CocoDataset, Split, collate, find_splits, load_image
-from data.grouping import grouped_by_orientation
 from data.shapes import generate_shapes
 from data.transforms import eval_transform, resized_size, train_transform
 
@@ -15,7 +14,6 @@ __all__ = [
     "eval_transform",
     "find_splits",
     "generate_shapes",
-    "grouped_by_orientation",
     "load_image",
     "resized_size",
     "train_transform",

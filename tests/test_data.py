@@ -34,7 +34,6 @@ from data import (
     eval_transform,
     find_splits,
     generate_shapes,
-    grouped_by_orientation,
     load_image,
     resized_size,
     train_transform,
@@ -498,21 +497,6 @@ def test_flips_follow_the_seed_and_differ_between_epochs_and_workers(tmp_path, w
     batches = [first[i : i + 8] for i in range(0, 48, 8)]
     assert batches[::2] != batches[1::2]  # the batches of one worker and of the other
     assert 10 < sum(first) < 38
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 200])
-def test_batches_of_one_orientation(batch_size):
-    rng = np.random.default_rng(batch_size)
-    sizes = rng.integers(50, 100, (101, 2)).tolist()
-    order = rng.permutation(101).tolist()
-    grouped = grouped_by_orientation(order, sizes, batch_size)
-    assert sorted(grouped) == sorted(order) and grouped == grouped_by_orientation(order, sizes, batch_size)
-    mixed = 0
-    for start in range(0, 101 - batch_size + 1, batch_size):  # an incomplete last batch is left out of training
-        batch = grouped[start : start + batch_size]
-        mixed += len({sizes[i][0] > sizes[i][1] for i in batch}) > 1
-        assert mixed or [order.index(i) for i in batch] == sorted(order.index(i) for i in batch)
-    assert mixed <= 1
 
 
 def test_eval_transform_keeps_every_box(tmp_path):
