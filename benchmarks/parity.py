@@ -62,8 +62,7 @@ def parity(
 
     `backend` is a backend of ota_assign, or a call that gives its result for this scene.
     """
-    match = backend() if callable(backend) else ota_assign(*scene, config, backend=backend, check=False)
-    plan = _plan(scene, config, backend)
+    match, plan = _result(scene, config, backend)
     image, valid = valid_rows(scene.gt_boxes, scene.gt_labels, scene.gt_offsets, scene.logits.shape[-1])
     result = Parity()
     result.require(not match.k[~valid].any(), "a row that takes no part has k > 0")
@@ -77,15 +76,17 @@ def parity(
     return result
 
 
-def _plan(scene: Scene, config: OTAConfig, backend: str | Callable[[], Assignment]) -> Plan | None:
-    """Candidates, costs and plan, where a backend lets them be looked at."""
+def _result(scene: Scene, config: OTAConfig, backend: str | Callable[[], Assignment]) -> tuple[Assignment, Plan | None]:
+    """The assignment, and the plan where a backend lets it be looked at."""
+    if callable(backend):
+        return backend(), None
     if backend == "torch":
         return solve_torch(*scene, config)
     if backend == "triton":
         from kernels.assign_triton import solve as solve_triton
 
         return solve_triton(*scene, config)
-    return None
+    return ota_assign(*scene, config, backend=backend, check=False), None
 
 
 def _compare_image(

@@ -200,12 +200,7 @@ def _solve(
     return _Solution(Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg)
 
 
-def solve(*inputs) -> Plan:
-    """Candidates, costs, supplies and the transport plan of a batch; takes what `ota_assign_torch` takes."""
-    return _solve(*inputs).plan
-
-
-def ota_assign_torch(
+def solve(
     logits: Tensor,
     boxes: Tensor,
     gt_boxes: Tensor,
@@ -213,8 +208,8 @@ def ota_assign_torch(
     gt_offsets: Tensor,
     grid: PointGrid,
     config: OTAConfig,
-) -> Assignment:
-    """The contract of `ota_assign`, for all images at once."""
+) -> tuple[Assignment, Plan]:
+    """The assignment of all images at once, and the plan that it comes from."""
     num_images, num_points = logits.shape[:2]
     plan, pair_iou, column, score, score_bg = _solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
 
@@ -229,4 +224,9 @@ def ota_assign_torch(
     gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
     iou = torch.zeros(num_images * num_points, device=boxes.device)
     gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
-    return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int())
+    return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int()), plan
+
+
+def ota_assign_torch(*inputs) -> Assignment:
+    """The contract of `ota_assign`."""
+    return solve(*inputs)[0]

@@ -83,11 +83,11 @@ def solve(
     gt_offsets: Tensor,
     grid: PointGrid,
     config: OTAConfig,
-) -> Plan:
-    """Candidates, costs, supplies and the transport plan of a batch, for those who want to look at them."""
+) -> tuple[Assignment, Plan]:
+    """The assignment, and the plan that it comes from, for those who want to look at it."""
     num_points = grid.num_points
     pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, None)
-    _, state = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
+    match, state = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
     slot = (pairs.point != NO_POINT.value).nonzero()[:, 0]
     gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
     image, column = point // num_points, state.column[slot].long()
@@ -96,4 +96,4 @@ def solve(
     points, inverse = torch.unique(point, return_inverse=True)
     v_of_point = torch.empty_like(points, dtype=v.dtype).scatter_(0, inverse, v)
     log_plan_bg = (state.u_background[points // num_points] + v_of_point) * math.log(2)
-    return Plan(gt, point, cost / pairs.scale, pairs.k.long(), log_plan, points, log_plan_bg)
+    return match, Plan(gt, point, cost / pairs.scale, pairs.k.long(), log_plan, points, log_plan_bg)

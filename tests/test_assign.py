@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def test_parity_where_every_point_is_a_candidate(backend):
     """Then no column stands for the rest; a large eps makes what background sends at most far less than one unit."""
     config = OTAConfig(center_prior="none", fixed_k=N // 2, eps=10.0)
     assert_parity(scene_of([(-50, -40, 200, 150)]), config, backend)
+
+
+@pytest.mark.parametrize("backend", COMPARED)
+@pytest.mark.parametrize("prior", ["closest", "radius", "none"])
+def test_what_is_compared_is_what_ota_assign_gives(prior, backend):
+    """Parity is that of `solve`, which gives the plan, too."""
+    scene, config = make_scene(GRID, (5, 0, 2), C, seed=7), OTAConfig(center_prior=prior, rescale=prior != "radius")
+    solve_it = import_module(f"kernels.assign_{backend}").solve
+    match, _ = solve_it(*scene.to(device_of(backend)), config)
+    assert_equal(Assignment(*(tensor.cpu() for tensor in match)), assign(*scene, config, backend=backend))
 
 
 BREACHES = {
@@ -559,9 +570,9 @@ def test_image_alone_is_image_in_a_batch(counts, backend):
 def test_costs_and_plan_alone_are_those_in_a_batch():
     """Bit for bit: where an element lies in a tensor must not decide how it is rounded, or equal boxes do not tie."""
     scene = make_scene(GRID, (7, 1, 23), C, seed=10)
-    whole = solve(*scene, OTAConfig())
+    _, whole = solve(*scene, OTAConfig())
     for b, start in enumerate((0, 7, 8)):
-        part, here = solve(*image_of(scene, b), OTAConfig()), whole.flat_point // N == b
+        (_, part), here = solve(*image_of(scene, b), OTAConfig()), whole.flat_point // N == b
         assert torch.equal(part.gt + start, whole.gt[here]) and torch.equal(part.flat_point, whole.flat_point[here] % N)
         assert torch.equal(part.cost, whole.cost[here]) and torch.equal(part.log_plan, whole.log_plan[here])
 
@@ -623,7 +634,7 @@ def test_marginals():
 def test_marginals_over_candidate_pairs():
     counts, config = (3, 0, 5), OTAConfig(fixed_k=4, iterations=1000)
     scene = make_scene(GRID, counts, C, seed=13, size_px=(40, 90))
-    plan = solve(*scene, config)
+    _, plan = solve(*scene, config)
     sent, sent_bg = plan.log_plan.double().exp(), plan.log_plan_bg.double().exp()
     supplied = sent.new_zeros(8).index_add(0, plan.gt, sent)
     torch.testing.assert_close(supplied, plan.k.double(), rtol=1e-4, atol=0)
