@@ -6,6 +6,7 @@ x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 """
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -127,6 +128,7 @@ class CocoDataset(torch.utils.data.Dataset):
         self._sizes = np.array([(image["height"], image["width"]) for image in self.images], np.int64)
         # The images that were skipped, in shared memory: the loader's workers count together.
         self._bad = torch.zeros(len(self.images), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
+        self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
         targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
         crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
         self._pack_boxes(targets, crowds if ignore_crowd else [])
@@ -227,15 +229,18 @@ class CocoDataset(torch.utils.data.Dataset):
 
     def _count_bad(self, i: int, error: DatasetError) -> None:
         """Say that image i is skipped, once; raise DatasetError above the cap."""
-        if self._bad[i]:
-            return
-        self._bad[i] = True
-        count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
-        if count > cap:
-            raise DatasetError(
-                f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
-            ) from error
-        print(f"skipped bad image {count} (at most {cap}): {error}", file=sys.stderr, flush=True)
+        with self._bad_lock:
+            if self._bad[i]:
+                return
+            self._bad[i] = True
+            count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+            if count <= cap:  # one write, or the lines of two workers mix
+                sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
+                sys.stderr.flush()
+                return
+        raise DatasetError(
+            f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
+        ) from error
 
 
 def _split_ignored(target: dict) -> dict:
