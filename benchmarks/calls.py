@@ -4,13 +4,13 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from benchmarks.scenes import Scene
 from kernels import Assignment, OTAConfig, ota_assign
+from kernels.assign import HAS_TRITON
 
 Call = Callable[[], Assignment]
 
@@ -40,8 +40,8 @@ def calls_of(scene: Scene, config: OTAConfig) -> dict[str, Call | str]:
         "torch compiled": compiled(scene, config),
     }
     if device.type == "cuda":
-        calls["triton"] = partial(plain, backend="triton") if find_spec("triton") else "triton is not installed"
-        calls["triton graph"] = captured(calls["triton"]) if find_spec("triton") else "triton is not installed"
+        calls["triton"] = partial(plain, backend="triton") if HAS_TRITON else "triton is not installed"
+        calls["triton graph"] = captured(calls["triton"]) if HAS_TRITON else "triton is not installed"
     return calls
 
 

@@ -10,7 +10,6 @@ phase before has stored: at least one store, barrier and load within a program, 
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from benchmarks.measure import MIB, time_ms
 from benchmarks.scenes import Scene
 from kernels import OTAConfig
+from kernels.assign import HAS_TRITON
 from kernels.assign_torch import solve
 
 COPY_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
@@ -50,7 +50,7 @@ def measure_rates(device: torch.device) -> Rates:
     target = torch.empty_like(source)
     copy_ms = median(time_ms(lambda: target.copy_(source), 20, device, queued=True))
     round_trip = None
-    if device.type == "cuda" and find_spec("triton"):
+    if device.type == "cuda" and HAS_TRITON:
         from benchmarks.round_trip import round_trip_us
 
         round_trip = round_trip_us(device)

@@ -45,6 +45,18 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
+def load_boxes(box, side, mask):
+    """x1, y1, x2, y2 from pointers to x1; 0 0 1 1 where masked."""
+    x1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
+    box += side
+    y1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
+    box += side
+    x2 = tl.load(box, mask=mask, other=1.0).to(tl.float32)
+    box += side
+    return x1, y1, x2, tl.load(box, mask=mask, other=1.0).to(tl.float32)
+
+
+@triton.jit
 def pair_iou(gx1, gy1, gx2, gy2, bx1, by1, bx2, by2):
     """IoU, union and area of the hull of a ground truth and a predicted box."""
     width = tl.maximum(tl.minimum(gx2, bx2) - tl.maximum(gx1, bx1), 0.0)
@@ -203,13 +215,7 @@ def _pairs_kernel(
             logits + image * logit_image + point * logit_point + label * logit_class, mask=here, other=0.0
         ).to(tl.float32)
         box = boxes + image * box_image + point * box_point
-        bx1 = tl.load(box, mask=here, other=0.0).to(tl.float32)
-        box += box_side
-        by1 = tl.load(box, mask=here, other=0.0).to(tl.float32)
-        box += box_side
-        bx2 = tl.load(box, mask=here, other=0.0).to(tl.float32)
-        box += box_side
-        by2 = tl.load(box, mask=here, other=0.0).to(tl.float32)
+        bx1, by1, bx2, by2 = load_boxes(box, box_side, here)
         iou, union, hull = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
         if REG == "iou":
             reg = -tl.log(tl.maximum(iou, _IOU_FLOOR))

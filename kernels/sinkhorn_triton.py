@@ -37,7 +37,7 @@ from torch import Tensor
 from . import passes_triton as passes
 from .candidates_triton import NO_POINT
 from .config import EMPTY_SUPPLY, Assignment, OTAConfig
-from .pairs_triton import Pairs, pair_iou
+from .pairs_triton import Pairs, load_boxes, pair_iou
 
 _EMPTY = tl.constexpr(EMPTY_SUPPLY)
 _POINTS, _LANES = 1024, 4
@@ -59,18 +59,6 @@ class Potentials(NamedTuple):
 
 
 @triton.jit
-def _load_boxes(box, side, mask):
-    """x1, y1, x2, y2 from pointers to x1; 0 0 1 1 where masked."""
-    x1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
-    box += side
-    y1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
-    box += side
-    x2 = tl.load(box, mask=mask, other=1.0).to(tl.float32)
-    box += side
-    return x1, y1, x2, tl.load(box, mask=mask, other=1.0).to(tl.float32)
-
-
-@triton.jit
 def _decode(
     gt_index, iou, boxes, gt_boxes, box_point, box_side, gt_row, gt_side, shift, background_shift, edge_gt, edge_cost,
     point_begin, flat_point, first_point, num_points, POINTS: tl.constexpr, LANES: tl.constexpr,
@@ -81,8 +69,8 @@ def _decode(
         least, supplier = passes.best_supplier(shift, edge_gt, edge_cost, begin, end, most, NO_POINT, LANES)
         matched = here & (least <= background_shift)
         point = tl.load(flat_point + c, mask=matched, other=0).to(tl.int64)
-        x1, y1, x2, y2 = _load_boxes(gt_boxes + supplier.to(tl.int64) * gt_row, gt_side, matched)
-        bx1, by1, bx2, by2 = _load_boxes(boxes + (point - first_point) * box_point, box_side, matched)
+        x1, y1, x2, y2 = load_boxes(gt_boxes + supplier.to(tl.int64) * gt_row, gt_side, matched)
+        bx1, by1, bx2, by2 = load_boxes(boxes + (point - first_point) * box_point, box_side, matched)
         overlap, _, _ = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
         tl.store(gt_index + point, supplier.to(tl.int64), mask=matched)
         tl.store(iou + point, overlap, mask=matched)
