@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -26,50 +25,11 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, eval_transform, find_splits, resized_size
 from model import BackboneError, Detector, WeightsError, load_weights
-from model.detector import SIZE_DIVISOR
+from model.batch import padded_side
+from run.process import ignore_interrupts, setup_distributed
+from run.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-class SettingsError(ValueError):
-    """Flags that do not fit each other, the data or the machine; the message names them."""
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
-    """Device, rank and world size; starts the process group when torchrun has set one up."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
-        ) from error
-    if world > 1:
-        # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, rank, world
-
-
-def ignore_interrupts(_: int) -> None:
-    """For loader processes: what ends a run goes to all of its processes, and the main one may still need them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
@@ -77,7 +37,7 @@ def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch
     groups = defaultdict(list)
     for i, image in enumerate(dataset.images):
         height, width = resized_size(image["height"], image["width"], image_size)
-        groups[-(-height // SIZE_DIVISOR), -(-width // SIZE_DIVISOR)].append(i)
+        groups[padded_side(height), padded_side(width)].append(i)
     return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
 
 
@@ -184,12 +144,14 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
     )
 
 
-def evaluation_dataset(data: str, image_size: tuple[int, int]) -> CocoDataset:
-    """The validation part, or, said aloud, the training part of a data set that has no other."""
+def evaluation_dataset(data: str, image_size: tuple[int, int], overfit: int | None = None) -> CocoDataset:
+    """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
+    `overfit` images with objects."""
     train, val = find_splits(data)
-    dataset = CocoDataset(val or train, eval_transform(image_size))
+    val = None if overfit else val
+    dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit)
     if int(os.environ.get("RANK", 0)) == 0:
-        if val is None:
+        if val is None and not overfit:
             print(
                 f"note: {data} has no validation part, so the training part is evaluated; "
                 "the AP tells how well it was learned, not how well it generalises",

@@ -99,7 +99,12 @@ class CocoDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, split: Split, transform: Callable | None = None, ignore_crowd: bool = True, bad_images: str = "stop"
+        self,
+        split: Split,
+        transform: Callable | None = None,
+        ignore_crowd: bool = True,
+        bad_images: str = "stop",
+        first: int | None = None,
     ) -> None:
         """Raises DatasetError.
 
@@ -108,8 +113,9 @@ class CocoDataset(torch.utils.data.Dataset):
         ignore_crowd: targets name crowd regions as `ignore`; otherwise these are background
         bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" says which one it is and
         takes the next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
+        first: only so many images, the first ones that have boxes
         """
-        self.split = split
+        self.split, self.first = split, first
         self.transform = transform
         if not split.images.is_dir():
             raise DatasetError(
@@ -117,6 +123,7 @@ class CocoDataset(torch.utils.data.Dataset):
             )
         content = _read_json(split.annotations)
         check_annotations(content, split.images, split.annotations, look_at_files=bad_images == "stop")
+        content = _first_images(content, first)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -168,7 +175,7 @@ class CocoDataset(torch.utils.data.Dataset):
         leave out or empty (width x height and 0 are filled in), and counts a detection matched to
         annotation 0 as false (0 gets the next free id).
         """
-        content = _read_json(self.split.annotations)
+        content = _first_images(_read_json(self.split.annotations), self.first)
         records = [record for record in content["annotations"] if record["id"] not in self._dropped_ids]
         free_id = max((record["id"] for record in records), default=0) + 1
         for record in records:
@@ -177,6 +184,11 @@ class CocoDataset(torch.utils.data.Dataset):
             if not isinstance(record.get("area"), int | float):
                 record["area"] = record["bbox"][2] * record["bbox"][3]
         return content | {"annotations": records}
+
+    @property
+    def tall(self) -> list[bool]:
+        """Which images are higher than wide."""
+        return (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -241,6 +253,17 @@ class CocoDataset(torch.utils.data.Dataset):
         raise DatasetError(
             f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
         ) from error
+
+
+def _first_images(content: dict, count: int | None) -> dict:
+    """A file's content cut down to its first `count` images with boxes; None leaves all."""
+    if count is None:
+        return content
+    with_boxes = {record["image_id"] for record in content["annotations"] if not record.get("iscrowd", 0)}
+    images = [image for image in content["images"] if image["id"] in with_boxes][:count]
+    kept = {image["id"] for image in images}
+    annotations = [record for record in content["annotations"] if record["image_id"] in kept]
+    return content | {"images": images, "annotations": annotations}
 
 
 def _split_ignored(target: dict) -> dict:

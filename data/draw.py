@@ -38,22 +38,23 @@ def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> 
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
-    """Loss terms and average precision over the steps, from the lines of log.jsonl."""
+    """Loss terms, average precision and supplies over the steps, from the lines of log.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     panels = (
-        (left, "training loss", ("loss", "cls", "box", "iou"), "-"),
-        (right, "average precision", ("AP", "AP50", "AP75"), "o-"),
+        ("training loss", ("loss", "cls", "box", "iou"), "-", None),
+        ("average precision", ("AP", "AP50", "AP75"), "o-", 1),
+        ("points per object", ("positives_per_gt", "mean_k"), "-", None),
     )
-    for axis, title, names, line_style in panels:
+    for axis, (title, names, line_style, top) in zip(axes, panels, strict=True):
         lines = [line for line in log if names[0] in line]
         for name in names:
             axis.plot([line["step"] for line in lines], [line[name] for line in lines], line_style, label=name)
-        axis.set(xlabel="step", title=title, ylim=(0, None if axis is left else 1))
+        axis.set(xlabel="step", title=title, ylim=(0, top))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

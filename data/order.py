@@ -4,7 +4,7 @@ So a run continues at any step, with any number of ranks and loader processes, a
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -15,13 +15,37 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
 
 
+def grouped_by_orientation(order: list[int], tall: Sequence[bool], batch_size: int) -> list[int]:
+    """The images of `order` in an order whose batches hold only images that are `tall`, or only others.
+
+    Such batches are padded less. They come in the order in which they fill up, images within one in that of `order`;
+    what fills none comes last, so that at most one batch is mixed. A function of its arguments alone.
+    """
+    filling: dict[bool, list[int]] = {True: [], False: []}
+    grouped: list[int] = []
+    for i in order:
+        batch = filling[bool(tall[i])]
+        batch.append(i)
+        if len(batch) == batch_size:
+            grouped += batch
+            batch.clear()
+    return grouped + filling[True] + filling[False]
+
+
 def batches_from(
-    step: int, steps: int, images: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    step: int,
+    steps: int,
+    images: int,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    tall: Sequence[bool] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """(epoch, image index) of this rank's share of every batch from `step` to the last one.
 
     `batch_size` counts over all ranks, each takes its slice. An epoch is a permutation of the images without the
-    remainder that fills no batch.
+    remainder that fills no batch. `tall`, a bool for each image, groups them by it.
     """
     share, epoch_steps = batch_size // world, images // batch_size
     order, order_epoch = [], -1
@@ -30,6 +54,8 @@ def batches_from(
         if epoch != order_epoch:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
             order, order_epoch = torch.randperm(images, generator=generator).tolist(), epoch
+            if tall is not None:
+                order = grouped_by_orientation(order, tall, batch_size)
         first = position * batch_size + rank * share
         yield [(epoch, i) for i in order[first : first + share]]
 

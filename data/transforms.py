@@ -7,12 +7,19 @@ unless the longer one would then pass the second. Small images are enlarged.
 from torchvision.transforms import v2
 
 
-def train_transform(image_size: tuple[int, int], flip: float = 0.5) -> v2.Transform:
-    """Flip with probability `flip`, resize, clip; boxes under 1 px a side after that are dropped."""
+def train_transform(
+    image_size: tuple[int, int], flip: float = 0.5, shorter_sides: list[int] | None = None
+) -> v2.Transform:
+    """Flip with probability `flip`, resize, clip; boxes under 1 px a side after that are dropped.
+
+    shorter_sides: instead of the one in `image_size`, one of these (px), drawn for every image.
+    """
+    longest = image_size[1]
+    resize = v2.RandomShortestSize(shorter_sides, longest, antialias=True) if shorter_sides else _resize(image_size)
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(flip),
-            _resize(image_size),
+            resize,
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=1.0),
         ]

@@ -3,5 +3,6 @@
 from .assign import ota_assign
 from .config import Assignment, OTAConfig
 from .grid import PointGrid
+from .statistics import assignment_statistics
 
-__all__ = ["Assignment", "OTAConfig", "PointGrid", "ota_assign"]
+__all__ = ["Assignment", "OTAConfig", "PointGrid", "assignment_statistics", "ota_assign"]

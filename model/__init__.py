@@ -3,7 +3,7 @@
 from .backbone import BackboneError
 from .checkpoint import CheckpointError, previous_checkpoint, save_checkpoint, write_file, writing
 from .detector import Detector, DetectorConfig
-from .weights import WeightsError, load_weights, save_weights
+from .weights import WeightsError, init_weights, load_weights, save_weights
 
 __all__ = [
     "BackboneError",
@@ -11,6 +11,7 @@ __all__ = [
     "Detector",
     "DetectorConfig",
     "WeightsError",
+    "init_weights",
     "load_weights",
     "previous_checkpoint",
     "save_checkpoint",

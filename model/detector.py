@@ -1,20 +1,24 @@
 """The detector: FCOS on a timm backbone, trained with optimal transport assignment."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from kernels import OTAConfig, PointGrid, ota_assign
+from kernels import OTAConfig, PointGrid, assignment_statistics, ota_assign
 
 from .backbone import STRIDES, Backbone
+from .batch import Batch, pack, pad_images
 from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import postprocess
 
-SIZE_DIVISOR = 32
+
+@lru_cache(maxsize=64)
+def points_of(grid: PointGrid, device: torch.device) -> Tensor:
+    return grid.points(device)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ class Detector(nn.Module):
     Output in evaluation: a list of dicts `boxes` (n, 4), `scores` (n,), `labels` (n,), best first, in px of the
     images as given. Images are resized to `config.image_size` first; one that has this size already is not touched.
 
-    `last_assignment` keeps the labels of the latest training batch, for logging.
+    In training a `Batch` on the detector's device may take the place of both lists. Under torch.autocast the network
+    runs in the lower precision, the assignment and the losses in float32.
+
+    `last_assignment` keeps the labels of the latest training batch, and, where `measure_assignment` is set, which
+    waits for the device, `last_statistics` what kernels.assignment_statistics says about it.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
@@ -72,53 +80,55 @@ class Detector(nn.Module):
         shorter, longest = config.image_size
         size, max_size = ([shorter], longest) if shorter < longest else (None, longest)
         self.resize = v2.Resize(size, max_size=max_size, antialias=True)
-        self.last_assignment = None
-        self.to(memory_format=torch.channels_last)  # convolutions are faster in this layout
+        self.last_assignment, self.last_statistics, self.measure_assignment = None, {}, False
+        self.use_memory_format(torch.channels_last)
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
-        if self.training:
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Of images and weights; most convolutions are faster with channels last."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
+
+    def forward(self, images: list[Tensor] | Batch, targets: list[dict[str, Tensor]] | None = None):
+        if not self.training:
+            return self.detect(images)
+        if not isinstance(images, Batch):
             if targets is None or len(targets) != len(images):
                 raise ValueError("a training step needs one target (boxes, labels) per image")
-            return self.losses(images, targets)
-        return self.detect(images)
+            images = pack(images, targets).to(self.mean.device)
+        return self.losses(images)
+
+    def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
+        images = images.to(memory_format=self.memory_format)
+        images = images if images.is_floating_point() else images.float() / 255
+        rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
+        return torch.where(inside[:, None], (images - self.mean) / self.std, 0)
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Images of different sizes -> one normalised (B, 3, H, W), padded with zeros to multiples of 32 px."""
-        height, width = (-(-max(i.shape[d] for i in images) // SIZE_DIVISOR) * SIZE_DIVISOR for d in (1, 2))
-        batch = torch.zeros(len(images), 3, height, width, device=self.mean.device).to(
-            memory_format=torch.channels_last
-        )
-        for slot, image in zip(batch, images, strict=True):
-            image = image.to(batch.device, non_blocking=True)
-            image = image if image.is_floating_point() else image.float() / 255
-            slot[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
-        return batch
+        return self.normalise(*(tensor.to(self.mean.device) for tensor in pad_images(images)))
 
     def predict_raw(self, batch: Tensor) -> tuple[Predictions, PointGrid]:
         grid = PointGrid.for_image(tuple(batch.shape[-2:]), STRIDES)
-        return self.head(self.backbone(batch), grid.points(batch.device)), grid
+        return self.head(self.backbone(batch), points_of(grid, batch.device)), grid
 
-    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        predictions, grid = self.predict_raw(self.batch(images))
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        predictions, grid = self.predict_raw(self.normalise(batch.images, batch.sizes))
         device = predictions.boxes.device
-        gt_boxes = torch.cat([torch.as_tensor(t["boxes"]).reshape(-1, 4) for t in targets]).float().to(device)
-        gt_labels = torch.cat([t["labels"] for t in targets]).to(device)
-        counts = torch.tensor([len(t["labels"]) for t in targets])
-        gt_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device)
-        self.last_assignment = ota_assign(
-            predictions.logits, predictions.boxes, gt_boxes, gt_labels, gt_offsets, grid, self.config.assigner
-        )
-        ignored = self.ignored_points(targets, grid, device)
-        return detection_losses(predictions, self.last_assignment, gt_boxes, gt_labels, ignored)
-
-    def ignored_points(self, targets: list[dict[str, Tensor]], grid: PointGrid, device: torch.device) -> Tensor | None:
-        """(B, N) bool: points inside the `ignore` boxes of their image; None where no image has any."""
-        regions = [torch.as_tensor(t.get("ignore", t["boxes"][:0])).reshape(-1, 4) for t in targets]
-        counts = torch.tensor([len(boxes) for boxes in regions])
-        if not counts.any():
-            return None
-        image_index = torch.arange(len(targets)).repeat_interleave(counts).to(device)
-        return points_inside(grid.points(device), torch.cat(regions).float().to(device), image_index, len(targets))
+        with torch.autocast(device.type, enabled=False):
+            inputs = (
+                predictions.logits, predictions.boxes, batch.gt_boxes, batch.gt_labels, batch.gt_offsets, grid,
+                self.config.assigner,
+            )  # fmt: skip
+            self.last_assignment = ota_assign(*inputs)
+            if self.measure_assignment:
+                self.last_statistics = assignment_statistics(*inputs)
+            ignored = None
+            if len(batch.ignore_boxes):
+                points = points_of(grid, device)
+                ignored = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
+            return detection_losses(predictions, self.last_assignment, batch.gt_boxes, batch.gt_labels, ignored)
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         resized = [self.resize(image) for image in images]

@@ -25,6 +25,11 @@ def average_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def mean_positives(assignment: Assignment) -> Tensor:
+    """The number of matched points of an average rank, a float32 scalar on the device."""
+    return average_over_ranks((assignment.gt_index >= 0).sum().float())
+
+
 def points_inside(points: Tensor, boxes: Tensor, image_index: Tensor, num_images: int) -> Tensor:
     """(B, N) bool: the points (N, 2) inside any of an image's boxes (M, 4), of images image_index (M,)."""
     inside = ((points > boxes[:, None, :2]) & (points < boxes[:, None, 2:])).all(-1)
@@ -48,7 +53,7 @@ def detection_losses(
     if ignored is not None:
         logits = logits.masked_fill((ignored & ~positive)[..., None], NO_CLASS)
     matched = assignment.gt_index[positive]
-    normaliser = average_over_ranks(positive.sum().float()).clamp(min=1)
+    normaliser = mean_positives(assignment).clamp(min=1)
 
     targets = torch.zeros_like(logits)
     targets[positive] = F.one_hot(gt_labels[matched], logits.shape[-1]).to(targets)

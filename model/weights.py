@@ -36,6 +36,36 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
     write_file(path, save(tensors, metadata={"ota": json.dumps(metadata)}))
 
 
+def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
+    """Start `detector` from the weights in a file; returns what was done, in a sentence. Raises WeightsError.
+
+    The last convolution of the class tower stays as it is where the file's classes are not `class_names`.
+    Normalisation statistics come from the file; so do those of batch norms, frozen or not.
+    """
+    other, metadata = load_weights(path)
+    differences = [
+        f"{name} {getattr(other.config, name)} there, {getattr(detector.config, name)} here"
+        for name in ("backbone", "channels", "head_convs")
+        if getattr(other.config, name) != getattr(detector.config, name)
+    ]
+    if differences:
+        raise WeightsError(f"{path} (--init) is another network: {'; '.join(differences)}")
+    same_classes = metadata["class_names"] == class_names
+    weights = {n: t for n, t in other.state_dict().items() if same_classes or not n.startswith("head.cls.")}
+    left = detector.load_state_dict(weights, strict=False).missing_keys
+    left = [name for name in left if not name.startswith("head.cls.") and not name.endswith("num_batches_tracked")]
+    if left:
+        raise WeightsError(f"{path} (--init) lacks {', '.join(left[:5])}")
+    for name in ("mean", "std"):
+        getattr(detector, name).copy_(getattr(other, name))
+    if same_classes:
+        return f"weights from {path}, whose {len(class_names)} classes are these"
+    return (
+        f"weights from {path}; the class layer of the head starts afresh, for its {len(metadata['class_names'])} "
+        f"classes are not these {len(class_names)}"
+    )
+
+
 def load_weights(path: Path) -> tuple[Detector, dict]:
     """The detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError."""
     path = Path(path)

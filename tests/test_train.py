@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 100_000,
-                "--log-every", 1, "--workers", 1, "--out", out, ranks=ranks),
+                "--log-every", 1, "--eval-every", 100_000, "--workers", 1, "--out", out, ranks=ranks),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     said = ""

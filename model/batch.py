@@ -1,0 +1,62 @@
+"""Images and targets of different sizes -> one padded batch of tensors, its ground truths ragged.
+
+Packed where the images are decoded, in a loader process, so that a batch goes to the device in a few large copies
+that need not wait for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZE_DIVISOR = 32
+
+
+class Batch(NamedTuple):
+    """B images, G ground truths one image after the other, M regions to ignore."""
+
+    images: Tensor  # (B, 3, H, W) uint8 0..255 or float 0..1; 0 outside of an image's own size
+    sizes: Tensor  # (B, 2) int64: height and width of every image, px
+    gt_boxes: Tensor  # (G, 4) float32 x1 y1 x2 y2 px
+    gt_labels: Tensor  # (G,) int64
+    gt_offsets: Tensor  # (B + 1,) int64: image b owns rows gt_offsets[b] to gt_offsets[b + 1]
+    ignore_boxes: Tensor  # (M, 4) float32
+    ignore_image: Tensor  # (M,) int64: the image of every region
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
+    """The smallest of `sides` (ascending) that is long enough, else the next multiple of 32 px."""
+    return next((s for s in sides if s >= side), -(-side // SIZE_DIVISOR) * SIZE_DIVISOR)
+
+
+def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
+    if any(image.is_floating_point() for image in images):
+        images = [image if image.is_floating_point() else image.float() / 255 for image in images]
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    height, width = (padded_side(side, sides) for side in sizes.amax(0).tolist())
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for slot, image in zip(batch, images, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes
+
+
+def pack(images: list[Tensor], targets: list[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
+    """Images (3, h, w) and targets as `Detector` takes them, on the CPU, to a Batch padded to `sides`."""
+    boxes = [torch.as_tensor(t["boxes"]).reshape(-1, 4).float() for t in targets]
+    ignored = [torch.as_tensor(t["ignore"]).reshape(-1, 4).float() if "ignore" in t else b[:0]
+               for t, b in zip(targets, boxes, strict=True)]  # fmt: skip
+    counts = torch.tensor([len(b) for b in boxes])
+    image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
+    return Batch(
+        *pad_images(images, sides),
+        torch.cat(boxes),
+        torch.cat([t["labels"] for t in targets]),
+        F.pad(counts.cumsum(0), (1, 0)),
+        torch.cat(ignored),
+        image_of_ignored,
+    )

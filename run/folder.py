@@ -1,0 +1,99 @@
+"""The folder of a run: checkpoints, log, weights, curves, TensorBoard events."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.draw import draw_curves
+from model import Detector, save_checkpoint, save_weights, write_file, writing
+
+REDRAW_S = 60  # between two drawings of the curves, which take a second
+
+
+def tensorboard_writer(folder: Path, first_step: int):
+    """A SummaryWriter, or None where TensorBoard is not installed; events from `first_step` on are written again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=first_step)
+
+
+class RunFolder:
+    """What a run leaves behind; only the main rank has one. Every method raises CheckpointError when it cannot write.
+
+    settings   the command, its flags, versions and dates, as JSON
+    identity   those of them that decide the result, to be compared when the run is continued
+    metadata   class names, ids and the data set, for weights files
+    log        lines of log.jsonl so far: all but those written after the checkpoint that the run continues from
+    """
+
+    def __init__(
+        self, path: Path, settings: dict, identity: dict, metadata: dict, steps: int, step: int, log: list[dict]
+    ) -> None:
+        self.path, self.settings, self.identity, self.metadata = path, settings, identity, metadata
+        self.steps, self.log, self._drawn_at = steps, log, time.monotonic()
+        with writing(path):
+            write_file(path / "args.json", json.dumps(settings, indent=1).encode())
+            if step:
+                write_file(path / "log.jsonl", self._log_text().encode())
+            self._events = tensorboard_writer(path / "tensorboard", step + 1)
+
+    def _log_text(self) -> str:
+        return "".join(json.dumps(line) + "\n" for line in self.log)
+
+    def write_line(self, line: dict) -> None:
+        """One more line of the log, its numbers to TensorBoard, and now and then the curves."""
+        self.log.append(line)
+        with writing(self.path):
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self._events:
+                group = "evaluation" if "AP" in line else "training"
+                for name, value in line.items():
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(f"{group}/{name}", value, line["step"])
+            if time.monotonic() - self._drawn_at > REDRAW_S:
+                self.draw()
+
+    def draw(self) -> None:
+        with writing(self.path):
+            draw_curves(self.log, self.path / "curves.png")
+        self._drawn_at = time.monotonic()
+
+    def save_weights(self, detector: Detector, step: int, metrics: dict | None, name: str = "ota.safetensors") -> None:
+        training = {"step": step, "steps": self.steps, "metrics": metrics, **self.settings}
+        with writing(self.path):
+            save_weights(self.path / name, detector, {**self.metadata, "training": training})
+
+    def write_evaluation(self, detector: Detector, step: int, metrics: dict, split: str) -> None:
+        """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
+        self.save_weights(detector, step, metrics)
+        best = max((line["AP"] for line in self.log if "AP" in line), default=-2.0)
+        if metrics["AP"] > best:
+            self.save_weights(detector, step, metrics, "best.safetensors")
+        self.write_line({"step": step, "split": split, **metrics})
+        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50"))
+        tqdm.write(f"step {step}: {scores} ({split}{', the best so far' if metrics['AP'] > best > -2 else ''})")
+
+    def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
+        """`state` beside what this folder knows. Raises FloatingPointError for weights that are not finite.
+
+        Without random states: every step and every sample seeds its own. The learning rate follows the step.
+        """
+        spoilt = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
+        if spoilt:
+            raise FloatingPointError(
+                f"step {step}: parameters that are not finite: {len(spoilt)}, {spoilt[0]} first; so no checkpoint is "
+                f"written; the one before is in {self.path}. A lower --lr or a longer --warmup is the usual remedy."
+            )
+        about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
+        with writing(self.path):
+            save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()

@@ -1,0 +1,78 @@
+"""Devices, ranks and signals."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from .settings import SettingsError
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the last says most: torchrun follows a SIGINT by SIGTERM
+ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
+
+
+def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
+    """Device, rank and world size; starts the process group when torchrun has set one up."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
+        ) from error
+    if world > 1:
+        # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def ignore_interrupts(_: int) -> None:
+    """For loader processes: what ends a run goes to all of its processes, and the main one may still need them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopRequest:
+    """SIGTERM and SIGUSR1 (a scheduler wants the machine) end a run after its step, with a checkpoint and status 0;
+    Ctrl-C does, too, with the weights and status 130. While `at_once` is true, in an evaluation whose checkpoint is
+    there already, they end it on the spot. Messages go past Python's buffers, which may be in use at that moment."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.is_main, self.at_once = is_main, False
+        self._precedence, self._received_at = 0, 0.0  # place in SIGNALS, from 1
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _) -> None:
+        again = number == signal.SIGINT and self._precedence == len(SIGNALS)
+        if again and time.monotonic() - self._received_at > ONE_SIGNAL_S:
+            raise KeyboardInterrupt
+        self._precedence, self._received_at = max(self._precedence, 1 + SIGNALS.index(number)), time.monotonic()
+        if self.at_once:
+            self.leave("in the evaluation", number)
+        if number == signal.SIGINT and self.is_main and not again:
+            os.write(2, b"\nstopping after this step; once more to quit at once\n")
+
+    def set_at_once(self, at_once: bool) -> None:
+        self.at_once = at_once
+        if at_once and self._precedence:
+            self.leave("in the evaluation", SIGNALS[self._precedence - 1])
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal, if there was one, the same on all ranks: waits for the other ranks, but for no GPU."""
+        precedence = torch.tensor(self._precedence)
+        if dist.is_initialized():
+            dist.all_reduce(precedence, dist.ReduceOp.MAX)
+        return SIGNALS[int(precedence) - 1] if precedence else None
+
+    def leave(self, where: str, number: int) -> None:
+        if self.is_main:
+            os.write(2, f"stopped {where}; the same command continues the run\n".encode())
+        sys.exit(130 if number == signal.SIGINT else 0)

@@ -1,0 +1,154 @@
+"""Recipes and flags of train.py. A flag that is given overrides the value of its recipe."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from kernels import OTAConfig
+from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
+from model import DetectorConfig
+
+COCO = {  # the paper's (section 4.1)
+    "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
+    "steps": 90_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4,
+    "schedule": "step", "warmup": 1000, "eval_every": 3,
+}  # fmt: skip
+OWN = COCO | {
+    "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
+    "weight_decay": 0.05, "schedule": "cosine", "warmup": 200,
+}  # fmt: skip
+SHAPES = OWN | {
+    "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
+    "epochs": 14, "batch_size": 8, "lr": 4e-3, "warmup": 100, "eval_every": 7, "radius": 3, "top_q": 10,
+}  # fmt: skip
+RECIPES = {"coco": COCO, "shapes": SHAPES}
+LR_BATCH = 16  # --lr is for this many images a step
+OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
+# What may change when a run is continued. The data set's path may, too: its annotation file is compared instead.
+FREE_FLAGS = {
+    "data", "workers", "out", "resume", "save_every", "eval_every", "log_every", "device", "fast_eval", "profile",
+}  # fmt: skip
+
+
+class SettingsError(ValueError):
+    """Flags that do not fit each other, the data or the machine; the message names them."""
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def parse_args(description: str = "") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="shapes", help="coco, shapes or a folder in COCO layout")
+    group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
+    group.add_argument("--multi-scale", type=positive, nargs="+", metavar="PX",
+                       help="train every image at one of these shorter sides, drawn at random")  # fmt: skip
+    group.add_argument("--group-aspect", action=on_off, default=True, help="batches of tall or of wide images only")
+    group.add_argument("--workers", type=not_negative, help="loader processes per rank")
+    group.add_argument("--ignore-crowd", action=on_off, default=True, help="iscrowd regions are no negatives")
+    group.add_argument("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
+    group.add_argument("--overfit", type=positive, metavar="K",
+                       help="learn the first K images by heart, in 500 steps and without augmentation")  # fmt: skip
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", help="any timm model with features at strides 8, 16 and 32")
+    group.add_argument("--pretrained", action=on_off, help="timm's weights for the backbone")
+    group.add_argument("--frozen-norm", action=on_off, help="the backbone's batch norms are constants; as --pretrained")
+    group.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from a file that train.py wrote")
+    group.add_argument("--channels", type=positive, help="width of neck and head")
+    group.add_argument("--head-convs", type=not_negative, help="convolutions per head tower")
+    group = parser.add_argument_group("optimisation")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive)
+    length.add_argument("--steps", type=positive)
+    group.add_argument("--batch-size", type=positive, help="images a step, over all ranks")
+    group.add_argument("--accumulate", type=positive, default=1, metavar="N",
+                       help="take a step's images in N passes, for less memory; same gradient")  # fmt: skip
+    group.add_argument("--lr", type=float, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
+    group.add_argument("--optimizer", choices=("sgd", "adamw"))
+    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--schedule", choices=("step", "cosine"), help="step: / 10 after 2/3 and 8/9 of the steps")
+    group.add_argument("--warmup", type=not_negative, help="steps of linear warm-up")
+    group.add_argument("--clip-norm", type=float, metavar="NORM", help="scale the gradient down to this norm at most")
+    group.add_argument("--ema", type=float, metavar="DECAY",
+                       help="evaluate and save a moving average of the weights; 0.9998, say")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("assignment (defaults: the paper's; small images want --radius 3 --top-q 10)")
+    group.add_argument("--center-prior", choices=CENTER_PRIORS)
+    group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
+    group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
+    group.add_argument("--fixed-k", type=positive, help="the same supply for every object instead of a dynamic k")
+    group.add_argument("--cls-cost", choices=CLS_COSTS)
+    group.add_argument("--reg-cost", choices=REG_COSTS)
+    group.add_argument("--alpha", type=float, help="weight of the regression cost")
+    group.add_argument("--eps", type=float, help="entropic regularisation")
+    group.add_argument("--iterations", type=positive, help="of Sinkhorn-Knopp")
+    group.add_argument("--rescale", action=on_off, help="divide plan rows by their maximum before decoding")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; on GPUs with it")
+    group.add_argument("--channels-last", action=on_off, default=True, help="memory layout of images and weights")
+    group.add_argument("--compile", action=on_off, default=False,
+                       help="torch.compile for the network; images are padded to few sizes")  # fmt: skip
+    group.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="folder of the run; default runs/<data>-<time>")
+    group.add_argument(
+        "--eval-every", type=positive, metavar="EPOCHS", help="evaluate (and save) this often; always last"
+    )
+    group.add_argument("--fast-eval", action="store_true", help="with the package faster-coco-eval, not pycocotools")
+    group.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="checkpoint this often")
+    group.add_argument("--resume", choices=("auto", "never"), default="auto",
+                       help="auto: continue the run in --out; never: refuse a folder that holds one")  # fmt: skip
+    group.add_argument("--log-every", type=positive, default=50, metavar="STEPS")
+    group.add_argument("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
+    args = parser.parse_args()
+
+    recipe = RECIPES.get(args.data, OWN) | (OVERFIT if args.overfit else {})
+    recipe["frozen_norm"] = recipe["pretrained"] if args.pretrained is None else args.pretrained
+    if args.epochs or args.steps:
+        recipe["epochs"] = recipe["steps"] = None
+    if args.center_prior not in (None, "closest"):
+        recipe.pop("radius", None)  # the recipes' radius belongs to "closest"
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if len(args.image_size) == 1:
+        args.image_size.append(round(args.image_size[0] * 1333 / 800))
+    if len(args.image_size) != 2 or not 0 < args.image_size[0] <= args.image_size[1]:
+        parser.error(f"--image-size takes the shorter and the longest side in px, not {args.image_size}")
+    if args.multi_scale and max(args.multi_scale) > args.image_size[1]:
+        parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {args.image_size}")
+    if args.lr <= 0 or args.weight_decay < 0:
+        parser.error(f"--lr must be positive and --weight-decay not negative: {args.lr}, {args.weight_decay}")
+    if args.clip_norm is not None and args.clip_norm <= 0:
+        parser.error(f"--clip-norm must be positive, not {args.clip_norm}")
+    if args.ema is not None and not 0 < args.ema < 1:
+        parser.error(f"--ema is a decay between 0 and 1, such as 0.9998, not {args.ema}")
+    return args
+
+
+def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
+    """Raises SettingsError."""
+    assigner = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
+    try:
+        return DetectorConfig(
+            num_classes=num_classes,
+            backbone=args.backbone,
+            image_size=tuple(args.image_size),
+            channels=args.channels,
+            head_convs=args.head_convs,
+            frozen_norm=args.frozen_norm,
+            assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
