@@ -53,17 +53,18 @@ def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch
     for images, targets in tqdm(
         loader, desc="evaluate", unit="batch", leave=False, disable=None if rank == 0 else True
     ):
-        for image, target, found in zip(images, targets, detector([i.to(device) for i in images]), strict=True):
+        detections = detector([i.to(device) for i in images])
+        columns = [torch.column_stack([d["boxes"], d["scores"], d["labels"]]) for d in detections]
+        found = torch.cat(columns).cpu().split([len(rows) for rows in columns])
+        for image, target, rows in zip(images, targets, found, strict=True):
             height, width = target["orig_size"]
-            boxes = found["boxes"].cpu() * torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
+            boxes = rows[:, :4] * torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
             boxes[:, 2:] -= boxes[:, :2]
-            for box, score, label in zip(
-                boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
-            ):
+            for box, (score, label) in zip(boxes.tolist(), rows[:, 4:].tolist(), strict=True):
                 results.append(
                     {
                         "image_id": target["image_id"],
-                        "category_id": dataset.category_ids[label],
+                        "category_id": dataset.category_ids[int(label)],
                         "bbox": [round(x, 3) for x in box],
                         "score": score,
                     }

@@ -138,7 +138,10 @@ class Detector(nn.Module):
         detections = postprocess(
             predictions, grid, sizes, c.score_threshold, c.topk_per_level, c.nms_iou, c.max_detections
         )
-        for detection, image, (height, width) in zip(detections, images, sizes, strict=True):
-            scale = detection["boxes"].new_tensor([image.shape[2] / width, image.shape[1] / height])
-            detection["boxes"] = detection["boxes"] * scale.repeat(2)
+        scales = [
+            (i.shape[2] / width, i.shape[1] / height) * 2 for i, (height, width) in zip(images, sizes, strict=True)
+        ]
+        scales = torch.tensor(scales).to(self.mean.device, non_blocking=True)
+        for detection, scale in zip(detections, scales, strict=True):
+            detection["boxes"] = detection["boxes"] * scale
         return detections

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.measure import host_syncs
+from benchmarks.postprocess import SCORE_TOLERANCE, postprocess_one_by_one
 from kernels import Assignment, OTAConfig, PointGrid
 from model import BackboneError, Detector, DetectorConfig, WeightsError, load_weights, save_weights
 from model.backbone import STRIDES, Backbone
@@ -231,6 +233,154 @@ def test_postprocess_thresholds_suppresses_and_clips():
     assert best["labels"].tolist() == [0, 1]  # one of each level
     (none,) = postprocess(Predictions(logits - 40, boxes, iou_logits), grid, [(30, 28)], 0.05, 1000, 0.6, 100)
     assert none["boxes"].shape == (0, 4) and len(none["labels"]) == 0
+
+
+SMALL = PointGrid.for_image((96, 128))  # 255 points: 192, 48, 12, 2 and 1
+
+
+def crowded_predictions(images: int, classes: int, seed: int, share: float = 0.7) -> Predictions:
+    """Boxes that overlap around a few places of each image; about `share` of the scores are above 0.05."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, SMALL.num_points)
+    place = torch.rand(images, 6, 2, generator=generator) * torch.tensor([128.0, 96])
+    center = place.gather(1, torch.randint(6, (*shape, 1), generator=generator).expand(-1, -1, 2))
+    center = center + 4 * torch.randn(*shape, 2, generator=generator)
+    half = 12 * (0.3 * torch.randn(*shape, 2, generator=generator)).exp()
+    logits = 2 * torch.randn(*shape, classes, generator=generator)
+    logits = logits.where(torch.rand(logits.shape, generator=generator) < share, -20)
+    return Predictions(logits, torch.cat([center - half, center + half], -1), torch.randn(shape, generator=generator))
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    """Equal, in the same order; on a CPU the last bit of a sigmoid depends on its place in the tensor."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["labels"], other["labels"]) and torch.equal(one["boxes"], other["boxes"])
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=SCORE_TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "images, classes, share, topk, most",
+    [
+        (1, 1, 0.7, 1000, 100), (1, 5, 0.7, 1000, 100), (3, 1, 0.7, 1000, 100), (3, 5, 0.7, 1000, 100),
+        (3, 5, 0.05, 1000, 100), (3, 5, 0.7, 30, 100), (3, 5, 0.7, 7, 100), (3, 5, 0.7, 1000, 9), (3, 1, 0.7, 1, 1),
+    ],
+    ids=[
+        "B1-C1", "B1-C5", "B3-C1", "B3-C5", "few-scores", "topk-of-two-levels", "topk-of-all-levels",
+        "most-detections", "one-of-each",
+    ],
+)  # fmt: skip
+def test_postprocess_equals_one_by_one(images, classes, share, topk, most, seed):
+    predictions = crowded_predictions(images, classes, seed, share)
+    arguments = predictions, SMALL, [(96, 128), (90, 100), (61, 127)][:images], 0.05, topk, 0.5, most
+    expected = postprocess_one_by_one(*arguments)
+    assert_same(postprocess(*arguments), expected)
+    kept, candidates = (
+        sum(len(d["scores"]) for d in found)
+        for found in (expected, postprocess(predictions, SMALL, arguments[2], 0.05, 1000, 1.0, 9999))
+    )
+    assert 0 < kept < candidates  # something was suppressed or cut off
+
+
+@pytest.mark.parametrize("step", [1, 7, 100])
+def test_suppression_in_steps_equals_one_step(step, monkeypatch):
+    predictions = crowded_predictions(3, 5, 0)
+    predictions.logits[1] -= 100  # one is done before the first step, one before the others
+    predictions.boxes[2] = torch.tensor([10.0, 10, 30, 30])  # five detections, all others suppressed
+    for most in (2, 20, 100):
+        arguments = predictions, SMALL, [(96, 128)] * 3, 0.05, 1000, 0.5, most
+        monkeypatch.setattr("model.postprocess.NMS_STEP", step)
+        found = postprocess(*arguments)
+        assert_same(found, postprocess_one_by_one(*arguments))
+        assert [len(d["scores"]) for d in found][1:] == [0, min(most, 5)]
+
+
+def test_no_candidate_at_all_and_beside_a_full_image():
+    predictions = crowded_predictions(3, 5, 0)
+    predictions.logits[[0, 2]] = -20
+    arguments = SMALL, [(96, 128)] * 3, 0.05, 1000, 0.5, 100
+    empty, full, _ = found = postprocess(predictions, *arguments)
+    assert_same(found, postprocess_one_by_one(predictions, *arguments))
+    assert len(full["scores"]) > 20
+    assert [(t.shape, t.dtype) for t in empty.values()] == [
+        ((0, 4), torch.float32), ((0,), torch.float32), ((0,), torch.int64)
+    ]  # fmt: skip
+    predictions.logits[1] = -20
+    assert all(len(d["scores"]) == 0 for d in postprocess(predictions, *arguments))
+
+
+def test_equal_scores_keep_the_order_of_points_and_classes():
+    boxes = torch.cat([SMALL.points() - 1, SMALL.points() + 1], 1).repeat(2, 1, 1)
+    predictions = Predictions(torch.zeros(2, SMALL.num_points, 2), boxes, torch.zeros(2, SMALL.num_points))  # all 0.5
+    predictions.logits[1, 200, 1] = 1.0
+    first, second = postprocess(predictions, SMALL, [(96, 128)] * 2, 0.05, 1000, 0.5, 40)
+    assert torch.equal(first["boxes"], boxes[0, :20].repeat_interleave(2, 0))
+    assert first["labels"].tolist() == [0, 1] * 20
+    assert torch.equal(second["boxes"], torch.cat([boxes[1, 200:201], first["boxes"][:39]]))
+    predictions.boxes[:] = torch.tensor([3.0, 3, 9, 9])
+    predictions.logits[0, 5] = 1.0
+    one, _ = postprocess(predictions, SMALL, [(96, 128)] * 2, 0.05, 1000, 0.5, 40)
+    assert one["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("topk", [1000, 7], ids=["all", "top-7"])
+def test_nan_is_never_found_and_disturbs_no_other(topk):
+    """A NaN has the effect of a score of 0, and a box with one of no overlap."""
+    predictions = crowded_predictions(3, 5, 0)
+    unknown = torch.rand(predictions.logits.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    unknown[0, :, 3] = True
+    without = predictions._replace(logits=predictions.logits.masked_fill(unknown, -100))
+    arguments = SMALL, [(96, 128)] * 3, 0.05, topk, 0.5, 100
+    expected = postprocess(without, *arguments)
+    for nan in (torch.nan, -torch.nan):  # of either sign
+        found = postprocess(predictions._replace(logits=predictions.logits.masked_fill(unknown, nan)), *arguments)
+        assert_same(found, expected)
+        assert_same(found, postprocess_one_by_one(without, *arguments))
+    no_quality = predictions._replace(iou_logits=predictions.iou_logits.masked_fill(unknown[..., 0], torch.nan))
+    silent = predictions._replace(logits=predictions.logits.masked_fill(unknown[..., :1], -100))
+    assert_same(postprocess(no_quality, *arguments), postprocess(silent, *arguments))
+
+    broken = predictions._replace(boxes=predictions.boxes.index_fill(1, torch.tensor([17, 30]), torch.nan))
+    silent = predictions._replace(logits=predictions.logits.index_fill(1, torch.tensor([17, 30]), -100))
+    arguments = SMALL, [(96, 128)] * 3, 0.05, 1000, 0.5, 9999
+    kept = [{k: v[~d["boxes"].isnan().any(1)] for k, v in d.items()} for d in postprocess(broken, *arguments)]
+    assert_same(kept, postprocess(silent, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_float32_for_any_type_of_predictions(dtype):
+    predictions = Predictions(*(tensor.to(dtype) for tensor in crowded_predictions(3, 5, 0)))
+    arguments = SMALL, [(96, 128)] * 3, 0.05, 1000, 0.5, 100
+    found = postprocess(predictions, *arguments)
+    assert_same(found, postprocess_one_by_one(Predictions(*(tensor.float() for tensor in predictions)), *arguments))
+    assert found[0]["scores"].dtype == found[0]["boxes"].dtype == torch.float32
+
+
+def test_detections_do_not_depend_on_the_batch():
+    predictions, sizes = crowded_predictions(3, 5, 0), [(96, 128), (90, 100), (61, 127)]
+    predictions.logits[1, :150] = -20
+    together = postprocess(predictions, SMALL, sizes, 0.05, 30, 0.5, 100)
+    for order in ([0], [1], [2], [2, 0, 1]):
+        some = Predictions(*(tensor[order] for tensor in predictions))
+        found = postprocess(some, SMALL, [sizes[b] for b in order], 0.05, 30, 0.5, 100)
+        assert_same(found, [together[b] for b in order])
+
+
+def test_detections_carry_no_gradient():
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in crowded_predictions(1, 2, 0)))
+    (found,) = postprocess(predictions, SMALL, [(96, 128)], 0.05, 1000, 0.5, 100)
+    assert not found["boxes"].requires_grad and len(found["boxes"]) > 0
+
+
+@pytest.mark.gpu
+def test_waits_for_a_gpu_do_not_grow_with_the_images():
+    def waits(images: int) -> int:
+        predictions = Predictions(*(tensor.cuda() for tensor in crowded_predictions(images, 5, 0)))
+        arguments = predictions, SMALL, [(96, 128)] * images, 0.05, 1000, 0.5, 100
+        return host_syncs(lambda: postprocess(*arguments), predictions.boxes.device)
+
+    assert waits(9) == waits(2) <= 6
 
 
 @torch.no_grad()
