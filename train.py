@@ -34,6 +34,7 @@ from data import CocoDataset, DatasetError, collate, find_splits, train_transfor
 from data.draw import draw_detections, save_contact_sheet
 from data.order import SeededDataset, batches_from, seed_of
 from eval import class_differences, describe, evaluate, evaluation_dataset, faster_coco_eval, print_table
+from kernels.assign import HAS_TRITON
 from model import BackboneError, CheckpointError, Detector, WeightsError, init_weights, previous_checkpoint, writing
 from model.batch import Batch, pack, padded_side
 from model.checkpoint import write_file
@@ -203,9 +204,13 @@ def main() -> None:
         sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
         torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
         torch.backends.cudnn.benchmark = True
-        for part in (detector.backbone, detector.head):
-            part.compile(dynamic=False)
-        say(f"torch.compile for backbone, neck and head, anew for each padded image size; sides are {sides} px")
+        if HAS_TRITON and device.type == "cuda":  # where the assignment is an operator, and not PyTorch of its own
+            detector.losses = torch.compile(detector.losses, dynamic=False, mode=args.compile)
+        else:
+            detector.backbone.compile(dynamic=False, mode=args.compile)
+            detector.head.compile(dynamic=False, mode=args.compile)
+        parts = "backbone, neck and head" + (", assignment and losses" if "losses" in vars(detector) else "")
+        say(f"torch.compile takes {parts}, anew for each padded image size; sides are {', '.join(map(str, sides))} px")
     if world > 1:
         model = DistributedDataParallel(detector, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = create_optimizer(detector, args)
@@ -350,7 +355,11 @@ def main() -> None:
         logging = done % args.log_every == 0 or done == steps
         detector.measure_assignment = logging and is_main
 
-        values = backward(model, detector, [batch.to(device) for batch in passes], args.bf16)
+        passes = [batch.to(device) for batch in passes]
+        if args.compile:
+            for batch in passes:
+                batch.mark_ragged()
+        values = backward(model, detector, passes, args.bf16)
         if args.clip_norm:
             values["grad_norm"] = nn.utils.clip_grad_norm_(detector.parameters(), args.clip_norm)
         optimizer.step()

@@ -27,6 +27,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def mark_ragged(self) -> None:
+        """Tell torch.compile that G and M differ from batch to batch, while everything else stays as it is."""
+        for tensor in (self.gt_boxes, self.gt_labels, self.ignore_boxes, self.ignore_image):
+            torch._dynamo.mark_dynamic(tensor, 0)
+
 
 def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
     """The smallest of `sides` (ascending) that is long enough, else the next multiple of 32 px."""
@@ -45,18 +50,24 @@ def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tenso
     return batch, sizes
 
 
+def pad_rows(tensor: Tensor, value: float = 0) -> Tensor:
+    """Rows up to a power of two, at least 64: few sizes for a CUDA graph to be captured for."""
+    missing = (1 << max(6, (len(tensor) - 1).bit_length())) - len(tensor)
+    return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
+
+
 def pack(images: list[Tensor], targets: list[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
-    """Images (3, h, w) and targets as `Detector` takes them, on the CPU, to a Batch padded to `sides`."""
+    """Images (3, h, w) and targets as `Detector` takes them, on the CPU, to a Batch.
+
+    With `sides` everything gets one of few sizes, for torch.compile: images are padded to these, ground truths with
+    rows that belong to no image, and regions to ignore with empty ones.
+    """
     boxes = [torch.as_tensor(t["boxes"]).reshape(-1, 4).float() for t in targets]
     ignored = [torch.as_tensor(t["ignore"]).reshape(-1, 4).float() if "ignore" in t else b[:0]
                for t, b in zip(targets, boxes, strict=True)]  # fmt: skip
     counts = torch.tensor([len(b) for b in boxes])
     image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
-    return Batch(
-        *pad_images(images, sides),
-        torch.cat(boxes),
-        torch.cat([t["labels"] for t in targets]),
-        F.pad(counts.cumsum(0), (1, 0)),
-        torch.cat(ignored),
-        image_of_ignored,
-    )
+    rows = torch.cat(boxes), torch.cat([t["labels"] for t in targets]), torch.cat(ignored), image_of_ignored
+    gt_boxes, gt_labels, ignore_boxes, ignore_image = map(pad_rows, rows, (0, -1, 0, 0)) if sides else rows
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return Batch(*pad_images(images, sides), gt_boxes, gt_labels, offsets, ignore_boxes, ignore_image)

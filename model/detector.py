@@ -1,13 +1,13 @@
 """The detector: FCOS on a timm backbone, trained with optimal transport assignment."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from kernels import OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
 
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images
@@ -15,10 +15,12 @@ from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import postprocess
 
+_cached_points = lru_cache(maxsize=64)(PointGrid.points)
 
-@lru_cache(maxsize=64)
+
 def points_of(grid: PointGrid, device: torch.device) -> Tensor:
-    return grid.points(device)
+    """Without a launch, but for the first time; torch.compile has its own way with constants."""
+    return (grid.points if torch.compiler.is_compiling() else partial(_cached_points, grid))(device)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ class Detector(nn.Module):
             if targets is None or len(targets) != len(images):
                 raise ValueError("a training step needs one target (boxes, labels) per image")
             images = pack(images, targets).to(self.mean.device)
-        return self.losses(images)
+        losses, predictions, self.last_assignment = self.losses(images)
+        if self.measure_assignment:
+            grid = PointGrid.for_image(tuple(images.images.shape[-2:]), STRIDES)
+            self.last_statistics = assignment_statistics(*self.assigner_inputs(predictions, images, grid))
+        return losses
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
@@ -113,22 +119,22 @@ class Detector(nn.Module):
         grid = PointGrid.for_image(tuple(batch.shape[-2:]), STRIDES)
         return self.head(self.backbone(batch), points_of(grid, batch.device)), grid
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Predictions, Assignment]:
+        """The loss terms, and what they were made of: a function that torch.compile can take whole."""
         predictions, grid = self.predict_raw(self.normalise(batch.images, batch.sizes))
         device = predictions.boxes.device
         with torch.autocast(device.type, enabled=False):
-            inputs = (
-                predictions.logits, predictions.boxes, batch.gt_boxes, batch.gt_labels, batch.gt_offsets, grid,
-                self.config.assigner,
-            )  # fmt: skip
-            self.last_assignment = ota_assign(*inputs)
-            if self.measure_assignment:
-                self.last_statistics = assignment_statistics(*inputs)
+            assignment = ota_assign(*self.assigner_inputs(predictions, batch, grid))
             ignored = None
             if len(batch.ignore_boxes):
                 points = points_of(grid, device)
                 ignored = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
-            return detection_losses(predictions, self.last_assignment, batch.gt_boxes, batch.gt_labels, ignored)
+            losses = detection_losses(predictions, assignment, batch.gt_boxes, batch.gt_labels, ignored)
+        return losses, predictions, assignment
+
+    def assigner_inputs(self, predictions: Predictions, batch: Batch, grid: PointGrid) -> tuple:
+        truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
+        return predictions.logits.detach(), predictions.boxes.detach(), *truth, grid, self.config.assigner
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         resized = [self.resize(image) for image in images]

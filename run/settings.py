@@ -97,8 +97,8 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group = parser.add_argument_group("speed")
     group.add_argument("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; on GPUs with it")
     group.add_argument("--channels-last", action=on_off, default=True, help="memory layout of images and weights")
-    group.add_argument("--compile", action=on_off, default=False,
-                       help="torch.compile for the network; images are padded to few sizes")  # fmt: skip
+    group.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"),
+                       help="torch.compile, in this mode; images are padded to few sizes")  # fmt: skip
     group.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, help="folder of the run; default runs/<data>-<time>")

@@ -114,6 +114,23 @@ def test_killed_run_continues_bit_for_bit(shapes, undisturbed, tmp_path):
     assert_same_run(out, undisturbed)
 
 
+def test_killed_run_with_every_switch_continues_bit_for_bit(shapes, tmp_path):
+    """The moving average of the weights, passes, clipping, sizes drawn at random, batches by orientation."""
+    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", 48, 64, 80, "--bf16",
+                "--optimizer", "sgd", "--lr", 0.05, "--fast-eval"]  # fmt: skip
+    one, out = tmp_path / "one", tmp_path / "out"
+    Run(shapes, one, *switches, steps=14).ends_well()
+    run = Run(shapes, out, *switches, steps=14, workers=1).until("step 9/")
+    run.process.kill()
+    run.end()
+    assert load_checkpoint(out)["step"] >= 4
+    Run(shapes, out, *switches, steps=14).ends_well()
+    assert_same_run(out, one)
+    averaged, last = load_file(out / "ota.safetensors"), load_checkpoint(out)["model"]
+    assert not torch.equal(averaged["head.cls.weight"], last["head.cls.weight"])
+    assert all("grad_norm" in line for line in log_of(out) if "loss" in line)
+
+
 def test_signals_stop_after_the_step_with_a_checkpoint(shapes, undisturbed, tmp_path):
     out = tmp_path / "out"
     for number, step in ((signal.SIGTERM, 3), (signal.SIGUSR1, 12), (signal.SIGINT, 21)):

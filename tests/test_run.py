@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
+import model.detector
 import run.folder
 import train
 from benchmarks.scenes import make_scene
@@ -23,7 +26,7 @@ from data.order import batches_from
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
 from model import Detector, DetectorConfig, WeightsError, init_weights, save_weights
-from model.batch import pack, padded_side
+from model.batch import pack, pad_rows, padded_side
 from run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +65,43 @@ def test_batch_is_ragged_and_padded():
         height, width = image.shape[1:]
         assert torch.equal(slot[:, :height, :width], image)
         assert not slot[:, height:].any() and not slot[:, :, width:].any()
-    assert pack(images, targets, (80, 160)).images.shape == (3, 3, 80, 80)
+
+
+def test_static_batch_gives_the_same_losses():
+    """Images are padded further, and rows are added that belong to no image."""
+    detector = tiny_detector("test_convnext").train()
+    images, targets = random_images([(64, 96), (64, 90)], [3, 0])
+    targets[0]["ignore"] = torch.tensor([[0.0, 0, 30, 30]])
+    plain, static = pack(images, targets), pack(images, targets, (96, 160))
+    assert static.images.shape == (2, 3, 96, 96) and len(static.gt_labels) == len(static.ignore_boxes) == 64
+    assert static.gt_labels[3:].unique().tolist() == [-1] and torch.equal(static.gt_offsets, plain.gt_offsets)
+    rows_only = static._replace(images=plain.images)
+    losses = [detector(batch) for batch in (plain, rows_only)]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    for rows, padded in ((0, 64), (64, 64), (65, 128), (129, 256)):
+        assert len(pad_rows(torch.zeros(rows, 4))) == padded
+
+
+def test_one_graph_serves_every_number_of_ground_truths(monkeypatch):
+    """As --compile has it on a GPU: the assignment is an operator, and the whole step to the losses is one graph."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(model.detector, "ota_assign", partial(model.detector.ota_assign, backend="triton"))
+    detector, counter = tiny_detector().train().to(device), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(detector.losses, backend=counter, dynamic=False, fullgraph=True)
+    for counts in ([3, 2], [1, 6], [0, 0]):
+        images, targets = random_images([(64, 96)] * 2, counts)
+        batch = pack(images, targets, (64, 96)).to(device)
+        batch.mark_ragged()
+        for norm in detector.modules():  # the same statistics in both calls
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.eval()
+        losses, _, assignment = compiled(batch)
+        sum(losses.values()).backward()
+        expected, _, eager_assignment = detector.losses(batch)
+        assert torch.equal(assignment.gt_index, eager_assignment.gt_index)
+        torch.testing.assert_close(losses, expected)
+    assert counter.frame_count == 1
 
 
 def test_batch_gives_the_losses_of_lists():
