@@ -1,7 +1,10 @@
-"""Label assignment by optimal transport. Needs torch only; take the folder into any dense detector."""
+"""Label assignment by optimal transport, and the losses of its result. Needs torch only; take the folder into any dense
+detector.
+"""
 
 from .assign import ota_assign
 from .config import Assignment, OTAConfig
 from .grid import PointGrid
+from .losses import box_loss, focal_loss
 
-__all__ = ["Assignment", "OTAConfig", "PointGrid", "ota_assign"]
+__all__ = ["Assignment", "OTAConfig", "PointGrid", "box_loss", "focal_loss", "ota_assign"]
