@@ -6,15 +6,13 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from kernels import Assignment
 
 MIB = 2**20
 FLUSH_BYTES = 512 * MIB  # more than any cache of a GPU; writing it takes longer than launching a graph
@@ -36,7 +34,9 @@ class Row:
     host_syncs: int | None
 
 
-def measure(call: Callable[[], Assignment], repeats: int, device: torch.device, *, replay: bool = False) -> Row:
+def measure(
+    call: Callable[[], Iterable[torch.Tensor]], repeats: int, device: torch.device, *, replay: bool = False
+) -> Row:
     """A row; `replay` for a captured graph, whose memory was set aside before and which is timed without its launch."""
     times = torch.tensor(time_ms(call, repeats, device, queued=replay), dtype=torch.float64)
     low, median, high = times.quantile(times.new_tensor([0.2, 0.5, 0.8])).tolist()
@@ -76,22 +76,22 @@ def _event_ms(call: Callable[[], object], flush: torch.Tensor, queued: bool) -> 
     return begin.elapsed_time(end)
 
 
-def peak_mib(call: Callable[[], Assignment], device: torch.device) -> float:
+def peak_mib(call: Callable[[], Iterable[torch.Tensor]], device: torch.device) -> float:
     """The most MiB that a call's tensors hold at a time, its inputs and outputs left out."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        match = call()
+        outputs = call()
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        match, events = _traced(call, device)
+        outputs, events = _traced(call, device)
         changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
         peak = max(accumulate(change for _, change in sorted(changes)), default=0)
-    return (peak - sum(tensor.nbytes for tensor in match)) / MIB
+    return (peak - sum(tensor.nbytes for tensor in outputs)) / MIB
 
 
-def launches(call: Callable[[], Assignment], device: torch.device) -> tuple[int | None, int | None]:
+def launches(call: Callable[[], object], device: torch.device) -> tuple[int | None, int | None]:
     """Kernels of a call on a GPU, and its copies and memsets; None where the profiler sees no kernel."""
     if device.type != "cuda":
         return None, None
@@ -99,22 +99,22 @@ def launches(call: Callable[[], Assignment], device: torch.device) -> tuple[int 
     return (kinds["kernel"], kinds["gpu_memcpy"] + kinds["gpu_memset"]) if kinds["kernel"] else (None, None)
 
 
-def _traced(call: Callable[[], Assignment], device: torch.device) -> tuple[Assignment, list[dict]]:
+def _traced(call: Callable[[], object], device: torch.device) -> tuple[object, list[dict]]:
     """A call's result, and its events: the tensor memory of a CPU, the activities of a GPU."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.filterwarnings("ignore", "Warning: Profiler clears events")
         with profile(activities=activities, profile_memory=not on_gpu) as profiler:
-            match = call()
+            outputs = call()
             if on_gpu:
                 torch.cuda.synchronize(device)
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return match, json.loads(path.read_text(errors="replace"))["traceEvents"]
+        return outputs, json.loads(path.read_text(errors="replace"))["traceEvents"]
 
 
-def host_syncs(call: Callable[[], Assignment], device: torch.device) -> int | None:
+def host_syncs(call: Callable[[], object], device: torch.device) -> int | None:
     """How often a call makes the host wait for a GPU, as far as PyTorch's sync debug mode notices."""
     if device.type != "cuda":
         return None

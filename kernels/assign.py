@@ -1,5 +1,7 @@
 """ota_assign: the one public function of label assignment, and the choice of its backend."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,29 @@ from .grid import PointGrid
 
 try:
     from .assign_triton import ota_assign_triton
+    from .pairs_triton import COMPILED
 
     HAS_TRITON = True
 except ImportError as error:
-    HAS_TRITON, NO_TRITON = False, str(error)
-
-    def ota_assign_triton(*_) -> Assignment:
-        raise ModuleNotFoundError(f"backend='triton' needs the package triton ({NO_TRITON}); backend='torch' does not")
-
+    HAS_TRITON, NO_TRITON, ota_assign_triton = False, str(error), None
 
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
+
+
+def choose_backend(backend: str | None, backends: Iterable[str], device: torch.device) -> str:
+    """`backend`, or for None "triton" on an NVIDIA or AMD GPU and "torch" elsewhere. Raises when it cannot run."""
+    if backend is None:
+        return "triton" if HAS_TRITON and device.type == "cuda" else "torch"
+    if backend not in backends:
+        raise ValueError(f"backend is {backend!r}, choose from {', '.join(backends)}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ModuleNotFoundError(f"backend='triton' needs the package triton ({NO_TRITON}); backend='torch' does not")
+    if backend == "triton" and device.type != "cuda" and COMPILED:
+        raise ValueError(
+            f"backend='triton' needs tensors on a GPU, they are on {device}; TRITON_INTERPRET=1, set before "
+            f"triton is imported, interprets the kernels on a CPU, slowly"
+        )
+    return backend
 
 
 @torch.no_grad()
@@ -59,10 +74,7 @@ def ota_assign(
     Raises ValueError for shapes, types or devices that do not fit, and TypeError for labels that are no integers.
     """
     config = config or OTAConfig()
-    if backend is None:
-        backend = "triton" if HAS_TRITON and boxes.device.type == "cuda" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, choose from {', '.join(BACKENDS)}")
+    backend = choose_backend(backend, BACKENDS, boxes.device)
     _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
     if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_values(logits, gt_boxes, gt_labels, gt_offsets)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .candidates_triton import NO_POINT
 from .config import Assignment, OTAConfig, Plan
 from .grid import PointGrid
-from .pairs_triton import COMPILED, find_pairs
+from .pairs_triton import find_pairs
 from .sinkhorn_triton import sinkhorn
 
 SCHEMA = (  # spelled out, for what torch infers it from differs between versions
@@ -61,11 +61,6 @@ def ota_assign_triton(
     max_pairs: int | None = None,
 ) -> Assignment:
     """The contract of `ota_assign`, on a GPU, or on a CPU in Triton's interpreter."""
-    if boxes.device.type != "cuda" and COMPILED:
-        raise ValueError(
-            f"backend='triton' needs tensors on a GPU, they are on {boxes.device}; TRITON_INTERPRET=1, set before "
-            f"triton is imported, interprets the kernels on a CPU, slowly"
-        )
     match = _assign(
         logits, boxes, gt_boxes, gt_labels, gt_offsets,
         grid.strides, [rows for rows, _ in grid.sizes], [columns for _, columns in grid.sizes],

@@ -12,6 +12,7 @@ REG_COSTS = ("iou", "giou", "smooth_l1")
 DEFAULT_RADIUS = {"closest": 5, "radius": 2.5, "none": 0}
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+GIOU_EPS = 1e-7  # added to both denominators of the GIoU loss, as in torchvision
 IOU_FLOOR = 1.1920928955078125e-07  # float32 eps: -log IoU of boxes that do not meet is 15.9
 # The supply left for background when the ground truths ask for every point: nothing, but with a logarithm.
 EMPTY_SUPPLY = 1e-12

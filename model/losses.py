@@ -5,16 +5,13 @@ focal(0.25, 2) of the class logits + 2 x GIoU of the positive boxes + 0.5 x BCE 
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from kernels import Assignment
+from kernels import Assignment, box_loss, focal_loss
 
 from .head import Predictions
 
 BOX_WEIGHT, IOU_WEIGHT = 2.0, 0.5
-NO_CLASS = -1e4  # a logit whose focal loss as a negative, and its gradient, is exactly 0, in float16 too
 
 
 def average_over_ranks(value: Tensor) -> Tensor:
@@ -49,15 +46,7 @@ def detection_losses(
     ignored (B, N) bool: points that are no negatives; those of them that are matched learn all the same.
     """
     logits, boxes, iou_logits = predictions
-    positive = assignment.gt_index >= 0
-    if ignored is not None:
-        logits = logits.masked_fill((ignored & ~positive)[..., None], NO_CLASS)
-    matched = assignment.gt_index[positive]
     normaliser = mean_positives(assignment).clamp(min=1)
-
-    targets = torch.zeros_like(logits)
-    targets[positive] = F.one_hot(gt_labels[matched], logits.shape[-1]).to(targets)
-    cls = sigmoid_focal_loss(logits, targets, reduction="sum")
-    box = generalized_box_iou_loss(boxes[positive], gt_boxes[matched].to(boxes), reduction="sum")
-    iou = F.binary_cross_entropy_with_logits(iou_logits[positive], assignment.iou[positive], reduction="sum")
+    cls = focal_loss(logits, assignment.gt_index, gt_labels, ignored)
+    box, iou = box_loss(boxes, iou_logits, assignment.gt_index, assignment.iou, gt_boxes)
     return {"cls": cls / normaliser, "box": BOX_WEIGHT * box / normaliser, "iou": IOU_WEIGHT * iou / normaliser}

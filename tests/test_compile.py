@@ -56,7 +56,8 @@ def test_nothing_is_missing(run, target):
     assert pairs == set(product(CENTER_PRIORS, CLS_COSTS, REG_COSTS))
     sinkhorn = [b for b in binaries if b["kernel"] == "_sinkhorn_kernel"]
     assert {b["constants"]["RESCALE"] for b in sinkhorn} == {True, False}
-    for kernel in ("_pairs_kernel", "_sinkhorn_kernel"):
+    losses = ("_focal_loss_kernel", "_focal_gradient_kernel", "_box_loss_kernel", "_box_gradient_kernel")
+    for kernel in ("_pairs_kernel", "_sinkhorn_kernel", *losses):
         inputs = {b["inputs"] for b in binaries if b["kernel"] == kernel}
         assert inputs >= {"float32", "bfloat16", "float16", "strided"}
 

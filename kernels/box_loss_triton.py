@@ -1,0 +1,177 @@
+"""GIoU loss of matched boxes and cross entropy of their IoU logits in Triton: a kernel for the sums, one for gradients.
+
+With predicted box b and ground truth g, overlap I, areas A and A_g, union U = A + A_g - I, hull H and a small eps:
+
+    giou = 1 - I / (U + eps) + (H - U) / (H + eps)
+    d giou / d A = I / (U + eps)^2 - 1 / (H + eps),  d giou / d I = -1 / (U + eps) - d giou / d A
+    d giou / d H = (U + eps) / (H + eps)^2
+    bce  = softplus(z) - z t,  d bce / d z = sigmoid(z) - t,  z the IoU logit and t the IoU
+
+A program owns a block of the B N points and reads predictions of the matched ones only. Where two sides are equal each
+box has half of the derivative of minimum and maximum, as in PyTorch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import GIOU_EPS
+from .focal_triton import contiguous, sigmoid_softplus
+from .pairs_triton import load_boxes
+
+_EPS = tl.constexpr(GIOU_EPS)
+_POINTS = 128
+_WARPS = 4
+# Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
+_VARYING = ["num_points", "G", "programs"]
+
+
+@triton.jit
+def _point_tile(gt_index, num_points, G, POINTS: tl.constexpr):
+    """Points of this program, whether they exist, whether they are matched, and to which row."""
+    point = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
+    gt = tl.load(gt_index + point, mask=point < num_points, other=-1)
+    return point, point < num_points, (gt >= 0) & (gt < G), gt
+
+
+@triton.jit
+def _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2):
+    """Sides of overlap and hull, and what they and the boxes cover: overlap, union, hull."""
+    width, height = tl.minimum(x2, gx2) - tl.maximum(x1, gx1), tl.minimum(y2, gy2) - tl.maximum(y1, gy1)
+    meet = (width > 0.0) & (height > 0.0)
+    width, height = tl.where(meet, width, 0.0), tl.where(meet, height, 0.0)
+    hull_width, hull_height = tl.maximum(x2, gx2) - tl.minimum(x1, gx1), tl.maximum(y2, gy2) - tl.minimum(y1, gy1)
+    overlap = width * height
+    union = (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - overlap
+    return width, height, hull_width, hull_height, overlap, union, hull_width * hull_height
+
+
+@triton.jit
+def _share(side, other):
+    """Derivative of max(side, other) by side."""
+    return tl.where(side > other, 1.0, tl.where(side == other, 0.5, 0.0))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _box_loss_kernel(
+    partial, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G, programs, POINTS: tl.constexpr
+):  # fmt: skip
+    point, _, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
+    x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
+    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
+    _, _, _, _, overlap, union, hull = _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+    giou = 1.0 - overlap / (union + _EPS) + (hull - union) / (hull + _EPS)
+    z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
+    target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
+    _, _, softplus = sigmoid_softplus(z)
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(matched, giou, 0.0), 0))
+    tl.store(partial + programs + tl.program_id(0), tl.sum(tl.where(matched, softplus - z * target, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _box_gradient_kernel(
+    box_gradient, logit_gradient, upstream, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G,
+    POINTS: tl.constexpr,
+):  # fmt: skip
+    point, here, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
+    x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
+    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
+    width, height, hull_width, hull_height, overlap, union, hull = _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+    giou_scale, entropy_scale = tl.load(upstream), tl.load(upstream + 1)
+    by_area = overlap / (union + _EPS) / (union + _EPS) - 1.0 / (hull + _EPS)
+    by_overlap = giou_scale * (-1.0 / (union + _EPS) - by_area)
+    by_hull = giou_scale * ((union + _EPS) / (hull + _EPS) / (hull + _EPS))
+    by_area *= giou_scale
+    # Overlap and area grow with x2 and y2 and shrink with x1 and y1; the hull's sides are those that are farther out.
+    by_x1 = -by_overlap * height * _share(x1, gx1) - by_area * (y2 - y1) - by_hull * hull_height * _share(gx1, x1)
+    by_y1 = -by_overlap * width * _share(y1, gy1) - by_area * (x2 - x1) - by_hull * hull_width * _share(gy1, y1)
+    by_x2 = by_overlap * height * _share(gx2, x2) + by_area * (y2 - y1) + by_hull * hull_height * _share(x2, gx2)
+    by_y2 = by_overlap * width * _share(gy2, y2) + by_area * (x2 - x1) + by_hull * hull_width * _share(y2, gy2)
+    kind = box_gradient.dtype.element_ty
+    side = box_gradient + point * 4
+    tl.store(side, tl.where(matched, by_x1, 0.0).to(kind), mask=here)
+    tl.store(side + 1, tl.where(matched, by_y1, 0.0).to(kind), mask=here)
+    tl.store(side + 2, tl.where(matched, by_x2, 0.0).to(kind), mask=here)
+    tl.store(side + 3, tl.where(matched, by_y2, 0.0).to(kind), mask=here)
+
+    z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
+    target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
+    p, _, _ = sigmoid_softplus(z)
+    by_logit = tl.where(matched, entropy_scale * (p - target), 0.0)
+    tl.store(logit_gradient + point, by_logit.to(logit_gradient.dtype.element_ty), mask=here)
+
+
+# The names say which copy of this folder they belong to, for a process may hold two.
+_NAMESPACE = __package__.replace(".", "_")
+
+
+@torch.library.custom_op(
+    f"ota_triton::box_sums_{_NAMESPACE}",
+    mutates_args=(),
+    schema="(Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) -> Tensor",
+)
+def box_sums(boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Both sums, (2,)."""
+    num_points = gt_index.numel()
+    programs = triton.cdiv(num_points, _POINTS)
+    partial = torch.empty(2, programs, device=boxes.device)
+    if programs > 0:
+        with torch.cuda.device_of(boxes):
+            _box_loss_kernel[(programs,)](
+                partial, *contiguous(boxes, iou_logits, gt_index, iou, gt_boxes), num_points, len(gt_boxes), programs,
+                POINTS=_POINTS, num_warps=_WARPS,
+            )  # fmt: skip
+    return partial.sum(1)
+
+
+@torch.library.custom_op(
+    f"ota_triton::box_gradient_{_NAMESPACE}",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) "
+    "-> (Tensor, Tensor)",
+)
+def box_gradient(
+    upstream: Tensor, boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
+) -> tuple[Tensor, Tensor]:
+    num_points = gt_index.numel()
+    gradients = _empty_gradients(boxes, iou_logits)
+    if num_points > 0:
+        with torch.cuda.device_of(boxes):
+            _box_gradient_kernel[(triton.cdiv(num_points, _POINTS),)](
+                *gradients, *contiguous(upstream, boxes, iou_logits, gt_index, iou, gt_boxes), num_points,
+                len(gt_boxes), POINTS=_POINTS, num_warps=_WARPS,
+            )  # fmt: skip
+    return gradients
+
+
+def _empty_gradients(boxes: Tensor, iou_logits: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (boxes, iou_logits))
+
+
+@box_sums.register_fake
+def _(boxes: Tensor, *_) -> Tensor:
+    return boxes.new_empty(2, dtype=torch.float32)
+
+
+@box_gradient.register_fake
+def _(upstream: Tensor, boxes: Tensor, iou_logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(boxes, iou_logits)
+
+
+def _keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, upstream: Tensor):
+    return *box_gradient(upstream, *ctx.saved_tensors), None, None, None
+
+
+box_sums.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def box_loss_triton(
+    boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The contract of `box_loss`, on a GPU, or on a CPU in Triton's interpreter."""
+    return box_sums(boxes, iou_logits, gt_index, iou, gt_boxes).unbind()
