@@ -121,8 +121,10 @@ def _sinkhorn_kernel(
         tl.store(u + g, tl.zeros([ROWS], tl.float64), mask=g < end_row)
     tl.debug_barrier()
 
-    # The first iteration, in the log domain.
-    listed = passes.columns_in_log_domain(v, u, background, edge_gt, edge_cost, point_begin, num_points, POINTS, LANES)
+    # The first iteration, in the log domain. Its float64 tiles of points are smaller, or their registers would spill.
+    listed = passes.columns_in_log_domain(
+        v, u, background, edge_gt, edge_cost, point_begin, num_points, POINTS // 2, LANES
+    )
     tl.debug_barrier()
     passes.rows_in_log_domain(
         u, v, slot_column, pair_cost, pair_start, pair_count, supply, first_row, end_row, most_slots, ROWS, SLOTS
