@@ -118,7 +118,7 @@ class StepRecord(NamedTuple):
 
     @classmethod
     def of(cls, step: int, image_ids: list[int], values: dict[str, Tensor], line: dict | None) -> "StepRecord":
-        stacked, copied = torch.stack([v.detach().double() for v in values.values()]), None
+        stacked, copied = torch.stack([value.detach() for value in values.values()]), None
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             stacked, copied = host.copy_(stacked, non_blocking=True), torch.cuda.Event()

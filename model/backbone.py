@@ -4,8 +4,8 @@ from collections import OrderedDict
 
 import timm
 from einops import rearrange
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -39,14 +39,17 @@ def create_body(name: str, pretrained: bool) -> nn.Module:
 class Backbone(nn.Module):
     """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
-    `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
+    `frozen_norm` makes batch norms constants: pretrained statistics beat those of the few images on a rank. They stay
+    PyTorch's own in evaluation mode, one kernel in the type of the activations; timm's and torchvision's frozen ones
+    are several, and turn bfloat16 into float32.
     """
 
     def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
         super().__init__()
         self.body = create_body(name, pretrained)
-        if frozen_norm:
-            self.body = freeze_batch_norm_2d(self.body)
+        self.frozen_norms = [m for m in self.body.modules() if isinstance(m, _BatchNorm)] if frozen_norm else []
+        for norm in self.frozen_norms:
+            norm.eval().requires_grad_(False)
         info = self.body.feature_info
         missing = set(BACKBONE_STRIDES) - set(info.reduction())
         if missing:
@@ -60,6 +63,12 @@ class Backbone(nn.Module):
         self.neck = FeaturePyramidNetwork(tap_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         data_config = timm.data.resolve_model_data_config(self.body)
         self.mean, self.std = data_config["mean"], data_config["std"]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.body(images)

@@ -105,11 +105,11 @@ class Detector(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
-        images = images.to(memory_format=self.memory_format)
-        images = images if images.is_floating_point() else images.float() / 255
+        scale = (1 if images.is_floating_point() else 1 / 255) / self.std
         rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
         inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
-        return torch.where(inside[:, None], (images - self.mean) / self.std, 0)
+        images = images.to(torch.float32, memory_format=self.memory_format)
+        return torch.where(inside[:, None], torch.addcmul(-self.mean / self.std, images, scale), 0)
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Images of different sizes -> one normalised (B, 3, H, W), padded with zeros to multiples of 32 px."""

@@ -18,18 +18,29 @@ GROUP_CHANNELS = 8  # 32 groups at 256 channels
 
 
 class Predictions(NamedTuple):
-    """Raw outputs in float32: logits (B, N, C), boxes (B, N, 4) x1 y1 x2 y2 px, iou_logits (B, N)."""
+    """Raw outputs: logits (B, N, C), boxes (B, N, 4) x1 y1 x2 y2 px, iou_logits (B, N).
+
+    Boxes are float32, logits of the type that the network ran in: what reads them computes in float32.
+    """
 
     logits: Tensor
     boxes: Tensor
     iou_logits: Tensor
 
 
+class GroupNorm(nn.GroupNorm):
+    """In the type of its input. Autocast would have it in float32, which doubles what it reads and writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def tower(channels: int, convs: int) -> nn.Sequential:
     layers = []
     for _ in range(convs):
         conv = nn.Conv2d(channels, channels, 3, padding=1)
-        layers += [conv, nn.GroupNorm(channels // GROUP_CHANNELS, channels), nn.ReLU(inplace=True)]
+        layers += [conv, GroupNorm(channels // GROUP_CHANNELS, channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -55,12 +66,12 @@ class Head(nn.Module):
     def forward(self, features: list[Tensor], points: Tensor) -> Predictions:
         """features: one (B, channels, h, w) per level; points (N, 2) px, level by level."""
         logits, distances, iou_logits = [], [], []
-        for level, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
+        for level, x in enumerate(features):
             cls, box = self.cls_tower(x), self.box_tower(x)
-            logits.append(rearrange(self.cls(cls), "b c h w -> b (h w) c").float())
+            logits.append(rearrange(self.cls(cls), "b c h w -> b (h w) c"))
             raw = rearrange(self.box(box), "b d h w -> b (h w) d").float()
-            distances.append(F.relu(raw * self.scales[level]) * stride)
-            iou_logits.append(rearrange(self.iou(box), "b 1 h w -> b (h w)").float())
-        to_left_top, to_right_bottom = torch.cat(distances, 1).split(2, dim=-1)
+            distances.append(raw * (self.scales[level] * self.strides[level]))
+            iou_logits.append(rearrange(self.iou(box), "b 1 h w -> b (h w)"))
+        to_left_top, to_right_bottom = F.relu(torch.cat(distances, 1)).split(2, dim=-1)
         boxes = torch.cat([points - to_left_top, points + to_right_bottom], -1)
         return Predictions(torch.cat(logits, 1), boxes, torch.cat(iou_logits, 1))

@@ -396,6 +396,26 @@ def test_weights_come_back_as_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ota.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"], ids=["norm-then-act", "norm-act"])
+def test_frozen_norms_and_the_head_stay_in_bfloat16(name):
+    """A norm that gave float32 would double what everything after it reads and writes."""
+    detector = tiny_detector(name, frozen_norm=True).train()
+    types = set()
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions, _ = detector.predict_raw(detector.batch(random_batch([(64, 96)])[0]))
+        losses = detector(*random_batch([(64, 96)]))
+    assert types == {torch.bfloat16}
+    assert predictions.logits.dtype == torch.bfloat16 and predictions.boxes.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    sum(losses.values()).backward()
+    frozen = [p for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
+    assert frozen and not any(p.requires_grad for p in frozen)
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.requires_grad)
+
+
 @torch.no_grad()
 def test_normalisation_and_frozen_norms_come_from_the_file(tmp_path):
     detector = tiny_detector("resnet10t", frozen_norm=True).train()
