@@ -3,9 +3,10 @@
 from collections import OrderedDict
 
 import timm
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -36,20 +37,59 @@ def create_body(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
+class _ConstantNorm(torch.autograd.Function):
+    """Batch norm with given statistics: one kernel each way, in the type of x, which is not kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(torch.zeros_like(mean), var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return F.batch_norm(upstream, *ctx.saved_tensors, eps=ctx.eps), None, None, None, None, None
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm whose statistics and weights are constants, and the activation that some of timm's norms include.
+
+    timm's and torchvision's own compute x * scale + shift with a float32 scale, which is several kernels and turns
+    bfloat16 activations, and with them the rest of the backbone, into float32.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+        self.drop, self.act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _ConstantNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return self.act(self.drop(x))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Put a FrozenNorm in the place of every batch norm with weights inside."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d) and child.affine:
+            setattr(module, name, FrozenNorm(child))
+        else:
+            freeze_norms(child)
+
+
 class Backbone(nn.Module):
     """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
-    `frozen_norm` makes batch norms constants: pretrained statistics beat those of the few images on a rank. They stay
-    PyTorch's own in evaluation mode, one kernel in the type of the activations; timm's and torchvision's frozen ones
-    are several, and turn bfloat16 into float32.
+    `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
     """
 
     def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
         super().__init__()
         self.body = create_body(name, pretrained)
-        self.frozen_norms = [m for m in self.body.modules() if isinstance(m, _BatchNorm)] if frozen_norm else []
-        for norm in self.frozen_norms:
-            norm.eval().requires_grad_(False)
+        if frozen_norm:
+            freeze_norms(self.body)
         info = self.body.feature_info
         missing = set(BACKBONE_STRIDES) - set(info.reduction())
         if missing:
@@ -63,12 +103,6 @@ class Backbone(nn.Module):
         self.neck = FeaturePyramidNetwork(tap_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         data_config = timm.data.resolve_model_data_config(self.body)
         self.mean, self.std = data_config["mean"], data_config["std"]
-
-    def train(self, mode: bool = True) -> "Backbone":
-        super().train(mode)
-        for norm in self.frozen_norms:
-            norm.eval()
-        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.body(images)

@@ -1,5 +1,7 @@
 """The network, its losses and its detections, without any data set."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from benchmarks.measure import host_syncs
 from benchmarks.postprocess import SCORE_TOLERANCE, postprocess_one_by_one
 from kernels import Assignment, OTAConfig, PointGrid
 from model import BackboneError, Detector, DetectorConfig, WeightsError, load_weights, save_weights
-from model.backbone import STRIDES, Backbone
+from model.backbone import STRIDES, Backbone, FrozenNorm, freeze_norms
 from model.head import Predictions
 from model.losses import detection_losses, points_inside
 from model.postprocess import postprocess
@@ -402,7 +404,7 @@ def test_frozen_norms_and_the_head_stay_in_bfloat16(name):
     detector = tiny_detector(name, frozen_norm=True).train()
     types = set()
     for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
+        if isinstance(module, FrozenNorm | torch.nn.GroupNorm):
             module.register_forward_hook(lambda _, __, output: types.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         predictions, _ = detector.predict_raw(detector.batch(random_batch([(64, 96)])[0]))
@@ -411,9 +413,33 @@ def test_frozen_norms_and_the_head_stay_in_bfloat16(name):
     assert predictions.logits.dtype == torch.bfloat16 and predictions.boxes.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in losses.values())
     sum(losses.values()).backward()
-    frozen = [p for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
-    assert frozen and not any(p.requires_grad for p in frozen)
-    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.requires_grad)
+    assert not [m for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"], ids=["norm-then-act", "norm-act"])
+def test_frozen_norms_are_batch_norms_in_evaluation(name):
+    """Values and gradients, and nothing of the size of the activations is kept beside what the activation keeps."""
+    torch.manual_seed(0)
+    body = timm.create_model(name, features_only=True).eval()
+    norms = [m for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+    frozen = copy.deepcopy(body)
+    freeze_norms(frozen)
+    assert sum(isinstance(m, FrozenNorm) for m in frozen.modules()) == len(norms) > 5
+    kept = []
+    for network in (body, frozen):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            features = network(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))[-1]
+        (features**2).sum().backward()
+        kept.append(sum(t.nbytes for t in {t.data_ptr(): t for t in saved}.values()))
+    parameters = dict(body.named_parameters())
+    for key, parameter in frozen.named_parameters():
+        torch.testing.assert_close(parameter.grad, parameters[key].grad, rtol=1e-3, atol=1e-4)
+    assert kept[1] < kept[0]
 
 
 @torch.no_grad()

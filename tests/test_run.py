@@ -82,12 +82,14 @@ def test_static_batch_gives_the_same_losses():
         assert len(pad_rows(torch.zeros(rows, 4))) == padded
 
 
-def test_one_graph_serves_every_number_of_ground_truths(monkeypatch):
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch-norm", "frozen-norm"])
+def test_one_graph_serves_every_number_of_ground_truths(monkeypatch, frozen):
     """As --compile has it on a GPU: the assignment is an operator, and the whole step to the losses is one graph."""
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(model.detector, "ota_assign", partial(model.detector.ota_assign, backend="triton"))
-    detector, counter = tiny_detector().train().to(device), CompileCounterWithBackend("aot_eager")
+    detector = tiny_detector("resnet10t", frozen_norm=frozen).train().to(device)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(detector.losses, backend=counter, dynamic=False, fullgraph=True)
     for counts in ([3, 2], [1, 6], [0, 0]):
         images, targets = random_images([(64, 96)] * 2, counts)
