@@ -59,6 +59,18 @@ def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[lis
     return [pack(images[part], targets[part], sides) for part in parts], [t["image_id"] for t in targets]
 
 
+@contextlib.contextmanager
+def eagerly(compiled: bool):
+    """Without compiling anything, or searching algorithms, for images whose sizes are seen once."""
+    if not compiled:
+        yield
+        return
+    torch.backends.cudnn.benchmark = False
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.backends.cudnn.benchmark = True
+
+
 def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
     """SGD's small weight decay goes to every parameter, AdamW's, far stronger, to kernels only."""
     fused = next(detector.parameters()).device.type == "cuda"  # one launch
@@ -81,15 +93,19 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def backward(model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool) -> dict[str, Tensor]:
+def backward(
+    model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool, measure: bool = False
+) -> dict[str, Tensor]:
     """Gradients of a step, in as many passes as there are batches; returns the loss terms, on the device.
 
     A loss is a sum over the positives of its batch. With several passes the sums' gradients are added up and divided
     by the positives of all, so that they are those of one pass over all images, but for batch norm.
+    `measure` has the assignment of the last pass measured.
     """
     device_type, total, terms = detector.mean.device.type, 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
+        detector.measure_assignment = measure and last
         with contextlib.nullcontext() if last or model is detector else model.no_sync():
             with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
                 losses = model(batch)
@@ -251,6 +267,8 @@ def main() -> None:
         settings = json.loads(checkpoint["settings"])
         settings.setdefault("continued", []).append({"step": start, "ranks": world, **environment(device)})
         detector.load_state_dict(checkpoint["model"])
+        for group, own in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = own["fused"]  # the device's, which may be another now
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:  # its counter is the step
             ema.module.load_state_dict(checkpoint["ema"])
@@ -291,10 +309,11 @@ def main() -> None:
             return
         values = record.read()
         terms = {name: values[name] for name in ("cls", "box", "iou")}
-        if not math.isfinite(sum(terms.values())):
-            text = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+        if not all(map(math.isfinite, values.values())):
+            text = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            what = "gradient" if all(map(math.isfinite, terms.values())) else "loss"
             raise FloatingPointError(
-                f"step {record.step}: the loss is not finite ({text}); image ids "
+                f"step {record.step + 1}: the {what} is not finite ({text}); image ids "
                 f"{', '.join(map(str, record.image_ids))} of {train_split.annotations}. "
                 "A lower --lr or a longer --warmup is the usual remedy."
             )
@@ -322,7 +341,7 @@ def main() -> None:
     for step in range(start, steps + 1):  # the last round only evaluates
         if trace and trace.done():
             return
-        if step == steps or (step and step % evaluation_steps == 0):
+        if not trace and (step == steps or (step and step % evaluation_steps == 0)):
             paused = time.perf_counter()
             stop.set_at_once(True)
             if is_main:
@@ -330,8 +349,7 @@ def main() -> None:
             if world > 1:  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
                 for buffer in evaluated.buffers():
                     dist.broadcast(buffer, 0)
-            # images of other sizes, each seen once
-            with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
+            with eagerly(args.compile):
                 metrics, _ = evaluate(evaluated, val_dataset, device, workers=workers, fast=args.fast_eval)
             stop.set_at_once(False)
             if is_main:
@@ -353,13 +371,11 @@ def main() -> None:
         torch.manual_seed(seed_of(args.seed, "step", step, rank))
         done = step + 1
         logging = done % args.log_every == 0 or done == steps
-        detector.measure_assignment = logging and is_main
-
         passes = [batch.to(device) for batch in passes]
         if args.compile:
             for batch in passes:
                 batch.mark_ragged()
-        values = backward(model, detector, passes, args.bf16)
+        values = backward(model, detector, passes, args.bf16, measure=logging and is_main)
         if args.clip_norm:
             values["grad_norm"] = nn.utils.clip_grad_norm_(detector.parameters(), args.clip_norm)
         optimizer.step()
@@ -404,7 +420,7 @@ def main() -> None:
         }
         folder.draw()
         folder.close()
-        with writing(out):
+        with writing(out), eagerly(args.compile):
             draw_samples(evaluated.eval(), val_dataset, device, out / "samples.png")
             write_file(out / "metrics.json", json.dumps(record | metrics, indent=1).encode())  # last: complete now
         print(f"wrote {out}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")

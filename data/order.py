@@ -54,6 +54,7 @@ def batches_from(
         if epoch != order_epoch:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
             order, order_epoch = torch.randperm(images, generator=generator).tolist(), epoch
+            order = order[: epoch_steps * batch_size]  # before grouping, or it would always be the rare orientation's
             if tall is not None:
                 order = grouped_by_orientation(order, tall, batch_size)
         first = position * batch_size + rank * share

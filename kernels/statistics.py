@@ -20,7 +20,7 @@ def assignment_statistics(
     grid: PointGrid,
     config: OTAConfig,
 ) -> dict[str, Tensor]:
-    """Float64 scalars on the device of the inputs, which are those of `ota_assign`. Waits for a GPU.
+    """Float32 scalars, of the inputs of `ota_assign`. Waits for a GPU.
 
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
@@ -42,8 +42,8 @@ def assignment_statistics(
     largest = sent_by_background.scatter_reduce(0, column, sent, "amax")
     num_points = max(1, len(received))
     return {
-        "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.double(),
-        "mean_k": plan.k.sum() / num_gts.double(),
-        "ambiguous": (largest < AMBIGUOUS_SHARE * received).sum().double() / num_points,
-        "residual": (received - 1).abs().sum().double() / num_points,
+        "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
+        "mean_k": plan.k.sum() / num_gts.float(),
+        "ambiguous": (largest < AMBIGUOUS_SHARE * received).sum().float() / num_points,
+        "residual": (received - 1).abs().sum().float() / num_points,
     }

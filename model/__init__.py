@@ -3,7 +3,7 @@
 from .backbone import BackboneError
 from .checkpoint import CheckpointError, previous_checkpoint, save_checkpoint, write_file, writing
 from .detector import Detector, DetectorConfig
-from .weights import WeightsError, init_weights, load_weights, save_weights
+from .weights import WeightsError, init_weights, load_weights, read_metadata, save_weights
 
 __all__ = [
     "BackboneError",
@@ -14,6 +14,7 @@ __all__ = [
     "init_weights",
     "load_weights",
     "previous_checkpoint",
+    "read_metadata",
     "save_checkpoint",
     "save_weights",
     "write_file",

@@ -71,9 +71,13 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Put a FrozenNorm in the place of every batch norm with weights inside."""
+    """Put a FrozenNorm in the place of every batch norm inside. Raises BackboneError."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d) and child.affine:
+        if isinstance(child, nn.BatchNorm2d):
+            if not child.affine or child.running_mean is None:
+                raise BackboneError(
+                    f"batch norm {name!r} has no weights or statistics to freeze; take --no-frozen-norm"
+                )
             setattr(module, name, FrozenNorm(child))
         else:
             freeze_norms(child)

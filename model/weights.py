@@ -66,19 +66,30 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     )
 
 
-def load_weights(path: Path) -> tuple[Detector, dict]:
-    """The detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError."""
-    path = Path(path)
+def read_metadata(path: Path) -> dict:
+    """What `save_weights` was given. Raises WeightsError."""
+    return json.loads(_read(path)[0])
+
+
+def _read(path: Path, with_tensors: bool = False) -> tuple[str, dict[str, torch.Tensor]]:
+    """The JSON in a file's header, and its tensors. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("ota")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or it is truncated: {error}") from error
     if header is None:
         raise WeightsError(f"{path} holds tensors but no detector of this project: train.py writes what is needed")
+    return header, tensors
+
+
+def load_weights(path: Path) -> tuple[Detector, dict]:
+    """The detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError."""
+    path = Path(path)
+    header, tensors = _read(path, with_tensors=True)
     try:
         metadata = json.loads(header)
         if metadata["format"] != FORMAT:

@@ -1,6 +1,7 @@
 """The folder of a run: checkpoints, log, weights, curves, TensorBoard events."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from data.draw import draw_curves
-from model import Detector, save_checkpoint, save_weights, write_file, writing
+from model import Detector, read_metadata, save_checkpoint, save_weights, write_file, writing
 
 REDRAW_S = 60  # between two drawings of the curves, which take a second
 
@@ -72,12 +73,13 @@ class RunFolder:
     def write_evaluation(self, detector: Detector, step: int, metrics: dict, split: str) -> None:
         """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
         self.save_weights(detector, step, metrics)
-        best = max((line["AP"] for line in self.log if "AP" in line), default=-2.0)
-        if metrics["AP"] > best:
-            self.save_weights(detector, step, metrics, "best.safetensors")
+        best = self.path / "best.safetensors"
+        best_ap = read_metadata(best)["training"]["metrics"]["AP"] if best.exists() else -math.inf
+        if metrics["AP"] > best_ap:
+            self.save_weights(detector, step, metrics, best.name)
         self.write_line({"step": step, "split": split, **metrics})
-        scores = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50"))
-        tqdm.write(f"step {step}: {scores} ({split}{', the best so far' if metrics['AP'] > best > -2 else ''})")
+        remark = ", the best so far" if metrics["AP"] > best_ap > -math.inf else ""
+        tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f} ({split}{remark})")
 
     def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
         """`state` beside what this folder knows. Raises FloatingPointError for weights that are not finite.

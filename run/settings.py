@@ -128,6 +128,10 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(f"--image-size takes the shorter and the longest side in px, not {args.image_size}")
     if args.multi_scale and max(args.multi_scale) > args.image_size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {args.image_size}")
+    if args.multi_scale and args.overfit:
+        parser.error("--overfit trains without augmentation, so not with --multi-scale")
+    if args.compile == "reduce-overhead" and args.accumulate > 1:
+        parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
     if args.lr <= 0 or args.weight_decay < 0:
         parser.error(f"--lr must be positive and --weight-decay not negative: {args.lr}, {args.weight_decay}")
     if args.clip_norm is not None and args.clip_norm <= 0:

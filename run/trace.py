@@ -31,7 +31,8 @@ class StepTrace:
             return True
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.path))
-        averages, key = self.profiler.key_averages(), f"self_{self.device.type}_time_total"
-        print(averages.table(sort_by=key, row_limit=25, max_name_column_width=50))
+        device = "cuda" if self.device.type == "cuda" else "cpu"
+        averages = self.profiler.key_averages()
+        print(averages.table(sort_by=f"self_{device}_time_total", row_limit=25, max_name_column_width=50))
         print(f"wrote {self.path}: {self.steps} steps after {WARMUP_STEPS}, for ui.perfetto.dev or chrome://tracing")
         return True
