@@ -84,6 +84,18 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
                              lr=args.lr, weight_decay=args.weight_decay, fused=fused)  # fmt: skip
 
 
+def compile_detector(detector: Detector, mode: str) -> str:
+    """torch.compile of the parts that it makes faster here, and their names."""
+    if (
+        HAS_TRITON and detector.mean.device.type == "cuda"
+    ):  # where the assignment is an operator, not PyTorch of its own
+        detector.losses = torch.compile(detector.losses, dynamic=False, mode=mode)
+        return "backbone, neck and head, assignment and losses"
+    for part in (detector.backbone, detector.head):
+        part.compile(dynamic=False, mode=mode)
+    return "backbone, neck and head"
+
+
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     """Linear scaling with the batch, linear warm-up, then steps (/ 10 at 2/3 and 8/9) or half a cosine."""
     peak = args.lr * args.batch_size / LR_BATCH
@@ -220,12 +232,7 @@ def main() -> None:
         sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
         torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
         torch.backends.cudnn.benchmark = True
-        if HAS_TRITON and device.type == "cuda":  # where the assignment is an operator, and not PyTorch of its own
-            detector.losses = torch.compile(detector.losses, dynamic=False, mode=args.compile)
-        else:
-            detector.backbone.compile(dynamic=False, mode=args.compile)
-            detector.head.compile(dynamic=False, mode=args.compile)
-        parts = "backbone, neck and head" + (", assignment and losses" if "losses" in vars(detector) else "")
+        parts = compile_detector(detector, args.compile)
         say(f"torch.compile takes {parts}, anew for each padded image size; sides are {', '.join(map(str, sides))} px")
     if world > 1:
         model = DistributedDataParallel(detector, device_ids=[device.index] if device.type == "cuda" else None)

@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -36,6 +36,7 @@ COCO = WORKLOADS["coco"]
 CHANNELS = 256
 OPTIMIZER = argparse.Namespace(optimizer="sgd", lr=1e-6, weight_decay=1e-4)  # so slow that the labels stay
 PHASES = ("forward", "assignment", "losses", "backward", "optimizer")
+MERGED_PHASES = ("forward, assignment and losses", "backward", "optimizer")  # of one compiled region
 
 
 class Case(NamedTuple):
@@ -44,8 +45,11 @@ class Case(NamedTuple):
     images: int
 
 
-def make_batch(case: Case, device: torch.device) -> Batch:
-    """Noise as uint8 images of one size; with the image size and number of `coco`, that workload's ground truths."""
+def make_batch(case: Case) -> Batch:
+    """Noise as uint8 images of one size; with the image size and number of `coco`, that workload's ground truths.
+
+    On the host, so that it takes memory of a device only while it is needed there.
+    """
     generator = torch.Generator().manual_seed(0)
     grid = PointGrid.for_image(case.image_size, COCO_STRIDES)
     sizes_px = tuple(px * case.image_size[0] / COCO.image_size[0] for px in COCO_SIZES_PX)
@@ -54,28 +58,32 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     labels = torch.randint(COCO.num_classes, (sum(counts),), generator=generator).split(counts)
     images = [torch.randint(256, (3, *case.image_size), dtype=torch.uint8, generator=generator) for _ in counts]
     targets = [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]
-    return pack(images, targets).to(device)
+    return pack(images, targets)
+
+
+def targets_of(batch: Batch) -> list[dict[str, Tensor]]:
+    counts = batch.gt_offsets.diff().tolist()
+    rows = zip(batch.gt_boxes.split(counts), batch.gt_labels.split(counts), strict=True)
+    return [{"boxes": boxes, "labels": labels} for boxes, labels in rows]
 
 
 class Contestant:
-    """A model in training. `moments` are when its latest step began and when each of the PHASES ended.
+    """A model in training. `moments` are when its latest step began and when each of its `phases` ended.
 
+    compile   has torch.compile take the model from here on
     backward  computes the gradients and returns the loss terms, detached
     matched   (N,) or (B, N), below 0 for background: the labels of the latest step
     pyramid   the feature maps of the first image, in float32
     """
 
+    compile: Callable[[], None]
     backward: Callable[[], dict[str, Tensor]]
     matched: Callable[[], Tensor]
     pyramid: Callable[[], list[Tensor]]
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device, self.moments = model.to(device).train(), device, []
+        self.model, self.device, self.moments, self.phases = model.to(device).train(), device, [], PHASES
         self.optimizer = train.create_optimizer(model, OPTIMIZER)
-
-    def compile(self) -> None:
-        for part in (self.model.backbone, self.model.head):  # as train.py does with --compile
-            part.compile(dynamic=False)
 
     def step(self) -> dict[str, Tensor]:
         self.moments = []
@@ -175,13 +183,28 @@ def ours(case: Case, batch: Batch, bf16: bool) -> Iterator[Contestant]:
     model = Detector(DetectorConfig(COCO.num_classes, case.backbone, channels=CHANNELS, frozen_norm=True))
     model.backbone.body.load_state_dict(weights.body.state_dict())
     model.backbone.neck.load_state_dict(weights.fpn.state_dict())
-    contestant = Contestant(model, batch.images.device)
-    contestant.backward = lambda: train.backward(model, model, [batch], bf16)
+    contestant, batches, marks = Contestant(model, batch.images.device), [batch], ExitStack()
+    contestant.backward = lambda: train.backward(model, model, batches, bf16)
     contestant.matched = lambda: model.last_assignment.gt_index
     contestant.pyramid = lambda: model.backbone(model.normalise(batch.images[:1], batch.sizes[:1]))
+
+    def compile() -> None:
+        """As train.py does with --compile, rows of padding in the batch and all."""
+        padded = pack(list(batch.images), targets_of(batch), tuple(sorted(case.image_size)))
+        batches[0] = padded.to(batch.images.device)._replace(images=batch.images)  # not in memory twice
+        batches[0].mark_ragged()
+        train.compile_detector(model, "default")
+        if "losses" in vars(model):  # one region, in which no moment can be marked
+            marks.close()
+            model.losses = contestant.marking(model.losses, before=False, after=True)
+            contestant.phases = MERGED_PHASES
+
+    contestant.compile = compile
     assign = contestant.marking(detector.ota_assign, before=True, after=True)
     losses = contestant.marking(detector.detection_losses, before=False, after=True)
-    with patch.object(detector, "ota_assign", assign), patch.object(detector, "detection_losses", losses):
+    with marks:
+        marks.enter_context(patch.object(detector, "ota_assign", assign))
+        marks.enter_context(patch.object(detector, "detection_losses", losses))
         yield contestant
 
 
@@ -197,11 +220,7 @@ def torchvision(
     model.anchor_generator.register_forward_pre_hook(
         lambda _, inputs: (inputs[0], [torch.empty((), device=f.device).expand(f.shape) for f in inputs[1]])
     )
-    counts = batch.gt_offsets.diff().tolist()
-    targets = [
-        {"boxes": boxes, "labels": labels}
-        for boxes, labels in zip(batch.gt_boxes.split(counts), batch.gt_labels.split(counts), strict=True)
-    ]
+    targets = targets_of(batch)
 
     def images() -> list[Tensor]:
         return list(batch.images.float() / 255)  # it takes float images only
@@ -212,12 +231,17 @@ def torchvision(
         sum(losses.values()).backward()
         return {name: value.detach() for name, value in losses.items()}
 
+    def compile() -> None:
+        for part in (model.backbone, model.head):
+            part.compile(dynamic=False)
+
     matched = []
 
     def head_losses(targets: list, outputs: dict, anchors: list, indices: list[Tensor], losses_of: Callable) -> dict:
         matched[:] = indices
         return losses_of(targets, outputs, anchors, indices)
 
+    contestant.compile = compile
     contestant.backward = backward
     contestant.matched = lambda: torch.stack(matched)
     contestant.pyramid = lambda: list(model.backbone(model.transform(images()[:1])[0].tensors).values())

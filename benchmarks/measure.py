@@ -28,7 +28,7 @@ class Row:
     ms_quantile_20: float
     ms_quantile_80: float
     calls: int  # that were timed
-    peak_mib: float | None  # of tensors, beyond inputs and outputs
+    peak_mib: float | None  # of tensors, beyond inputs and outputs; on a CPU of the calling thread
     kernel_launches: int | None
     copies_and_memsets: int | None
     host_syncs: int | None
@@ -77,7 +77,11 @@ def _event_ms(call: Callable[[], object], flush: torch.Tensor, queued: bool) -> 
 
 
 def peak_mib(call: Callable[[], Iterable[torch.Tensor]], device: torch.device) -> float:
-    """The most MiB that a call's tensors hold at a time, its inputs and outputs left out."""
+    """The most MiB that a call's tensors hold at a time, its inputs and outputs left out.
+
+    On a CPU the profiler sees the calling thread only. What a thread of a pool allocates by itself is left out: the
+    buffers of the losses' torch backend, 512 KiB a thread, when it has several.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

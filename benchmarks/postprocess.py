@@ -52,7 +52,7 @@ def postprocess_one_by_one(
         for start, end in zip(grid.level_offsets, grid.level_offsets[1:], strict=False):
             flat = image_scores[start:end].flatten()
             above = (flat > score_threshold).nonzero()[:, 0]
-            best = flat[above].topk(min(topk_per_level, above.numel())).indices
+            best = flat[above].sort(stable=True, descending=True).indices[:topk_per_level]
             kept.append(above[best] + start * num_classes)
         kept = torch.cat(kept)
         kept_scores, labels = image_scores.flatten()[kept], kept % num_classes

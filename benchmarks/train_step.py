@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment
-from benchmarks.contestants import CONTESTANTS, PHASES, Case, Contestant, Sanity, check, make_batch, pyramid_difference
+from benchmarks.contestants import CONTESTANTS, Case, Contestant, Sanity, check, make_batch, pyramid_difference
 from benchmarks.measure import MIB, host_syncs, launches, peak_mib, time_ms
 from model.batch import Batch
 
@@ -36,6 +36,7 @@ MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 WARMUP_STEPS = {"cuda": 3, "cpu": 1}
 LEAST_STEPS, ROW_S = 5, 5.0
 BUDGET_S = {"cuda": 330.0, "cpu": math.inf}  # compiled rows that would not end before that are left out
+COMPILED_ROW_S = 90.0  # what one is expected to take, if none before it took longer
 PYRAMID_TOLERANCE = 1e-2  # relative; convolutions in TF32
 
 
@@ -48,7 +49,7 @@ class StepRow:
     ms_quantile_20: float
     ms_quantile_80: float
     steps: int  # that were timed
-    phase_ms: dict[str, float]  # medians
+    phase_ms: dict[str, float]  # medians; those of one compiled region are told together
     phase_share: dict[str, float]
     resident_mib: float  # between two steps: batch, weights, momentum
     peak_mib: float  # of tensors, those included
@@ -60,17 +61,25 @@ class StepRow:
     first_pass_s: float  # with the compilation, where there is one
 
 
-def gate(case: Case, batch: Batch, bf16: bool) -> tuple[dict[str, Sanity], list[str]]:
-    """Of every contestant in its eager form, and what speaks against telling its cost."""
+def gate(case: Case, batch: Batch, bf16: bool) -> tuple[dict[str, Sanity | str], list[str]]:
+    """Of every contestant in its eager form, or why there is nothing; and what speaks against telling any cost."""
     results, failures, pyramids = {}, [], {}
     for name, entrant in CONTESTANTS.items():
-        with entrant(case, batch, bf16) as contestant:
-            with torch.no_grad():
-                pyramids[name] = contestant.pyramid()
-            results[name] = result = check(contestant, count_flops=True)
+        try:
+            with entrant(case, batch, bf16) as contestant:
+                with torch.no_grad():
+                    pyramids[name] = contestant.pyramid()
+                results[name] = result = check(contestant, count_flops=True)
+        except torch.OutOfMemoryError as error:
+            results[name] = in_short(error)
+        contestant = None  # or it would stay in memory beside the next
         release(batch.images.device)
+        if isinstance(results[name], str):
+            failures += [f"{name}: {results[name]}"] if name == "ours" else []
+            print(f"  {name}: {results[name]}")
+            continue
         failures += [f"{name}: {text}" for text in result.failures()]
-        difference = pyramid_difference(pyramids[name], pyramids["ours"])
+        difference = pyramid_difference(pyramids[name], pyramids["ours"]) if "ours" in pyramids else math.nan
         if not difference < PYRAMID_TOLERANCE:
             failures.append(f"{name}: its feature maps differ from ours by {difference:.2g}")
         terms = ", ".join(f"{term} {value:.3g}" for term, value in result.losses.items())
@@ -79,6 +88,10 @@ def gate(case: Case, batch: Batch, bf16: bool) -> tuple[dict[str, Sanity], list[
             f"positive; {terms}; gradient {result.gradient_norm:.3g}; pyramid differs by {difference:.1g}"
         )
     return results, failures
+
+
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
 def release(device: torch.device) -> None:
@@ -103,16 +116,25 @@ def timed_steps(contestant: Contestant, repeats: int) -> list[list[float]]:
     return [contestant.phases_ms(moments) for moments in steps]
 
 
-def resident_mib(contestant: Contestant, batch: Batch) -> float:
+def allocated_mib(device: torch.device) -> float:
+    return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else 0.0
+
+
+def resident_mib(contestant: Contestant, batch: Batch, before_mib: float) -> float:
+    """On a GPU without the `before_mib` of others, such as the workspace of the matrix product."""
     if contestant.device.type == "cuda":
-        return torch.cuda.memory_allocated(contestant.device) / MIB
+        return allocated_mib(contestant.device) - before_mib
     tensors = [*batch, *contestant.model.state_dict().values()]
     tensors += [t for state in contestant.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     return sum(tensor.nbytes for tensor in tensors) / MIB
 
 
-def measure_row(contestant: Contestant, batch: Batch, tflop: float, rate: float, repeats: int) -> StepRow | str:
-    """The row, or why there is none. `rate`, of a large matrix product, in TFLOP/s."""
+def measure_row(
+    contestant: Contestant, batch: Batch, before_mib: float, tflop: float, rate: float, repeats: int
+) -> StepRow | str:
+    """The row, or why there is none. `before_mib` was allocated before the contestant and its batch; `rate`, of a large
+    matrix product, in TFLOP/s.
+    """
     device, started = contestant.device, time.perf_counter()
     failures = check(contestant, count_flops=False).failures()
     first_pass_s = time.perf_counter() - started
@@ -122,25 +144,39 @@ def measure_row(contestant: Contestant, batch: Batch, tflop: float, rate: float,
         contestant.step()
     steps = torch.tensor(timed_steps(contestant, repeats), dtype=torch.float64)
     low, middle, high = steps.sum(1).quantile(steps.new_tensor([0.2, 0.5, 0.8])).tolist()
-    resident = resident_mib(contestant, batch)
+    resident = resident_mib(contestant, batch, before_mib)
     return StepRow(
         len(batch.images) / middle * 1e3, middle, low, high, len(steps),
-        dict(zip(PHASES, steps.quantile(0.5, dim=0).tolist(), strict=True)),
-        dict(zip(PHASES, (steps.sum(0) / steps.sum()).tolist(), strict=True)),
+        dict(zip(contestant.phases, steps.quantile(0.5, dim=0).tolist(), strict=True)),
+        dict(zip(contestant.phases, (steps.sum(0) / steps.sum()).tolist(), strict=True)),
         resident, resident + peak_mib(lambda: contestant.step().values(), device),
         *launches(contestant.step, device), host_syncs(contestant.step, device),
         tflop / middle * 1e3, tflop / middle * 1e3 / rate, first_pass_s,
     )  # fmt: skip
 
 
-def measure_compiled(contestant: Contestant, *measured) -> StepRow | str:
-    """As measure_row; a compiler's failure costs a row, not those that were measured before it."""
+def measure_entrant(
+    contest: "Contest", entrant: str, device: torch.device, bf16: bool, compiled: bool, rate: float, repeats: int
+) -> StepRow | str:
+    """The row of an entrant, which leaves nothing in memory. A compiler's failure, or too little memory, costs a row,
+    not those that were measured before it.
+    """
+    sanity = contest.sanity[entrant]
+    if isinstance(sanity, str):
+        return sanity
+    torch.backends.cudnn.benchmark = compiled  # as in train.py
     torch._dynamo.reset()  # or the contestants before count towards its limit of recompilations
+    before_mib = allocated_mib(device)
+    batch = contest.batch.to(device)
     try:
-        contestant.compile()
-        return measure_row(contestant, *measured)
+        with CONTESTANTS[entrant](contest.case, batch, bf16) as contestant:
+            if compiled:
+                contestant.compile()
+            return measure_row(contestant, batch, before_mib, sanity.tflop, rate, repeats)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        if compiled or isinstance(error, torch.OutOfMemoryError):
+            return in_short(error)
+        raise
 
 
 def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype) -> float:
@@ -158,56 +194,56 @@ def print_row(title: str, row: StepRow | str) -> None:
         f"{title:46}{row.images_per_s:8.2f}{row.ms_median:9.1f}{row.ms_quantile_20:9.1f}{row.ms_quantile_80:9.1f}"
         f"{row.peak_mib:10,.0f}" + "{:>8}{:>7}{:>6}".format(*counts) + f"{row.matmul_share:8.1%}"
     )
-    print("    " + "   ".join(f"{phase} {row.phase_share[phase]:.1%}" for phase in PHASES))
+    print("    " + "   ".join(f"{phase} {share:.1%}" for phase, share in row.phase_share.items()))
 
 
 @dataclass
 class Contest:
-    """A case on a device, and what has been found out about it."""
+    """A case, its batch on the host, and what has been found out about it; text says why something is missing."""
 
     case: Case
     batch: Batch
-    sanity: dict[str, Sanity]
+    sanity: dict[str, Sanity | str]
     rows: dict[str, StepRow | str]
 
     def report(self) -> dict:
-        rows = {title: {"skipped": row} if isinstance(row, str) else asdict(row) for title, row in self.rows.items()}
+        rows, sanity = (
+            {name: {"skipped": found} if isinstance(found, str) else asdict(found) for name, found in table.items()}
+            for table in (self.rows, self.sanity)
+        )
         syncs = {title: row["host_syncs"] for title, row in rows.items() if title.startswith("ours")
                  and row.get("host_syncs") is not None}  # fmt: skip
         return {
             "about": self.case._asdict() | {"ground_truths": len(self.batch.gt_boxes)},
-            "sanity": {name: asdict(sanity) for name, sanity in self.sanity.items()},
+            "sanity": sanity,
             "rows": rows,
             "host_syncs_of_ours": {title: {"limit": 0, "measured": n, "reached": n == 0} for title, n in syncs.items()},
         }
 
 
 def measure_rows(
-    contests: dict[str, Contest], args: argparse.Namespace, rate: float, bf16: bool, deadline: float
-) -> Iterator[None]:
+    contests: dict[str, Contest], args: argparse.Namespace, device: torch.device, rate: float, bf16: bool,
+    deadline: float,
+) -> Iterator[None]:  # fmt: skip
     """All eager rows, then the compiled ones, printed; stops after each. A compiled one is expected to take as long as
-    the slowest before it.
+    the slowest before it, and COMPILED_ROW_S at least.
     """
     order = [(name, entrant, False) for name in contests for entrant in CONTESTANTS]
     order += [(name, entrant, True) for name in contests for entrant in COMPILED if args.compile]
-    slowest_s = 0.0
+    slowest_s = COMPILED_ROW_S
     print(
         f"\n{'':46}{'img/s':>8}{'ms':>9}{'20 %':>9}{'80 %':>9}{'peak MiB':>10}{'kernels':>8}{'copies':>7}{'syncs':>6}"
         f"{'matmul':>8}"
     )
     for name, entrant, compiled in order:
         row_started, contest = time.perf_counter(), contests[name]
-        measured = (contest.batch, contest.sanity[entrant].tflop, rate, args.repeats)
         if compiled and row_started + slowest_s > deadline:
             row = f"left out, the {args.budget:g} s of --budget are nearly over"
         else:
-            torch.backends.cudnn.benchmark = compiled  # as in train.py
-            with CONTESTANTS[entrant](contest.case, contest.batch, bf16) as contestant:
-                row = (measure_compiled if compiled else measure_row)(contestant, *measured)
-            del contestant
-            release(contest.batch.images.device)
-        if compiled:
-            slowest_s = max(slowest_s, time.perf_counter() - row_started)
+            row = measure_entrant(contest, entrant, device, bf16, compiled, rate, args.repeats)
+            release(device)
+            if compiled:
+                slowest_s = max(slowest_s, time.perf_counter() - row_started)
         title = entrant + ", compiled" * compiled
         contest.rows[title] = row
         print_row(f"{name}: {title}", row)
@@ -222,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=50, help=f"steps per row, at most; it ends after {ROW_S:g} s")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=device.type == "cuda")
     parser.add_argument("--budget", type=float, default=BUDGET_S[device.type], metavar="S",
-                        help="leave out compiled rows that would end later than this")  # fmt: skip
+                        help="leave out compiled rows that are expected to end later than this")  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     args = parser.parse_args(argv)
     deadline = time.perf_counter() + args.budget
@@ -239,17 +275,17 @@ def main(argv: list[str] | None = None) -> int:
     contests, failures = {}, []
     for name in args.case or CASES[device.type]:
         case = CASES[device.type][name]
-        batch = make_batch(case, device)
+        batch = make_batch(case)
         height, width = case.image_size
         print(f"\n{name}: {case.images} images of {height} x {width}, ground truths {len(batch.gt_boxes)}")
-        sanity, failed = gate(case, batch, bf16)
+        sanity, failed = gate(case, batch.to(device), bf16)
         contests[name] = Contest(case, batch, sanity, {})
         failures += [f"{name}, {text}" for text in failed]
     if failures:
         print("\n".join(failures), file=sys.stderr)
         return 1
 
-    for _ in measure_rows(contests, args, rate, bf16, deadline):
+    for _ in measure_rows(contests, args, device, rate, bf16, deadline):
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             cases = {name: contest.report() for name, contest in contests.items()}

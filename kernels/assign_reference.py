@@ -163,7 +163,7 @@ def ota_assign_reference(
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     num_images, num_points, num_classes = logits.shape
     gt_index = torch.full((num_images, num_points), -1, device=boxes.device)
-    matched_iou = torch.zeros(num_images, num_points, device=boxes.device)
+    matched_iou = torch.zeros(num_images, num_points, dtype=torch.float32, device=boxes.device)
     k = torch.zeros(gt_boxes.shape[0], dtype=torch.int32, device=boxes.device)
     image, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, num_classes)
     for b in range(num_images):

@@ -222,7 +222,7 @@ def solve(
     winner, point = winner[foreground], plan.points[foreground]
 
     gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
-    iou = torch.zeros(num_images * num_points, device=boxes.device)
+    iou = torch.zeros(num_images * num_points, dtype=torch.float32, device=boxes.device)
     gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
     return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int()), plan
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import GIOU_EPS
-from .focal_triton import contiguous, sigmoid_softplus
+from .focal_triton import NAMESPACE, contiguous, keep_inputs, sigmoid_softplus
 from .pairs_triton import load_boxes
 
 _EPS = tl.constexpr(GIOU_EPS)
@@ -36,15 +36,17 @@ def _point_tile(gt_index, num_points, G, POINTS: tl.constexpr):
 
 
 @triton.jit
-def _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2):
-    """Sides of overlap and hull, and what they and the boxes cover: overlap, union, hull."""
+def _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2):
+    """Width and height of the overlap, 0 where there is none, and of the hull."""
     width, height = tl.minimum(x2, gx2) - tl.maximum(x1, gx1), tl.minimum(y2, gy2) - tl.maximum(y1, gy1)
     meet = (width > 0.0) & (height > 0.0)
-    width, height = tl.where(meet, width, 0.0), tl.where(meet, height, 0.0)
     hull_width, hull_height = tl.maximum(x2, gx2) - tl.minimum(x1, gx1), tl.maximum(y2, gy2) - tl.minimum(y1, gy1)
-    overlap = width * height
-    union = (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - overlap
-    return width, height, hull_width, hull_height, overlap, union, hull_width * hull_height
+    return tl.where(meet, width, 0.0), tl.where(meet, height, 0.0), hull_width, hull_height
+
+
+@triton.jit
+def _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap):
+    return (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - overlap
 
 
 @triton.jit
@@ -56,12 +58,14 @@ def _share(side, other):
 @triton.jit(do_not_specialize=_VARYING)
 def _box_loss_kernel(
     partial, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G, programs, POINTS: tl.constexpr
-):  # fmt: skip
+):
     point, _, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
     x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
     gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
-    _, _, _, _, overlap, union, hull = _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
-    giou = 1.0 - overlap / (union + _EPS) + (hull - union) / (hull + _EPS)
+    width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+    overlap, hull = width * height, hull_width * hull_height
+    union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap)
+    giou = 1.0 - tl.div_rn(overlap, union + _EPS) + tl.div_rn(hull - union, hull + _EPS)
     z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
     target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
     _, _, softplus = sigmoid_softplus(z)
@@ -77,11 +81,15 @@ def _box_gradient_kernel(
     point, here, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
     x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
     gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
-    width, height, hull_width, hull_height, overlap, union, hull = _areas(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+    width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+    overlap = width * height
+    union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap) + _EPS
+    hull = hull_width * hull_height + _EPS
     giou_scale, entropy_scale = tl.load(upstream), tl.load(upstream + 1)
-    by_area = overlap / (union + _EPS) / (union + _EPS) - 1.0 / (hull + _EPS)
-    by_overlap = giou_scale * (-1.0 / (union + _EPS) - by_area)
-    by_hull = giou_scale * ((union + _EPS) / (hull + _EPS) / (hull + _EPS))
+    # The terms cancel, so that quotients are rounded as in IEEE 754; the operator / is off by two units.
+    by_area = tl.div_rn(tl.div_rn(overlap, union), union) - tl.div_rn(1.0, hull)
+    by_overlap = giou_scale * (-tl.div_rn(1.0, union) - by_area)
+    by_hull = giou_scale * tl.div_rn(tl.div_rn(union, hull), hull)
     by_area *= giou_scale
     # Overlap and area grow with x2 and y2 and shrink with x1 and y1; the hull's sides are those that are farther out.
     by_x1 = -by_overlap * height * _share(x1, gx1) - by_area * (y2 - y1) - by_hull * hull_height * _share(gx1, x1)
@@ -102,12 +110,8 @@ def _box_gradient_kernel(
     tl.store(logit_gradient + point, by_logit.to(logit_gradient.dtype.element_ty), mask=here)
 
 
-# The names say which copy of this folder they belong to, for a process may hold two.
-_NAMESPACE = __package__.replace(".", "_")
-
-
 @torch.library.custom_op(
-    f"ota_triton::box_sums_{_NAMESPACE}",
+    f"ota_triton::box_sums_{NAMESPACE}",
     mutates_args=(),
     schema="(Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) -> Tensor",
 )
@@ -115,7 +119,7 @@ def box_sums(boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, g
     """Both sums, (2,)."""
     num_points = gt_index.numel()
     programs = triton.cdiv(num_points, _POINTS)
-    partial = torch.empty(2, programs, device=boxes.device)
+    partial = torch.empty(2, programs, dtype=torch.float32, device=boxes.device)
     if programs > 0:
         with torch.cuda.device_of(boxes):
             _box_loss_kernel[(programs,)](
@@ -126,7 +130,7 @@ def box_sums(boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, g
 
 
 @torch.library.custom_op(
-    f"ota_triton::box_gradient_{_NAMESPACE}",
+    f"ota_triton::box_gradient_{NAMESPACE}",
     mutates_args=(),
     schema="(Tensor upstream, Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) "
     "-> (Tensor, Tensor)",
@@ -159,19 +163,16 @@ def _(upstream: Tensor, boxes: Tensor, iou_logits: Tensor, *_) -> tuple[Tensor, 
     return _empty_gradients(boxes, iou_logits)
 
 
-def _keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx, upstream: Tensor):
     return *box_gradient(upstream, *ctx.saved_tensors), None, None, None
 
 
-box_sums.register_autograd(_backward, setup_context=_keep_inputs)
+box_sums.register_autograd(_backward, setup_context=keep_inputs)
 
 
 def box_loss_triton(
     boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The contract of `box_loss`, on a GPU, or on a CPU in Triton's interpreter."""
-    return box_sums(boxes, iou_logits, gt_index, iou, gt_boxes).unbind()
+    sums = box_sums(boxes, iou_logits, gt_index, iou, gt_boxes)
+    return sums[0], sums[1]  # unbind's results refuse to be changed in place

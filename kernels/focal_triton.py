@@ -10,6 +10,8 @@ gradient but the inputs. Every program has a partial sum of its own, so the orde
 nothing is loaded s is -inf, which adds exactly 0 to both.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,8 @@ from torch import Tensor
 from .config import FOCAL_ALPHA
 
 _ALPHA = tl.constexpr(FOCAL_ALPHA)
-_NO_CLASS = tl.constexpr(-1)
+_SHIFT = tl.constexpr(1.5 * 2**17)  # float32 keeps multiples of 1/64 when this has been added
+_LOG_2, _LOG_2_REST = tl.constexpr(355 / 512), tl.constexpr(math.log(2) - 355 / 512)
 _TILE = 1024  # logits that a program looks at together
 _WARPS = 4
 # Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
@@ -26,9 +29,22 @@ _VARYING = ["num_points", "G"]
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) of x <= 0, to the last digit: 2^t exp(r), where t is so short that t * _LOG_2 is exact.
+
+    tl.exp is 2^(x log2 e) on a GPU, and what rounds the product is |x| 2^-25 of the result: too much for p^3.
+    """
+    x = tl.where(x < -120.0, -120.0, x)  # 2^t is 0 from there on, and -inf would leave NaN
+    t = (x * 1.4426950408889634 + _SHIFT) - _SHIFT
+    r = (x - t * _LOG_2) - t * _LOG_2_REST  # less than 0.006
+    e = tl.exp2(t)
+    return e + e * (r * (1.0 + 0.5 * r))
+
+
+@triton.jit
 def sigmoid_softplus(s):
     """sigmoid(s), sigmoid(s) sigmoid(-s) and softplus(s), all from one exponential and one logarithm."""
-    e = tl.exp(-tl.abs(s))
+    e = _exp(-tl.abs(s))
     total = 1.0 + e
     inverse = 1.0 / total
     log1p = tl.log(total) + (e - (total - 1.0)) * inverse  # what rounding took from 1 + e, added again
@@ -52,7 +68,7 @@ def _target_class(gt_index, gt_labels, ignored, point, here, G):
     takes_part = here
     if ignored is not None:
         takes_part = here & (matched | (tl.load(ignored + point, mask=here, other=0) == 0))
-    return tl.load(gt_labels + gt, mask=matched, other=_NO_CLASS), takes_part
+    return tl.load(gt_labels + gt, mask=matched, other=-1), takes_part
 
 
 @triton.jit
@@ -110,12 +126,16 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-# The names say which copy of this folder they belong to, for a process may hold two.
-_NAMESPACE = __package__.replace(".", "_")
+def keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+# The operators' names say which copy of this folder they belong to, for a process may hold two.
+NAMESPACE = __package__.replace(".", "_")
 
 
 @torch.library.custom_op(
-    f"ota_triton::focal_sum_{_NAMESPACE}",
+    f"ota_triton::focal_sum_{NAMESPACE}",
     mutates_args=(),
     schema="(Tensor logits, Tensor gt_index, Tensor gt_labels, Tensor? ignored) -> Tensor",
 )
@@ -125,7 +145,7 @@ def focal_sum(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tens
         return logits.new_zeros((), dtype=torch.float32)
     tile = _tile(C)
     programs = triton.cdiv(B * N, tile["POINTS"])
-    partial = torch.empty(programs, device=logits.device)
+    partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         _focal_loss_kernel[(programs,)](
             partial, *contiguous(logits, gt_index, gt_labels, ignored), B * N, G, C, **tile, num_warps=_WARPS
@@ -134,7 +154,7 @@ def focal_sum(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tens
 
 
 @torch.library.custom_op(
-    f"ota_triton::focal_gradient_{_NAMESPACE}",
+    f"ota_triton::focal_gradient_{NAMESPACE}",
     mutates_args=(),
     schema="(Tensor upstream, Tensor logits, Tensor gt_index, Tensor gt_labels, Tensor? ignored) -> Tensor",
 )
@@ -164,15 +184,11 @@ def _(upstream: Tensor, logits: Tensor, *_) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx, upstream: Tensor):
     return focal_gradient(upstream, *ctx.saved_tensors), None, None, None
 
 
-focal_sum.register_autograd(_backward, setup_context=_keep_inputs)
+focal_sum.register_autograd(_backward, setup_context=keep_inputs)
 
 
 def focal_loss_triton(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:

@@ -29,11 +29,11 @@ def focal_loss(
     gt_labels  (G,)       int64, 0..C-1; with any other number a point that is matched to the row has no class
     ignored    (B, N)     bool, points that take no part unless they are matched
 
-    No target is spelled out: logits are read once for the loss, read again and their gradient written once for the
-    gradient, and nothing of the size of the logits is kept in between. `backend` is "reference" (one-hot targets,
-    literal, float64-capable), "torch" (any device; on a CPU in chunks that stay in its caches) or "triton"
-    (deterministic); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. The last two never wait for the
-    device, compute in float32 whatever the logits are, and can be differentiated once.
+    No target is spelled out: contiguous logits (others are copied first) are read once for the loss, read again and
+    their gradient written once for the gradient, and nothing of the size of the logits is kept in between. `backend` is
+    "reference" (one-hot targets, literal, float64-capable), "torch" (any device; on a CPU in chunks that stay in its
+    caches) or "triton" (deterministic); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. The last two never
+    wait for the device, compute in float32 whatever the logits are, and can be differentiated once.
 
     Raises ValueError for shapes, devices or a backend that do not fit, TypeError for types.
     """
@@ -63,8 +63,8 @@ def box_loss(
     gt_boxes    (G, 4)     in px
 
     The first is 1 - GIoU (Rezatofighi et al., CVPR 2019; that of torchvision's generalized_box_iou_loss), the second
-    binary cross entropy. Gradients go to boxes and iou_logits, and are finite for boxes without area, too. Backends
-    and errors are those of `focal_loss`.
+    binary cross entropy. Gradients go to boxes and iou_logits only, and are finite for boxes without area, too.
+    Backends and errors are those of `focal_loss`.
     """
     backend = choose_backend(backend, BOX_BACKENDS, boxes.device)
     points = tuple(boxes.shape[:2])
@@ -73,11 +73,11 @@ def box_loss(
         "iou_logits": (iou_logits, points),
         "gt_index": (gt_index, points),
         "iou": (iou, points),
-        "gt_boxes": (gt_boxes, (len(gt_boxes), 4)),
+        "gt_boxes": (gt_boxes, (*gt_boxes.shape[:1], 4)),
     }
     _check_shapes(tensors, boxes.device)
     _check_types({"boxes": boxes, "iou_logits": iou_logits, "iou": iou, "gt_boxes": gt_boxes}, {"gt_index": gt_index})
-    return BOX_BACKENDS[backend](boxes, iou_logits, gt_index, iou, gt_boxes)
+    return BOX_BACKENDS[backend](boxes, iou_logits, gt_index, iou.detach(), gt_boxes.detach())
 
 
 def _check_shapes(tensors: dict[str, tuple[Tensor, tuple[int, ...]]], device: torch.device) -> None:

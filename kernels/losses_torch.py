@@ -5,8 +5,8 @@ Focal loss of the logit z of a class (alpha 1/4, gamma 2), with p = sigmoid(s), 
     s = z, w = 3/4   or, for the target's class,   s = -z, w = 1/4
     loss = w p^2 softplus(s)      d loss / d s = w p^2 (p + 2 q softplus(s))
 
-All classes of a chunk of points are computed as if none were the target's: there s is -inf, which adds exactly 0 to
-both. What the targets' classes add, at most one number a point, comes on its own.
+Points that take no part have s = -inf, which adds exactly 0 to both. A chunk of points is computed with the other
+classes' w, and the one entry a point that has a target is corrected by the ratio of both.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from .losses_reference import giou_loss
 # Logits that a CPU thread works on at a time. Four buffers of them, 512 KiB, stay in its L2 cache, and PyTorch does not
 # spread operations of this size over further threads.
 _CHUNK = 2**15
+_MOST_THREADS = 8  # measured on 2 threads only; with many, sharing out the points would take longer than the points
+_TARGET_WEIGHT = FOCAL_ALPHA / (1 - FOCAL_ALPHA)  # of the target's class, relative to that of the others
 
 
 def _terms(s: Tensor, p: Tensor, q: Tensor, log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,12 +50,6 @@ def _slope(p: Tensor, q: Tensor, softplus: Tensor) -> Tensor:
     return torch.add(p, softplus.mul_(q), alpha=2, out=softplus).mul_(p).mul_(p)
 
 
-def _target_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of s = -z, z the logit of the target's class; (points, 1) each."""
-    s = logits.gather(1, label).float().neg_()
-    return _terms(s, *s.new_empty(3, *s.shape))
-
-
 def _targets(logits: Tensor, gt_index: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Class of every point and whether it has one, (points, 1) both; and who is matched (points,)."""
     G, gt_index = len(gt_labels), gt_index.reshape(-1)
@@ -65,33 +61,48 @@ def _targets(logits: Tensor, gt_index: Tensor, gt_labels: Tensor) -> tuple[Tenso
 
 
 def _over_chunks(
-    step: Callable[..., Tensor], logits: Tensor, label: Tensor, has_class: Tensor, out: Tensor | None
+    function: Callable[..., Tensor],
+    target_weight: float,
+    finish: Callable[[slice, Tensor], Tensor],
+    logits: Tensor,
+    gt_index: Tensor,
+    gt_labels: Tensor,
+    ignored: Tensor | None,
 ) -> list[Tensor]:
-    """`step` of slices of the points, and of the terms of their logits (points, C), in the points' order.
+    """`finish` of slices of the points and `function` of their terms (points, C), in the points' order.
 
-    On a CPU each thread has its own share of the points. Were every operation spread over the threads, they would wait
-    for one another after each, and for long where other processes want the cores, too.
+    `target_weight` multiplies the entries of the targets' classes. On a CPU each thread has its own share of the
+    points. Were every operation spread over the threads, they would wait for one another after each, and for long where
+    other processes want the cores, too.
     """
     num_points, num_classes = logits.shape
-    own = logits.gather(1, label).float().masked_fill_(has_class, -torch.inf)
+    label, has_class, matched = _targets(logits, gt_index, gt_labels)
+    out = None if ignored is None else (ignored.reshape(-1) & ~matched)[:, None]
+    own = logits.gather(1, label).float()
+    own = torch.where(has_class, -own, own)
+    weight = torch.ones_like(own).masked_fill_(has_class, target_weight)
     rows, share = num_points, num_points
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the passes by itself
         rows = max(1, _CHUNK // num_classes)
-        share = rows * -(-num_points // (rows * torch.get_num_threads()))
-    shares = range(0, num_points, share)
-    memory = torch.empty(len(shares), 4, min(rows, num_points), num_classes, device=logits.device)
+        share = rows * -(-num_points // (rows * min(torch.get_num_threads(), _MOST_THREADS)))
 
     def work(first_point: int) -> list[Tensor]:
         results, end_point = [], min(first_point + share, num_points)
+        # Allocated in the thread that writes it: what inference mode makes cannot be changed in others.
+        size = (4, min(rows, end_point - first_point), num_classes)
+        memory = torch.empty(size, dtype=torch.float32, device=logits.device)
         for first in range(first_point, end_point, rows):
             here = slice(first, min(first + rows, end_point))
-            s, p, q, log = memory[first_point // share, :, : here.stop - first]
+            s, p, q, log = memory[:, : here.stop - first]
             s.copy_(logits[here]).scatter_(1, label[here], own[here])
             if out is not None:
                 s.masked_fill_(out[here], -torch.inf)
-            results.append(step(here, *_terms(s, p, q, log)))
+            value = function(*_terms(s, p, q, log))
+            value.scatter_(1, label[here], value.gather(1, label[here]).mul_(weight[here]))
+            results.append(finish(here, value))
         return results
 
+    shares = range(0, num_points, share)
     if len(shares) == 1:
         return work(0)
     with ThreadPoolExecutor(len(shares)) as threads:
@@ -105,11 +116,8 @@ class _FocalLoss(torch.autograd.Function):
         if logits.numel() == 0:
             return logits.new_zeros((), dtype=torch.float32)
         logits = logits.reshape(-1, logits.shape[-1])
-        label, has_class, matched = _targets(logits, gt_index, gt_labels)
-        out = None if ignored is None else (ignored.reshape(-1) & ~matched)[:, None]
-        others = _over_chunks(lambda here, *terms: _loss(*terms).sum(), logits, label, has_class, out)
-        targets = _loss(*_target_terms(logits, label)).masked_fill_(~has_class, 0).sum()
-        return (1 - FOCAL_ALPHA) * torch.stack(others).sum() + FOCAL_ALPHA * targets
+        sums = _over_chunks(_loss, _TARGET_WEIGHT, lambda _, loss: loss.sum(), logits, gt_index, gt_labels, ignored)
+        return (1 - FOCAL_ALPHA) * torch.stack(sums).sum()
 
     @staticmethod
     @once_differentiable
@@ -119,14 +127,11 @@ class _FocalLoss(torch.autograd.Function):
         if logits.numel() == 0:
             return gradient, None, None, None
         logits, rows = logits.reshape(-1, logits.shape[-1]), gradient.view(-1, logits.shape[-1])
-        label, has_class, matched = _targets(logits, gt_index, gt_labels)
-        out = None if ignored is None else (ignored.reshape(-1) & ~matched)[:, None]
         weight = (1 - FOCAL_ALPHA) * upstream
         _over_chunks(
-            lambda here, *terms: torch.mul(_slope(*terms), weight, out=rows[here]), logits, label, has_class, out
-        )
-        target = (_slope(*_target_terms(logits, label)) * (-FOCAL_ALPHA * upstream)).to(rows.dtype)
-        rows.scatter_(1, label, torch.where(has_class, target, rows.gather(1, label)))
+            _slope, -_TARGET_WEIGHT, lambda here, slope: torch.mul(slope, weight, out=rows[here]),
+            logits, gt_index, gt_labels, ignored,
+        )  # fmt: skip
         return gradient, None, None, None
 
 

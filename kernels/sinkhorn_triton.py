@@ -205,7 +205,8 @@ def sinkhorn(
     def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    match = Assignment(torch.full((B, N), -1, device=device), torch.zeros(B, N, device=device), pairs.k)
+    iou = torch.zeros(B, N, dtype=torch.float32, device=device)
+    match = Assignment(torch.full((B, N), -1, device=device), iou, pairs.k)
     # Columns are zeroed: should gt_offsets fall, a slot may belong to no image, and its column must still be one.
     column = torch.zeros(num_slots, dtype=torch.int32, device=device)
     state = Potentials(

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from kernels import PointGrid
 
@@ -52,7 +52,8 @@ def postprocess(
 def best_candidates(predictions: Predictions, grid: PointGrid, score_threshold: float, topk: int) -> Tensor:
     """(B, K) keys, best first: of every level the `topk` best scores above the threshold.
 
-    They belong to the `topk` points with the best scores in any class, so only those points' classes are scored.
+    They belong to the `topk` points with the best scores in any class, of equal ones the first in place, so only those
+    points' classes are scored.
     """
     logits, quality = predictions.logits, predictions.iou_logits.float().sigmoid()
     image, classes = (torch.arange(n, device=logits.device) for n in (logits.shape[0], logits.shape[2]))
@@ -60,15 +61,18 @@ def best_candidates(predictions: Predictions, grid: PointGrid, score_threshold: 
     # A little below the threshold, as the last bit of a sigmoid need not follow the order of the logits. A point with
     # a NaN in any class counts as above, and sorts before all others, so it comes on top of the `topk`.
     above = ~(best <= score_threshold * (1 - 1e-6))
+    rank = key(best.nan_to_num(2.0), torch.arange(best.shape[1], device=best.device))
     levels = [slice(*ends) for ends in pairwise(grid.level_offsets)]
     counts = torch.stack([above[:, level].sum(1, dtype=torch.int32) for level in levels])
-    sizes = counts.minimum(topk + best.isnan().sum(1, dtype=torch.int32)).amax(1).tolist()  # waits for the device
+    counts = counts.minimum(topk + best.isnan().sum(1, dtype=torch.int32))
+    sizes = counts.amax(1).tolist()  # waits for the device
     candidates = []
-    for level, size in zip(levels, sizes, strict=True):
-        points = level.start + best[:, level].topk(size).indices
+    for level, size, own in zip(levels, sizes, counts, strict=True):
+        points = level.start + rank[:, level].topk(size).indices
         scores = score(logits[image[:, None], points], quality.gather(1, points)[..., None])
         keys = key(scores, points[..., None] * len(classes) + classes)
-        keys = torch.where(scores > score_threshold, keys, 0).flatten(1)
+        taken = torch.arange(size, device=own.device) < own[:, None]  # other images may need more points
+        keys = torch.where((scores > score_threshold) & taken[..., None], keys, 0).flatten(1)
         candidates.append(keys.topk(min(topk, keys.shape[1])).values)
     return torch.cat(candidates, 1).sort(descending=True).values
 
@@ -101,7 +105,8 @@ def suppress(
     for end in range(NMS_STEP, keys.shape[1] + NMS_STEP, NMS_STEP):
         image, rank = keys[:, :end].nonzero(as_tuple=True)
         boxes, scores, labels = read(keys[image, rank], image, predictions, limits)
-        kept = nms_per_class(boxes, scores, labels, image, limits.max(), nms_iou)
+        groups = image * predictions.logits.shape[-1] + labels
+        kept = nms_per_group(boxes, scores, groups, image, limits.max(), nms_iou)
         survives = torch.zeros_like(keys[:, :end], dtype=torch.bool)
         survives[image[kept], rank[kept]] = True
         keys[:, :end] *= survives
@@ -113,18 +118,20 @@ def suppress(
     return keys.topk(min(max_detections, keys.shape[1])).values, [min(count, max_detections) for count in counts]
 
 
-def nms_per_class(
-    boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, extent_px: Tensor, nms_iou: float
+def nms_per_group(
+    boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, extent_px: Tensor, nms_iou: float
 ) -> Tensor:
-    """Indices of the boxes (n, 4) that survive greedy NMS among those of their image and class.
+    """Indices of the boxes (n, 4) that survive greedy NMS among those of their group, a class of an image.
 
-    Classes are moved apart here, and images by batched_nms, except where it finds one image after the other to be
-    faster (CPU). In float32 that would round coordinates to 0.1 px, float64 keeps them to 2^-30 px. A box with a NaN
-    neither suppresses nor is suppressed.
+    Groups are moved apart, which in float32 would round coordinates to 0.1 px; float64 keeps them to 2^-20 px. Then all
+    boxes are looked at together, but on a CPU, where batched_nms takes one image after the other if there are many.
+    Elsewhere n^2 bits are needed. A box with a NaN neither suppresses nor is suppressed.
     """
     device = boxes.device
     if device.type == "mps":  # has no float64
-        boxes, scores, labels, image, extent_px = (x.cpu() for x in (boxes, scores, labels, image, extent_px))
+        boxes, scores, groups, image, extent_px = (x.cpu() for x in (boxes, scores, groups, image, extent_px))
     boxes = boxes.masked_fill(boxes.isnan().any(1, keepdim=True), 0).double()  # no area: its IoU is 0, or NaN
-    apart = boxes + (labels * (extent_px.double() + 1))[:, None]
-    return batched_nms(apart, scores.double(), image, nms_iou).to(device)
+    apart, scores = boxes + (groups * (extent_px.double() + 1))[:, None], scores.double()
+    if apart.device.type == "cpu":
+        return batched_nms(apart, scores, image, nms_iou).to(device)
+    return nms(apart, scores, nms_iou)

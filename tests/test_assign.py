@@ -114,6 +114,18 @@ SCENES = {
 }
 
 
+def test_default_type_changes_nothing(backend):
+    scene = make_scene(GRID, (3, 0, 2), C)
+    expected = assign(*scene, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        match = assign(*scene, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert match.iou.dtype == torch.float32
+    assert_equal(match, expected)
+
+
 @pytest.mark.parametrize("backend", COMPARED)
 @pytest.mark.parametrize("name", SCENES)
 def test_parity(name, backend):

@@ -1,8 +1,10 @@
 """Detection losses: the backends against the float64 reference, the reference against torchvision."""
 
+import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,28 @@ def poisoned_memory():
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounding_of_a_gpu():
+    """Triton's interpreter rounds exp and / like NumPy; here as badly as a GPU may, where they are a product rounded
+    before ex2.approx, and div.full, which may be off by two units.
+    """
+    if ON_GPU or not HAS_TRITON:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def exp(builder, x):
+        return builder.unary_op(x, lambda data: np.exp2(data * data.dtype.type(math.log2(math.e))))
+
+    def divide(builder, x, y):
+        return builder.binary_op(x, y, lambda a, b: a / b * b.dtype.type(1 + 2**-22))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_exp", exp)
+        patch.setattr(InterpreterBuilder, "create_fdiv", divide)
+        yield
 
 
 class Batch(NamedTuple):
@@ -138,6 +162,7 @@ BATCHES = {
     "no-gt-ignored": make_batch(2, 17, 3, 0, ignored=True),
     "G1": make_batch(1, 33, 3, 1),
     "G7-N1023": make_batch(1, 1023, 3, 7),
+    "4001-matched": make_batch(1, 4001, 1, 50, matched=1),
     "C80": make_batch(2, 65, 80, 5, ignored=True),
     "C91": make_batch(1, 70, 91, 5),
     "one-class": make_batch(3, 129, 1, 4),
@@ -300,6 +325,15 @@ def test_chunks_of_any_size_on_any_number_of_threads_give_the_same(monkeypatch):
         torch.testing.assert_close(parts.by_logits, whole.by_logits, rtol=1e-6, atol=0)
 
 
+def test_no_more_threads_than_points_can_keep_busy(monkeypatch):
+    pools, pool = [], kernels.losses_torch.ThreadPoolExecutor
+    monkeypatch.setattr(kernels.losses_torch, "ThreadPoolExecutor", lambda size: pools.append(size) or pool(size))
+    monkeypatch.setattr(kernels.losses_torch, "_CHUNK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
+    assert_parity(make_batch(1, 64, 1, 3), "torch")
+    assert pools == [8, 8]  # for the loss and for its gradient
+
+
 @pytest.mark.parametrize("backend", COMPARED)
 def test_one_loss_alone_can_be_differentiated(backend):
     batch = make_batch(1, 19, 2, 3).to(DEVICE if backend == "triton" else torch.device("cpu"))
@@ -310,6 +344,56 @@ def test_one_loss_alone_can_be_differentiated(backend):
     by_boxes = torch.autograd.grad(entropy, boxes, retain_graph=True, allow_unused=True)[0]
     assert by_boxes is None or not by_boxes.any()
     assert torch.autograd.grad(giou, boxes)[0].any()
+
+
+@pytest.mark.parametrize("backend", ("reference", *COMPARED))
+def test_gradients_go_to_predictions_only(backend):
+    batch = make_batch(1, 19, 2, 3).to(DEVICE if backend == "triton" else torch.device("cpu"))
+    leaves = [tensor.requires_grad_() for tensor in (batch.boxes, batch.iou_logits, batch.iou, batch.gt_boxes)]
+    giou, entropy = box_loss(*leaves[:2], batch.gt_index, *leaves[2:], backend=backend)
+    (giou + entropy).backward()
+    assert [tensor.grad is not None for tensor in leaves] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ("reference", *COMPARED))
+def test_losses_can_be_changed_in_place(backend):
+    batch = make_batch(1, 19, 2, 3).to(DEVICE if backend == "triton" else torch.device("cpu"))
+    predictions = [tensor.requires_grad_() for tensor in (batch.logits, batch.boxes, batch.iou_logits)]
+    logits, boxes, iou_logits = predictions
+    focal = focal_loss(logits, batch.gt_index, batch.gt_labels, backend=backend)
+    giou, entropy = box_loss(boxes, iou_logits, batch.gt_index, batch.iou, batch.gt_boxes, backend=backend)
+    for loss, factor in ((focal, 0.5), (giou, 0.3), (entropy, 0.7)):
+        loss *= factor
+    focal += giou + entropy
+    found = torch.autograd.grad(focal, predictions)
+    for a, b in zip(found, run(batch, backend)[3:], strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("backend", COMPARED)
+def test_default_type_changes_nothing(backend):
+    batch = make_batch(2, 65, 5, 4, ignored=True)
+    expected = run(batch, backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = run(batch, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [tensor.dtype for tensor in result] == [torch.float32] * len(Result._fields)
+    assert_equal(result, expected)
+
+
+def test_inference_mode_on_several_threads():
+    batch = make_batch(1, 3000, 80, 5, ignored=True)
+    expected = run(batch, "torch").focal
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            logits = batch.logits.clone()
+            loss = focal_loss(logits, batch.gt_index, batch.gt_labels, batch.ignored, backend="torch")
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -394,6 +478,7 @@ BAD_INPUTS = {
     "boxes-of-5": (dict(boxes=torch.zeros(1, 4, 5)), ValueError, "boxes has shape"),
     "iou-of-other-batch": (dict(iou=torch.zeros(2, 4)), ValueError, "iou has shape"),
     "gt-boxes-of-5": (dict(gt_boxes=torch.zeros(1, 5)), ValueError, "gt_boxes has shape"),
+    "gt-boxes-of-no-dimension": (dict(gt_boxes=torch.zeros(())), ValueError, "gt_boxes has shape"),
     "int-logits": (dict(logits=torch.zeros(1, 4, 3).long()), TypeError, "logits is torch.int64, expected floating"),
     "int-boxes": (dict(boxes=torch.zeros(1, 4, 4).int()), TypeError, "boxes is torch.int32, expected floating"),
     "int32-index": (dict(gt_index=torch.zeros(1, 4).int()), TypeError, "gt_index is torch.int32, expected torch.int64"),
@@ -462,7 +547,7 @@ def test_torch_compile_keeps_them_in_one_graph(compiler, backend):
             (plain := scaled(batch, backend), *torch.autograd.grad(plain, leaves)),
             strict=True,
         ):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)  # a compiler may have another sigmoid
 
 
 def full_size(dtype: torch.dtype = torch.float32) -> Batch:

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import nms
 
 from benchmarks.measure import host_syncs
 from benchmarks.postprocess import SCORE_TOLERANCE, postprocess_one_by_one
@@ -324,6 +325,45 @@ def test_equal_scores_keep_the_order_of_points_and_classes():
     predictions.logits[0, 5] = 1.0
     one, _ = postprocess(predictions, SMALL, [(96, 128)] * 2, 0.05, 1000, 0.5, 40)
     assert one["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("topk", [7, 30, 100])
+@pytest.mark.parametrize("images", [1, 3])
+def test_of_equal_scores_the_first_in_place_are_taken(images, topk):
+    shape = (images, SMALL.num_points)
+    boxes = torch.cat([SMALL.points() - 1, SMALL.points() + 1], 1).expand(*shape, 4)
+    predictions = Predictions(torch.zeros(*shape, 2), boxes, torch.zeros(shape))
+    arguments = predictions, SMALL, [(128, 128)] * images, 0.05, topk, 0.5, 9999
+    ends = zip(SMALL.level_offsets, SMALL.level_offsets[1:], strict=False)
+    places = torch.cat([torch.arange(2 * start, 2 * end)[:topk] for start, end in ends])
+    found = postprocess(*arguments)
+    for detections in found:
+        assert torch.equal(detections["boxes"], boxes[0, places // 2])
+        assert torch.equal(detections["labels"], places % 2)
+    assert_same(found, postprocess_one_by_one(*arguments))
+
+
+@pytest.mark.parametrize("topk", [7, 30, 1000])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal-scores", "all-scores-differ"])
+def test_neighbour_full_of_nan_changes_nothing(equal, topk):
+    predictions = crowded_predictions(2, 5, 0, share=0.3)
+    if equal:
+        predictions.logits[:] = predictions.logits.clamp(-20, 0).round()
+        predictions.iou_logits[:] = 0
+    predictions.logits[1] = torch.nan
+    arguments = 0.05, topk, 0.5, 9999
+    together, nothing = postprocess(predictions, SMALL, [(96, 128)] * 2, *arguments)
+    (alone,) = postprocess(Predictions(*(tensor[:1] for tensor in predictions)), SMALL, [(96, 128)], *arguments)
+    assert_same([together], [alone])
+    assert len(alone["scores"]) > 5 and len(nothing["scores"]) == 0
+
+
+def test_boxes_of_all_groups_together_as_on_a_gpu(monkeypatch):
+    predictions = crowded_predictions(5, 4, 0)
+    arguments = predictions, SMALL, [(96, 128)] * 5, 0.05, 1000, 0.5, 100
+    expected = postprocess(*arguments)
+    monkeypatch.setattr("model.postprocess.batched_nms", lambda boxes, scores, image, iou: nms(boxes, scores, iou))
+    assert_same(postprocess(*arguments), expected)
 
 
 @pytest.mark.parametrize("topk", [1000, 7], ids=["all", "top-7"])

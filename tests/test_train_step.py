@@ -2,15 +2,21 @@
 
 import json
 import math
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import kernels
+import train
 from benchmarks import train_step
-from benchmarks.contestants import CONTESTANTS, PHASES, Case, Sanity, make_batch
+from benchmarks.contestants import CONTESTANTS, MERGED_PHASES, PHASES, Case, Sanity, make_batch, targets_of
 from benchmarks.scenes import WORKLOADS, make_workload
 from model import detector
+from model.batch import pack
 
 TINY = Case("resnet18", (64, 64), 2)
 
@@ -64,6 +70,102 @@ def test_nothing_is_told_when_a_loss_is_not_finite(tiny_case, tmp_path, monkeypa
     assert "tiny, ours: the losses are not finite" in printed.err and "img/s" not in printed.out
 
 
+def test_compiled_as_a_whole_the_parts_up_to_the_losses_are_told_together(monkeypatch):
+    """With stand-ins for torch.compile; the batch is padded and marked as train.py does it."""
+    seen = []
+
+    def compile_whole(model, mode):
+        losses = model.losses
+        model.losses = lambda batch: seen.append(batch) or losses(batch)
+
+    monkeypatch.setattr(train, "compile_detector", compile_whole)
+    batch = make_batch(TINY)
+    with CONTESTANTS["ours"](TINY, batch, False) as contestant:
+        contestant.compile()
+        assert detector.ota_assign is kernels.ota_assign  # nothing is marked inside of the region
+        for _ in range(2):
+            contestant.step()
+            phases = contestant.phases_ms(contestant.moments)
+        assert contestant.phases == MERGED_PHASES and len(phases) == 3 and min(phases) > 0
+    expected = pack(list(batch.images), targets_of(batch), (64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
+    assert len(expected.gt_boxes) == len(expected.ignore_boxes) == 64 > len(batch.gt_boxes)
+    assert all(0 in seen[0][i]._dynamo_dynamic_indices for i in (2, 3, 5, 6))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("has_triton", [True, False], ids=["triton", "no-triton"])
+def test_what_is_compiled(device, has_triton, monkeypatch):
+    def part(name: str) -> SimpleNamespace:
+        return SimpleNamespace(compile=lambda **settings: compiled.append((name, settings)))
+
+    compiled, losses = [], object()
+    model = SimpleNamespace(
+        mean=SimpleNamespace(device=torch.device(device)), losses=losses, backbone=part("backbone"), head=part("head")
+    )
+    monkeypatch.setattr(train, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: (function, settings))
+    settings = {"dynamic": False, "mode": "reduce-overhead"}
+    parts = train.compile_detector(model, "reduce-overhead")
+    if device == "cuda" and has_triton:
+        assert model.losses == (losses, settings) and not compiled
+        assert parts == "backbone, neck and head, assignment and losses"
+    else:
+        assert model.losses is losses and compiled == [("backbone", settings), ("head", settings)]
+        assert parts == "backbone, neck and head"
+
+
+@pytest.mark.parametrize("when", [0, 1], ids=["gate", "row"])
+def test_too_little_memory_for_torchvision_costs_its_row_only(when, tiny_case, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def large(case, batch, bf16):
+        calls.append(case)
+        if len(calls) > when:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return CONTESTANTS["torchvision"](case, batch, bf16)
+
+    monkeypatch.setattr(
+        train_step, "CONTESTANTS", {"ours": CONTESTANTS["ours"], "torchvision": large, "last": CONTESTANTS["ours"]}
+    )
+    path = tmp_path / "step.json"
+    assert train_step.main(["--out", str(path), "--repeats", "1"]) == 0
+    rows = json.loads(path.read_text())["cases"]["tiny"]["rows"]
+    assert rows["torchvision"] == {"skipped": "OutOfMemoryError: CUDA out of memory. Tried to allocate"}
+    assert rows["ours"]["images_per_s"] > 0 and rows["last"]["images_per_s"] > 0
+
+
+def test_any_other_failure_ends_the_run(tiny_case, monkeypatch):
+    monkeypatch.setattr(train_step, "timed_steps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_step.main([])
+
+
+def test_one_contestant_at_a_time_is_in_memory(tiny_case, tmp_path, monkeypatch):
+    models = []
+
+    def alone(case, batch, bf16):
+        assert all(model() is None for model in models)
+        return noted(case, batch, bf16)
+
+    @contextmanager
+    def noted(case, batch, bf16):
+        with CONTESTANTS["ours"](case, batch, bf16) as contestant:
+            models.append(weakref.ref(contestant.model))
+            yield contestant
+
+    monkeypatch.setattr(train_step, "CONTESTANTS", {"ours": alone, "again": alone})
+    assert train_step.main(["--repeats", "1"]) == 0
+    assert len(models) == 4  # a gate and a row for both
+
+
+def test_compiled_rows_that_would_not_end_in_time_are_left_out(tiny_case, tmp_path):
+    path = tmp_path / "step.json"
+    assert train_step.main(["--out", str(path), "--repeats", "1", "--compile", "--budget", "60"]) == 0
+    rows = json.loads(path.read_text())["cases"]["tiny"]["rows"]
+    assert rows["ours"]["images_per_s"] > 0 and "left out, the 60 s of --budget" in rows["ours, compiled"]["skipped"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"losses": {"cls": math.inf}}, {"gradient_norm": 0.0}, {"gradient_norm": math.nan}, {"positives": 0}],
@@ -76,7 +178,7 @@ def test_gate_names_the_one_thing_that_is_wrong(changes):
 
 def test_ground_truths_are_those_of_the_coco_workload():
     workload = WORKLOADS["coco"]
-    batch = make_batch(Case("resnet50", workload.image_size, len(workload.counts)), torch.device("cpu"))
+    batch = make_batch(Case("resnet50", workload.image_size, len(workload.counts)))
     assert tuple(batch.gt_offsets.diff().tolist()) == workload.counts
     first = make_workload(workload, images=1).gt_boxes
     assert torch.equal(batch.gt_boxes[: len(first)], first)
