@@ -82,7 +82,7 @@ def _over_chunks(
     own = torch.where(has_class, -own, own)
     weight = torch.ones_like(own).masked_fill_(has_class, target_weight)
     rows, share = num_points, num_points
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the passes by itself
+    if logits.device.type == "cpu":
         rows = max(1, _CHUNK // num_classes)
         share = rows * -(-num_points // (rows * min(torch.get_num_threads(), _MOST_THREADS)))
 
@@ -135,8 +135,22 @@ class _FocalLoss(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def _plain(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
+    """The same without chunks, for torch.compile, which fuses the passes, and those of the gradient, by itself."""
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    label, has_class, matched = _targets(logits, gt_index, gt_labels)
+    is_target = has_class & (label == torch.arange(logits.shape[1], device=logits.device))
+    s = torch.where(is_target, -logits, logits)
+    if ignored is not None:
+        s = s.masked_fill((ignored.reshape(-1) & ~matched)[:, None], -torch.inf)
+    weight = torch.where(is_target, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return (weight * s.sigmoid() ** 2 * F.softplus(s)).sum()
+
+
 def focal_loss_torch(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
     """The contract of `focal_loss`."""
+    if torch.compiler.is_compiling():
+        return _plain(logits, gt_index, gt_labels, ignored)
     return _FocalLoss.apply(logits, gt_index, gt_labels, ignored)
 
 
