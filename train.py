@@ -85,10 +85,8 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
 
 
 def compile_detector(detector: Detector, mode: str) -> str:
-    """torch.compile of the parts that it makes faster here, and their names."""
-    if (
-        HAS_TRITON and detector.mean.device.type == "cuda"
-    ):  # where the assignment is an operator, not PyTorch of its own
+    """torch.compile for all up to the losses where the assignment is an operator, else the network; says which."""
+    if HAS_TRITON and detector.mean.device.type == "cuda":
         detector.losses = torch.compile(detector.losses, dynamic=False, mode=mode)
         return "backbone, neck and head, assignment and losses"
     for part in (detector.backbone, detector.head):
@@ -195,9 +193,7 @@ def main() -> None:
     train_split, _ = find_splits(args.data)
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    transform = train_transform(
-        args.image_size, 0.0 if args.overfit else 0.5, None if args.overfit else args.multi_scale
-    )
+    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
     dataset = CocoDataset(train_split, transform, args.ignore_crowd, args.bad_images, args.overfit)
     say(f"training on {train_split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
