@@ -39,7 +39,7 @@ class RunFolder:
         self.steps, self.log, self._drawn_at = steps, log, time.monotonic()
         with writing(path):
             write_file(path / "args.json", json.dumps(settings, indent=1).encode())
-            if step:
+            if (path / "log.jsonl").exists():
                 write_file(path / "log.jsonl", self._log_text().encode())
             self._events = tensorboard_writer(path / "tensorboard", step + 1)
 

@@ -22,6 +22,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """On tensors this small, threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def poisoned_memory():
+    """torch.empty gives NaN and the largest integers, so that an output which is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _patch_once_per_launch():
     """The interpreter patches triton.language anew at every call of a device function, half of its time in all."""
     try:

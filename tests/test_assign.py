@@ -23,6 +23,7 @@ from kernels.assign_reference import assign_image, decode, sinkhorn
 from kernels.assign_torch import ota_assign_torch, solve
 from kernels.grid import valid_rows
 
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 ON_GPU = pytest.mark.gpu if torch.cuda.is_available() else ()
 COMPARED = ("torch", pytest.param("triton", marks=ON_GPU))  # against the reference
 BACKENDS = ("reference", *COMPARED)
@@ -36,24 +37,6 @@ HUGE = 1e5  # px
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     return request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
-    """torch.empty gives NaN and the largest integers, so that an output which is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def scene_of(

@@ -19,6 +19,7 @@ from kernels.assign import HAS_TRITON
 from model.head import Predictions
 from model.losses import detection_losses
 
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -27,24 +28,6 @@ COMPARED = ("torch", TRITON)
 FLOATS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a float32 gradient to its own type, relative; Triton's interpreter cuts bf16 off instead of rounding it.
 ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
-    """torch.empty gives NaN and the largest integers, so that an output which is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -314,6 +314,18 @@ def test_best_weights_are_kept_over_a_restart(tmp_path):
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("log", [[], [{"step": 1, "loss": 2.0}]], ids=["from-step-0", "from-step-1"])
+def test_lines_after_the_checkpoint_are_written_again(tmp_path, log):
+    killed = folder_of(tmp_path / "out")
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    for step in (1, 2):
+        killed.write_line({"step": step, "loss": 2.0})
+    folder = folder_of(tmp_path / "out", log, step=len(log))
+    folder.write_line({"step": 2, "loss": 2.0})
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, len(log) + 1), 2]
+
+
 def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "out")
     line = {"loss": 1.0, "cls": 0.5, "box": 0.3, "iou": 0.2, "positives_per_gt": 3.0, "mean_k": 4.0}
