@@ -115,6 +115,7 @@ def test_what_is_compiled(device, has_triton, monkeypatch):
         assert parts == "backbone, neck and head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0, 1], ids=["gate", "row"])
 def test_too_little_memory_for_torchvision_costs_its_row_only(when, tiny_case, tmp_path, monkeypatch, capsys):
     calls = []
