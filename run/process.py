@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,26 @@ from .settings import SettingsError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the last says most: torchrun follows a SIGINT by SIGTERM
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
+
+
+def store_of_this_start() -> tuple[dist.Store, int, int]:
+    """torchrun's store, under a prefix that no earlier start of these ranks has used; rank and world size.
+
+    After a restart the store still holds the addresses of the processes that ended, and torch takes them for the new
+    ones' when it is quick. So rank 0 draws a name, and the others take the one that answers to a number of their own.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        store.set(f"{own}/all", "".join(store.get(f"{own}/{other}").decode() for other in range(1, world)))
+        return dist.PrefixStore(own, store), rank, world
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", own)
+        if store.check([f"{start}/all"]) and own in store.get(f"{start}/all").decode():
+            return dist.PrefixStore(start, store), rank, world
+        time.sleep(0.05)
 
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
@@ -29,7 +50,9 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
         ) from error
     if world > 1:
         # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = store_of_this_start()
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device, rank, world
 
 
