@@ -35,9 +35,17 @@ from data.draw import draw_detections, save_contact_sheet
 from data.order import SeededDataset, batches_from, seed_of
 from eval import class_differences, describe, evaluate, evaluation_dataset, faster_coco_eval, print_table
 from kernels.assign import HAS_TRITON
-from model import BackboneError, CheckpointError, Detector, WeightsError, init_weights, previous_checkpoint, writing
+from model import (
+    BackboneError,
+    CheckpointError,
+    Detector,
+    WeightsError,
+    init_weights,
+    previous_checkpoint,
+    write_file,
+    writing,
+)
 from model.batch import Batch, pack, padded_side
-from model.checkpoint import write_file
 from model.losses import mean_positives
 from run.folder import RunFolder
 from run.process import StopRequest, ignore_interrupts, setup_distributed
@@ -86,7 +94,7 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
 
 def compile_detector(detector: Detector, mode: str) -> str:
     """torch.compile for all up to the losses where the assignment is an operator, else the network; says which."""
-    if HAS_TRITON and detector.mean.device.type == "cuda":
+    if HAS_TRITON and detector.mean.device.type == "cuda" and detector.config.strategy == "ota":
         detector.losses = torch.compile(detector.losses, dynamic=False, mode=mode)
         return "backbone, neck and head, assignment and losses"
     for part in (detector.backbone, detector.head):

@@ -75,9 +75,7 @@ def ota_assign(
     """
     config = config or OTAConfig()
     backend = choose_backend(backend, BACKENDS, boxes.device)
-    _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
-    if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
-        _check_values(logits, gt_boxes, gt_labels, gt_offsets)
+    check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, check)
     inputs = (logits, boxes, gt_boxes, gt_labels, gt_offsets)
     if backend == "triton":
         return ota_assign_triton(*inputs, grid, config, max_pairs)
@@ -85,6 +83,21 @@ def ota_assign(
         match = BACKENDS[backend](*(t.cpu() for t in inputs), grid, config)
         return Assignment(*(t.to(boxes.device) for t in match))
     return BACKENDS[backend](*inputs, grid, config)
+
+
+def check_inputs(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    check: bool | None = None,
+) -> None:
+    """Raises what `ota_assign` says."""
+    _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
+    if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
+        _check_values(logits, gt_boxes, gt_labels, gt_offsets)
 
 
 def _check_shapes(

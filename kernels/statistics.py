@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .assign_torch import solve
-from .config import OTAConfig
+from .config import OTAConfig, Plan
 from .grid import PointGrid
 
 AMBIGUOUS_SHARE = 0.9
@@ -36,10 +36,7 @@ def assignment_statistics(
         )
     match, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
     num_gts = (plan.k > 0).sum().clamp(min=1)
-    column = torch.searchsorted(plan.points, plan.flat_point)
-    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
-    received = sent_by_background.scatter_add(0, column, sent)
-    largest = sent_by_background.scatter_reduce(0, column, sent, "amax")
+    received, largest = _received(plan)
     num_points = max(1, len(received))
     return {
         "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
@@ -47,3 +44,30 @@ def assignment_statistics(
         "ambiguous": (largest < AMBIGUOUS_SHARE * received).sum().float() / num_points,
         "residual": (received - 1).abs().sum().float() / num_points,
     }
+
+
+@torch.no_grad()
+def ambiguous_points(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_offsets: Tensor,
+    grid: PointGrid,
+    config: OTAConfig,
+) -> Tensor:
+    """(B, N) bool, of the inputs of `ota_assign`: points whose largest supplier sends less than 0.9 of what they
+    receive (paper, section 4.2). Waits for a GPU."""
+    _, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+    received, largest = _received(plan)
+    ambiguous = torch.zeros(logits.shape[:2], dtype=torch.bool, device=boxes.device)
+    ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
+    return ambiguous
+
+
+def _received(plan: Plan) -> tuple[Tensor, Tensor]:
+    """Units that every candidate point receives (A,), in all and from its largest supplier."""
+    column = torch.searchsorted(plan.points, plan.flat_point)
+    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
+    received = sent_by_background.scatter_add(0, column, sent)
+    return received, sent_by_background.scatter_reduce(0, column, sent, "amax")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, OTAConfig, PointGrid
 
+from .assigners import NEITHER, STRATEGIES, assign, statistics_of
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images
 from .head import GROUP_CHANNELS, Head, Predictions
@@ -31,6 +32,8 @@ class DetectorConfig:
     channels        width of neck and head, a multiple of 8
     head_convs      convolutions per tower
     frozen_norm     the backbone's batch norms are constants
+    strategy        of label assignment, see model/assigners
+    assigner        settings of the strategy "ota"
     """
 
     num_classes: int
@@ -43,6 +46,7 @@ class DetectorConfig:
     topk_per_level: int = 1000
     nms_iou: float = 0.6
     max_detections: int = 100
+    strategy: str = "ota"
     assigner: OTAConfig = field(default_factory=OTAConfig)
 
     def __post_init__(self):
@@ -51,6 +55,8 @@ class DetectorConfig:
                 f"DetectorConfig needs a class at least and channels (--channels) in multiples of {GROUP_CHANNELS}, "
                 f"not {self.num_classes} and {self.channels}"
             )
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"DetectorConfig.strategy is {self.strategy!r}, choose from {', '.join(STRATEGIES)}")
 
 
 class Detector(nn.Module):
@@ -69,7 +75,7 @@ class Detector(nn.Module):
     runs in the lower precision, the assignment and the losses in float32.
 
     `last_assignment` keeps the labels of the latest training batch, and, where `measure_assignment` is set, which
-    waits for the device, `last_statistics` what kernels.assignment_statistics says about it.
+    waits for the device, `last_statistics` what model.assigners.statistics_of says about it.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
@@ -100,7 +106,8 @@ class Detector(nn.Module):
         losses, predictions, self.last_assignment = self.losses(images)
         if self.measure_assignment:
             grid = PointGrid.for_image(tuple(images.images.shape[-2:]), STRIDES)
-            self.last_statistics = assignment_statistics(*self.assigner_inputs(predictions, images, grid))
+            inputs = self.assigner_inputs(predictions, images, grid)
+            self.last_statistics = statistics_of(self.config.strategy, *inputs, config=self.config.assigner)
         return losses
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
@@ -124,17 +131,19 @@ class Detector(nn.Module):
         predictions, grid = self.predict_raw(self.normalise(batch.images, batch.sizes))
         device = predictions.boxes.device
         with torch.autocast(device.type, enabled=False):
-            assignment = ota_assign(*self.assigner_inputs(predictions, batch, grid))
-            ignored = None
+            inputs = self.assigner_inputs(predictions, batch, grid)
+            assignment = assign(self.config.strategy, *inputs, config=self.config.assigner)
+            ignored = None if self.config.strategy == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
                 points = points_of(grid, device)
-                ignored = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
+                inside = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
+                ignored = inside if ignored is None else ignored | inside
             losses = detection_losses(predictions, assignment, batch.gt_boxes, batch.gt_labels, ignored)
         return losses, predictions, assignment
 
     def assigner_inputs(self, predictions: Predictions, batch: Batch, grid: PointGrid) -> tuple:
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
-        return predictions.logits.detach(), predictions.boxes.detach(), *truth, grid, self.config.assigner
+        return predictions.logits.detach(), predictions.boxes.detach(), *truth, grid
 
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         resized = [self.resize(image) for image in images]

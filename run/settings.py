@@ -7,6 +7,7 @@ from pathlib import Path
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from model import DetectorConfig
+from model.assigners import STRATEGIES
 
 COCO = {  # the paper's (section 4.1)
     "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
@@ -84,6 +85,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
                        help="evaluate and save a moving average of the weights; 0.9998, say")  # fmt: skip
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("assignment (defaults: the paper's; small images want --radius 3 --top-q 10)")
+    group.add_argument("--assigner", choices=STRATEGIES, default="ota", help="strategy; the flags below are for ota")
     group.add_argument("--center-prior", choices=CENTER_PRIORS)
     group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
     group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
@@ -113,6 +115,10 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
     args = parser.parse_args()
 
+    if args.assigner != "ota":
+        given = [field.name for field in dataclasses.fields(OTAConfig) if getattr(args, field.name) is not None]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} is a setting of --assigner ota, not of {args.assigner}")
     recipe = RECIPES.get(args.data, OWN) | (OVERFIT if args.overfit else {})
     recipe["frozen_norm"] = recipe["pretrained"] if args.pretrained is None else args.pretrained
     if args.epochs or args.steps:
@@ -152,6 +158,7 @@ def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfi
             channels=args.channels,
             head_convs=args.head_convs,
             frozen_norm=args.frozen_norm,
+            strategy=args.assigner,
             assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),
         )
     except ValueError as error:

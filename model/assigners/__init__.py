@@ -1,0 +1,71 @@
+"""Label assignment by name: OTA, and the strategies that it is compared with, on the same inputs and with one result.
+
+    ota        optimal transport, for all objects of an image at once (kernels/)
+    fcos       near the centre, on the level of the object's size
+    retinanet  IoU of an anchor over a fixed threshold
+    atss       IoU of an anchor over a threshold from the object's own statistics
+    paa        the better of two Gaussians that are fitted to the losses of an object's candidates
+    simota     the k cheapest points of each object, k from its IoUs
+    tal        the 13 points of each object that are best at class and box together
+    hungarian  one point per object, with the least cost over all objects
+
+All but OTA let every object claim points and then settle who gets a point claimed twice (claims.py). They are written
+to be read and compared: image by image, dense (m, N), and the host may wait for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import Assignment, OTAConfig, PointGrid, ambiguous_points, assignment_statistics, ota_assign
+
+from .atss import atss_claims
+from .claims import NEITHER, assign_claims
+from .fcos import fcos_claims
+from .hungarian import hungarian_claims
+from .paa import paa_claims
+from .retinanet import retinanet_claims
+from .simota import simota_claims
+from .tal import tal_claims
+
+CLAIMS = {
+    "fcos": fcos_claims, "retinanet": retinanet_claims, "atss": atss_claims, "paa": paa_claims,
+    "simota": simota_claims, "tal": tal_claims, "hungarian": hungarian_claims,
+}  # fmt: skip
+STRATEGIES = ("ota", *CLAIMS)
+
+__all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistics_of"]
+
+
+@torch.no_grad()
+def assign(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> Assignment:
+    """The inputs and the result of `kernels.ota_assign`, by any strategy; `config` is for "ota" alone.
+
+    `k` counts the points that an object asks for, before conflicts are settled. Where a strategy wants a point to be
+    neither positive nor negative its gt_index is NEITHER.
+    """
+    return ota_assign(*inputs, config) if strategy == "ota" else assign_claims(CLAIMS[strategy], *inputs)[0]
+
+
+@torch.no_grad()
+def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> tuple[Assignment, Tensor]:
+    """`assign`, and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, that receive less
+    than 0.9 of what they receive from one supplier (paper, section 4.2)."""
+    if strategy == "ota":
+        return ota_assign(*inputs, config), ambiguous_points(*inputs, config)
+    return assign_claims(CLAIMS[strategy], *inputs)
+
+
+@torch.no_grad()
+def statistics_of(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> dict[str, Tensor]:
+    """Numbers for the log, float32 scalars; see `kernels.assignment_statistics`. Other strategies than "ota" have no
+    `residual`, and `ambiguous` is the share of their claimed points that several objects claim."""
+    if strategy == "ota":
+        return assignment_statistics(*inputs, config)
+    match, ambiguous = assign_claims(CLAIMS[strategy], *inputs)
+    positives = (match.gt_index >= 0).sum().float()
+    num_gts = (inputs[3] >= 0).sum().clamp(min=1)
+    return {
+        "positives_per_gt": positives / num_gts,
+        "mean_k": match.k.sum() / num_gts.float(),
+        "ambiguous": ambiguous.sum() / positives.clamp(min=1),
+    }

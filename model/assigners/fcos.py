@@ -1,0 +1,23 @@
+"""FCOS (Tian et al., ICCV 2019, arXiv 1904.01355; center sampling of its journal version, arXiv 2006.09214)."""
+
+import math
+
+import torch
+
+from .claims import Claims, Image
+
+RADIUS = 1.5  # strides
+RANGE = 4, 8  # strides: with strides 8 to 128, 64 to 128 px on the second level, 256 to 512 px on the last but one
+
+
+def fcos_claims(image: Image) -> Claims:
+    """Points in the box and closer than 1.5 strides to its centre, on the level in whose range the distance to the
+    farthest side of the box lies; the first level's range starts at 0, the last one's has no end. A point goes to the
+    smallest object. Depends on no prediction."""
+    farthest = image.to_sides().amax(-1)
+    low, high = (strides * image.strides for strides in RANGE)
+    low = torch.where(image.strides == image.grid.strides[0], 0, low)
+    high = torch.where(image.strides == image.grid.strides[-1], math.inf, high)
+    wanted = image.inside() & image.near_center(RADIUS) & (farthest > low) & (farthest <= high)
+    area = (image.gt_boxes[:, 2:] - image.gt_boxes[:, :2]).prod(1, keepdim=True)
+    return Claims(wanted, area.expand(wanted.shape))

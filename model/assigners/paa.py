@@ -1,0 +1,70 @@
+"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): what an object's candidates lose tells the good from the bad."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.config import FOCAL_ALPHA
+
+from .claims import Claims, Image, best_per_level
+
+CANDIDATE_IOU = 0.1
+PER_LEVEL = 9
+REG_WEIGHT = 1.3
+EM_STEPS = 20
+MIN_VARIANCE = 1e-6
+
+
+def paa_claims(image: Image) -> Claims:
+    """Two Gaussians fitted to the losses of an object's candidates; it claims those of the better one, up to the
+    candidate where the mixture is densest (separation scheme c of the paper's figure 3).
+
+    A point is a candidate of the object that its square anchor of 8 strides has the highest IoU with, if that is at
+    least 0.1; of those, the 9 per level with the least loss. Loss: focal loss over all classes + 1.3 (1 - GIoU).
+    """
+    anchor_iou = image.anchor_iou()
+    own = torch.zeros_like(image.usable).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
+    loss = _focal_cost(image) + REG_WEIGHT * (1 - image.giou)
+    allowed = own & (anchor_iou >= CANDIDATE_IOU) & image.usable
+    candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
+
+    value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
+    value, point = (x[:, : int(candidates.sum(1).max())] for x in (value, point))
+    density, is_better = fit_two_gaussians(value)
+    densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True) if value.shape[1] else point
+    positive = is_better & (torch.arange(value.shape[1], device=value.device) <= densest)
+    return Claims(torch.zeros_like(candidates).scatter_(1, point, positive), loss)
+
+
+def _focal_cost(image: Image) -> Tensor:
+    """(m, N): focal loss (alpha 0.25, gamma 2) of every point over all classes, were it to learn the object's."""
+    negative = (1 - FOCAL_ALPHA) * image.logits.sigmoid() ** 2 * F.softplus(image.logits)
+    positive = FOCAL_ALPHA * (-image.logits).sigmoid() ** 2 * F.softplus(-image.logits)
+    return negative.sum(1) + (positive - negative).T[image.gt_labels]
+
+
+def fit_two_gaussians(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Log density (m, n) of the mixture, and whether the Gaussian that starts at a row's lowest value is likelier.
+
+    value (m, n), ascending, infinite where a row has ended. Expectation maximisation from the lowest and the highest
+    value, variance 1 and equal shares, as in the paper's code; in float64. A single value is the better one's.
+    """
+    exists = value.isfinite()
+    x = value.double().masked_fill(~exists, 0)[..., None]  # (m, n, 1), against two components
+    high = value.double().masked_fill(~exists, -torch.inf).amax(1) if value.shape[1] else value.new_zeros(len(value))
+    low = value[:, 0].double() if value.shape[1] else high
+    mean = torch.stack([low, high], 1).nan_to_num(0, 0, 0)[:, None]
+    variance, share = torch.ones_like(mean), torch.full_like(mean, 0.5)
+    for step in range(EM_STEPS + 1):
+        log_joint = share.log() - 0.5 * ((x - mean) ** 2 / variance + (2 * math.pi * variance).log())
+        if step == EM_STEPS:
+            break
+        weight = log_joint.softmax(-1) * exists[..., None]
+        total = weight.sum(1, keepdim=True).clamp(min=10 * torch.finfo(torch.float64).eps)
+        mean = (weight * x).sum(1, keepdim=True) / total
+        variance = (weight * (x - mean) ** 2).sum(1, keepdim=True) / total + MIN_VARIANCE
+        share = total / total.sum(-1, keepdim=True)
+    is_better = (log_joint[..., 0] >= log_joint[..., 1]) & exists
+    return log_joint.logsumexp(-1).masked_fill(~exists, -torch.inf), is_better

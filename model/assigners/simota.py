@@ -1,0 +1,26 @@
+"""SimOTA (Ge et al., YOLOX, arXiv 2107.08430): OTA's cost and dynamic k, but every object for itself."""
+
+import torch.nn.functional as F
+
+from .claims import Claims, Image, best_per_row
+
+RADIUS = 2.5  # strides
+REG_WEIGHT = 3.0
+TOP_Q = 10
+OUTSIDE_COST = 1e5  # of a point that is not both in the box and near its centre
+IOU_FLOOR = 1e-8
+
+
+def simota_claims(image: Image) -> Claims:
+    """The k cheapest of the points in the box or closer than 2.5 strides to its centre along x and y; k is the sum of
+    the 10 best IoUs among these, rounded down, at least 1. Cost: binary cross entropy over all classes - 3 log IoU,
+    and more than any of those for a point that is not both. A point goes to the object that it is cheapest for.
+    YOLOX's class score contains its objectness, which there is none of here."""
+    inside, near = image.inside(), image.near_center(RADIUS)
+    candidates = (inside | near) & image.usable
+    cross_entropy = F.softplus(image.logits).sum(1) - image.class_logits()
+    cost = cross_entropy - REG_WEIGHT * (image.iou + IOU_FLOOR).log()
+    cost = cost + OUTSIDE_COST * ~(inside & near)
+    best = image.iou.masked_fill(~candidates, 0).topk(min(TOP_Q, candidates.shape[1]), dim=1).values
+    k = best.sum(1).floor().clamp(min=1)
+    return Claims(best_per_row(cost, candidates, k), cost)
