@@ -87,7 +87,8 @@ def _supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tens
     key = (gt << 32) + (0x7FFFFFFF - iou.view(torch.int32))
     key, order = key.sort(stable=True)
     rank = torch.arange(gt.numel(), device=gt.device) - (count.cumsum(0) - count)[gt]
-    best = torch.where(rank < config.top_q, iou[order], 0)
+    most = torch.clamp((count + config.per_q - 1) // config.per_q, max=config.top_q)
+    best = torch.where(rank < most[gt], iou[order], 0)
     total = torch.segment_reduce(best, "sum", lengths=count, unsafe=True)
     return torch.minimum(total.floor().long().clamp(min=1), count)
 

@@ -26,6 +26,7 @@ class OTAConfig:
     eps           entropic regularisation of Sinkhorn-Knopp (equation 9)
     iterations    Sinkhorn iterations T
     top_q         dynamic k: the supply of a ground truth is the floor of the sum of its q best IoUs
+    per_q         and of at most one in per_q of its candidates; 1 is the paper's rule
     fixed_k       the same supply for every ground truth instead; None is dynamic k
     center_prior  "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
                   "radius": points inside the box, closer than radius strides to its centre along x and y
@@ -40,6 +41,7 @@ class OTAConfig:
     eps: float = 0.1
     iterations: int = 50
     top_q: int = 20
+    per_q: int = 1
     fixed_k: int | None = None
     center_prior: str = "closest"
     radius: float | None = None
@@ -59,7 +61,7 @@ class OTAConfig:
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
         if not 0 < self.eps < math.inf or not 0 <= self.alpha < math.inf:
             raise ValueError(f"OTAConfig needs finite eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
-        for name in ("iterations", "top_q", "fixed_k"):
+        for name in ("iterations", "top_q", "per_q", "fixed_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"OTAConfig.{name} is {value}, it must be at least 1")

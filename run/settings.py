@@ -89,6 +89,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--center-prior", choices=CENTER_PRIORS)
     group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
     group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
+    group.add_argument("--per-q", type=positive, help="and of at most one in PER_Q of the object's candidates")
     group.add_argument("--fixed-k", type=positive, help="the same supply for every object instead of a dynamic k")
     group.add_argument("--cls-cost", choices=CLS_COSTS)
     group.add_argument("--reg-cost", choices=REG_COSTS)
