@@ -36,7 +36,7 @@ FLAGS = {field: f"--{field.replace('_', '-')}" for field in OTAConfig.__dataclas
 STUDIES = {
     "strategies": STRATEGIES,
     "radius": ("ota:radius=3", "ota:radius=5", "ota:radius=7", "ota:radius=9", "ota:center_prior=none"),
-    "supply": ("ota:fixed_k=1", "ota:fixed_k=5", "ota:fixed_k=10", "ota:fixed_k=20", "ota"),
+    "fixed-k": ("ota:fixed_k=1", "ota:fixed_k=5", "ota:fixed_k=10", "ota:fixed_k=20", "ota"),
     "alpha": ("ota:alpha=0.5", "ota:alpha=1", "ota:alpha=1.5", "ota:alpha=3", "ota:alpha=6"),
     "eps": ("ota:eps=1", "ota:eps=0.1", "ota:eps=0.01,iterations=500"),
     "iterations": ("ota:iterations=1", "ota:iterations=10", "ota:iterations=50", "ota:iterations=200"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.scenes import Scene
 from kernels import Assignment, OTAConfig, ota_assign
-from kernels.assign_reference import assign_image
+from kernels.assign_reference import assign_image, sum_of_best
 from kernels.assign_torch import solve as solve_torch
 from kernels.config import Plan
 from kernels.grid import valid_rows
@@ -136,8 +136,7 @@ def _possible_k(exact: dict[str, Tensor], config: OTAConfig) -> tuple[Tensor, Te
     """The supplies (m,) that rounding of the IoU sums may lead to."""
     if config.fixed_k is not None:
         return exact["k"], exact["k"]
-    iou, count = exact["iou"].masked_fill(~exact["candidates"], 0), exact["candidates"].sum(1)
-    total = iou.topk(min(config.top_q, iou.shape[1]), dim=1).values.sum(1)
+    count, total = exact["candidates"].sum(1), sum_of_best(exact["iou"], exact["candidates"], config)
     margins = (-IOU_SUM_MARGIN, IOU_SUM_MARGIN)
     lowest, highest = (((total + margin).floor().long().clamp(min=1)).minimum(count) for margin in margins)
     return lowest, highest

@@ -57,6 +57,7 @@ def generate_shapes(
     train_images: int = TRAIN_IMAGES,
     val_images: int = VAL_IMAGES,
     size_px: int = SIZE_PX,
+    crowded_share: float = CROWDED_SHARE,
 ) -> None:
     """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; the same bytes for a seed.
 
@@ -67,7 +68,7 @@ def generate_shapes(
         made = Path(unfinished) / root.name
         (made / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
-            content = _write_split(made / name, count, size_px, (seed, split))
+            content = _write_split(made / name, count, size_px, crowded_share, (seed, split))
             (made / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
         try:
             os.rename(made, root)
@@ -76,13 +77,13 @@ def generate_shapes(
                 raise
 
 
-def _write_split(folder: Path, count: int, size_px: int, seed: tuple[int, int]) -> dict:
+def _write_split(folder: Path, count: int, size_px: int, crowded_share: float, seed: tuple[int, int]) -> dict:
     """Write the images, return the content of the annotation file."""
     folder.mkdir()
     images, annotations = [], []
     for index in range(count):
         scene = Scene(size_px, np.random.default_rng([*seed, index]))
-        scene.fill()
+        scene.fill(crowded_share)
         file_name = f"{index + 1:06d}.jpg"
         pixels = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
         pixels.save(folder / file_name, quality=JPEG_QUALITY)
@@ -145,11 +146,11 @@ class Scene:
         # Pixels of each shape, all of them and those that no later shape covers.
         self._own_pixels = self._visible = np.zeros(0, np.int64)
 
-    def fill(self) -> None:
+    def fill(self, crowded_share: float) -> None:
         kind = self.rng.random()
         if kind < EMPTY_SHARE:
             return
-        crowded = kind > 1 - CROWDED_SHARE
+        crowded = kind > 1 - crowded_share
         low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
         wanted = int(self.rng.integers(low, high + 1))
         propose = self._sparse_proposals()

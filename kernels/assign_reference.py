@@ -93,13 +93,20 @@ def foreground_cost(
     return cls + config.alpha * reg
 
 
+def sum_of_best(iou: Tensor, candidates: Tensor, config: OTAConfig) -> Tensor:
+    """(m,) sum of the top_q best IoUs among the candidates, or of one in per_q of them if that is fewer."""
+    q = torch.ceil(candidates.sum(1) / config.per_q).clamp(max=config.top_q)
+    best = iou.masked_fill(~candidates, 0).topk(min(config.top_q, iou.shape[1]), dim=1).values
+    return best.masked_fill(torch.arange(best.shape[1], device=q.device) >= q[:, None], 0).sum(1)
+
+
 def supplies(iou: Tensor, candidates: Tensor, config: OTAConfig) -> Tensor:
     """k_i (m,) int64: fixed, or dynamic from the best IoUs (section 3.3); never more than there are candidates."""
     count = candidates.sum(1)
     if config.fixed_k is not None:
         return count.clamp(max=config.fixed_k)
-    best = iou.masked_fill(~candidates, 0).topk(min(config.top_q, iou.shape[1]), dim=1).values
-    return torch.minimum(best.sum(1).floor().long().clamp(min=1), count)
+    total = sum_of_best(iou, candidates, config)
+    return torch.minimum(total.floor().long().clamp(min=1), count)
 
 
 def sinkhorn(cost: Tensor, supply: Tensor, config: OTAConfig) -> Tensor:

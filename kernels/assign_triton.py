@@ -17,8 +17,8 @@ from .sinkhorn_triton import sinkhorn
 
 SCHEMA = (  # spelled out, for what torch infers it from differs between versions
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
-    "int[] columns, float alpha, float eps, int iterations, int top_q, int? fixed_k, str center_prior, float radius, "
-    "str cls_cost, str reg_cost, bool rescale, int? max_pairs) -> (Tensor, Tensor, Tensor)"
+    "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
+    "float radius, str cls_cost, str reg_cost, bool rescale, int? max_pairs) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -27,12 +27,12 @@ SCHEMA = (  # spelled out, for what torch infers it from differs between version
 def _assign(
     logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor,
     strides: list[int], rows: list[int], columns: list[int], alpha: float, eps: float, iterations: int, top_q: int,
-    fixed_k: int | None, center_prior: str, radius: float, cls_cost: str, reg_cost: str, rescale: bool,
+    per_q: int, fixed_k: int | None, center_prior: str, radius: float, cls_cost: str, reg_cost: str, rescale: bool,
     max_pairs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grid = PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True)))
     config = OTAConfig(
-        alpha, eps, iterations, top_q, fixed_k, center_prior, radius, cls_cost, reg_cost, rescale
+        alpha, eps, iterations, top_q, per_q, fixed_k, center_prior, radius, cls_cost, reg_cost, rescale
     )  # fmt: skip
     with torch.cuda.device_of(boxes):
         pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, max_pairs)
@@ -64,8 +64,8 @@ def ota_assign_triton(
     match = _assign(
         logits, boxes, gt_boxes, gt_labels, gt_offsets,
         grid.strides, [rows for rows, _ in grid.sizes], [columns for _, columns in grid.sizes],
-        config.alpha, config.eps, config.iterations, config.top_q, config.fixed_k, config.center_prior, config.radius,
-        config.cls_cost, config.reg_cost, config.rescale, max_pairs,
+        config.alpha, config.eps, config.iterations, config.top_q, config.per_q, config.fixed_k, config.center_prior,
+        config.radius, config.cls_cost, config.reg_cost, config.rescale, max_pairs,
     )  # fmt: skip
     return Assignment(*match)
 

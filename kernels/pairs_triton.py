@@ -29,7 +29,20 @@ _BLOCK = 128  # candidates that a program looks at together
 _OTHERS = 8  # points that each of them is ranked against at a time
 _WARPS = 4
 # Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
-_VARYING = ["B", "N", "C", "L", "capacity", "num_ranks", "closest", "top_q", "fixed_k", "logit_image", "box_image"]
+_VARYING = [
+    "B",
+    "N",
+    "C",
+    "L",
+    "capacity",
+    "num_ranks",
+    "closest",
+    "top_q",
+    "per_q",
+    "fixed_k",
+    "logit_image",
+    "box_image",
+]
 
 
 class Pairs(NamedTuple):
@@ -135,7 +148,7 @@ def _pairs_kernel(
     pair_point, pair_gt, pair_cost, pair_iou_bits, pair_start, pair_count, supply, ranked_distance, ranked_point,
     logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
     logit_image, logit_point, logit_class, box_image, box_point, box_side, gt_row, gt_side, label_step, offset_step,
-    B, N, C, L, capacity, num_ranks, closest, top_q, fixed_k, alpha, scale,
+    B, N, C, L, capacity, num_ranks, closest, top_q, per_q, fixed_k, alpha, scale,
     PRIOR: tl.constexpr, CLS: tl.constexpr, REG: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0).to(tl.int64)
@@ -243,7 +256,8 @@ def _pairs_kernel(
         k = tl.minimum(fixed_k, num_usable)
     else:
         tl.debug_barrier()
-        total = _top_sum(pair_iou_bits, start, packed, top_q, BLOCK)
+        q = tl.maximum(tl.minimum(top_q, (num_usable + per_q - 1) // per_q), 1)
+        total = _top_sum(pair_iou_bits, start, packed, q, BLOCK)
         k = tl.minimum(tl.maximum(total.to(tl.int32), 1), num_usable)
     tl.store(supply + g, k)
     tl.store(pair_count + g, packed)
@@ -334,8 +348,8 @@ def find_pairs(
         point, gt, cost, iou, start, count, k, ranked_distance, ranked_point,
         logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
         *logits.stride(), *boxes.stride(), *gt_boxes.stride(), *gt_labels.stride(), *gt_offsets.stride(),
-        B, N, C, len(grid.strides), capacity, num_ranks, closest, config.top_q, config.fixed_k or 0,
-        float(config.alpha), scale,
+        B, N, C, len(grid.strides), capacity, num_ranks, closest, config.top_q, config.per_q,
+        config.fixed_k or 0, float(config.alpha), scale,
         PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost, BLOCK=_BLOCK, OTHERS=_OTHERS,
         num_warps=_WARPS, enable_fp_fusion=False, **_compiler_options(),
     )  # fmt: skip

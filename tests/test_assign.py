@@ -135,6 +135,8 @@ SETTINGS = {
     "eps-1": OTAConfig(eps=1.0),
     "T1": OTAConfig(iterations=1),
     "q1": OTAConfig(top_q=1),
+    "one-q-for-3": OTAConfig(per_q=3),
+    "one-q-for-n": OTAConfig(per_q=N),
     "q-over-n": OTAConfig(top_q=N + 1, center_prior="none"),
     "r1": OTAConfig(radius=1),
     "r-over-level": OTAConfig(radius=9),
@@ -666,6 +668,7 @@ BAD_OPTIONS = {
     "eps-0": (dict(eps=0), "needs finite eps > 0"),
     "alpha-negative": (dict(alpha=-1), "alpha >= 0"),
     "T0": (dict(iterations=0), "iterations is 0, it must be at least 1"),
+    "per-q-0": (dict(per_q=0), "per_q is 0, it must be at least 1"),
     "q0": (dict(top_q=0), "top_q is 0, it must be at least 1"),
     "k0": (dict(fixed_k=0), "fixed_k is 0, it must be at least 1"),
 }

@@ -134,8 +134,8 @@ def operator_arguments(scene: Scene, config: OTAConfig) -> tuple:
     rows, columns = zip(*scene.grid.sizes, strict=True)
     return (
         *scene[:5], list(scene.grid.strides), list(rows), list(columns), config.alpha, config.eps, config.iterations,
-        config.top_q, config.fixed_k, config.center_prior, float(config.radius), config.cls_cost, config.reg_cost,
-        config.rescale, None,
+        config.top_q, config.per_q, config.fixed_k, config.center_prior, float(config.radius), config.cls_cost,
+        config.reg_cost, config.rescale, None,
     )  # fmt: skip
 
 

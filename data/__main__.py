@@ -1,0 +1,27 @@
+"""Write a data set of generated shapes, for --data FOLDER: python -m data crowds --crowded-share 1"""
+
+import argparse
+from pathlib import Path
+
+from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, generate_shapes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
+    parser.add_argument("root", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--crowded-share", type=float, default=CROWDED_SHARE)
+    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
+    parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
+    parser.add_argument("--size", type=int, default=SIZE_PX, metavar="PX")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.root.exists():
+        parser.error(f"{args.root} exists")
+    generate_shapes(
+        args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,
+        crowded_share=args.crowded_share,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
