@@ -4,10 +4,18 @@ import torch
 from torch import Tensor
 
 from .assign_torch import solve
-from .config import OTAConfig
+from .config import OTAConfig, Plan
 from .grid import PointGrid
 
 AMBIGUOUS_SHARE = 0.9
+
+
+def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
+    """What every candidate point (A,) receives in all, and from the supplier that sends it most."""
+    column = torch.searchsorted(plan.points, plan.flat_point)
+    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
+    received = sent_by_background.scatter_add(0, column, sent)
+    return received, sent_by_background.scatter_reduce(0, column, sent, "amax")
 
 
 @torch.no_grad()
@@ -36,10 +44,7 @@ def assignment_statistics(
         )
     match, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
     num_gts = (plan.k > 0).sum().clamp(min=1)
-    column = torch.searchsorted(plan.points, plan.flat_point)
-    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
-    received = sent_by_background.scatter_add(0, column, sent)
-    largest = sent_by_background.scatter_reduce(0, column, sent, "amax")
+    received, largest = units_received(plan)
     num_points = max(1, len(received))
     return {
         "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
