@@ -25,6 +25,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(audit)
     report = {"source": source, "assigner": asdict(config)} | audit.report()
     args.out.mkdir(parents=True, exist_ok=True)
-    about = environment(torch.device("cpu"))
+    about = environment(torch.device("cpu")) | {"scipy": version("scipy")}
     (args.out / "audit.json").write_text(json.dumps(about | report, indent=1) + "\n")
     if audit.positives:
         draw(report, args.out / "audit.png")
