@@ -149,13 +149,14 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
     kept = [level for level, own in enumerate(levels) if shown[own].any()] or range(len(levels))
     left = [f"{stride}" for level, stride in enumerate(grid.strides) if level not in kept]
 
+    panel = min(max(3.4, 0.11 * grid.sizes[0][1]), 6)  # inches; dots that touch can still be told apart
     figure, axes = plt.subplots(
         len(drawn), len(kept), squeeze=False, layout="constrained",
-        figsize=(max(9, 3.4 * len(kept)), 3.4 * len(drawn) * height / width + 1.2),
+        figsize=(max(9, panel * len(kept)), panel * len(drawn) * height / width + 1.2),
     )  # fmt: skip
     pale = adjust_saturation(picture.image, SATURATION).permute(1, 2, 0).numpy() / 255 * (1 - PAPER_WHITE) + PAPER_WHITE
     for row, (strategy, (labels, ambiguous)) in zip(axes, drawn.items(), strict=True):
-        counts = f"{int((labels >= 0).sum())} positive, {int(ambiguous.sum())} ambiguous"
+        counts = f"{int((labels >= 0).sum())} positive\n{int(ambiguous.sum())} ambiguous"
         row[0].set_ylabel(f"{strategy}\n{counts}", fontsize=13)
         for level, axis in zip(kept, row, strict=True):
             own, stride = levels[level], grid.strides[level]
