@@ -6,6 +6,7 @@ B images, N anchor points over all levels, G ground truths of a batch, C classes
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ class Scene(NamedTuple):
 
     def to(self, device: torch.device) -> "Scene":
         return Scene(*(tensor.to(device) for tensor in self[:5]), self.grid)
+
+    def images(self) -> Iterator["Scene"]:
+        """Every image as a scene of its own, B = 1."""
+        offsets = self.gt_offsets.tolist()
+        for b, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            truth = self.gt_boxes[start:end], self.gt_labels[start:end], self.gt_offsets.new_tensor([0, end - start])
+            yield Scene(self.logits[b : b + 1], self.boxes[b : b + 1], *truth, self.grid)
 
 
 class Workload(NamedTuple):

@@ -10,6 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
     parser.add_argument("root", type=Path, help="folder to write; must not exist")
     parser.add_argument("--crowded-share", type=float, default=CROWDED_SHARE)
+    parser.add_argument("--one-class", action="store_true", help="every shape is of the class shape")
     parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
     parser.add_argument("--size", type=int, default=SIZE_PX, metavar="PX")
@@ -19,7 +20,7 @@ def main() -> None:
         parser.error(f"{args.root} exists")
     generate_shapes(
         args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,
-        crowded_share=args.crowded_share,
+        crowded_share=args.crowded_share, one_class=args.one_class,
     )  # fmt: skip
 
 

@@ -58,8 +58,11 @@ def generate_shapes(
     val_images: int = VAL_IMAGES,
     size_px: int = SIZE_PX,
     crowded_share: float = CROWDED_SHARE,
+    one_class: bool = False,
 ) -> None:
     """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; the same bytes for a seed.
+
+    With `one_class` every shape is of the class "shape", as in sets of people in crowds.
 
     `root` appears when it is complete, also where several processes write it at once.
     """
@@ -69,6 +72,9 @@ def generate_shapes(
         (made / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
             content = _write_split(made / name, count, size_px, crowded_share, (seed, split))
+            if one_class:
+                content["categories"] = [{"id": 1, "name": "shape"}]
+                content["annotations"] = [annotation | {"category_id": 1} for annotation in content["annotations"]]
             (made / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
         try:
             os.rename(made, root)

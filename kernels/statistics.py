@@ -10,6 +10,14 @@ from .grid import PointGrid
 AMBIGUOUS_SHARE = 0.9
 
 
+def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
+    """What every candidate point (A,) receives in all, and from the supplier that sends it most."""
+    column = torch.searchsorted(plan.points, plan.flat_point)
+    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
+    received = sent_by_background.scatter_add(0, column, sent)
+    return received, sent_by_background.scatter_reduce(0, column, sent, "amax")
+
+
 @torch.no_grad()
 def assignment_statistics(
     logits: Tensor,
@@ -36,7 +44,7 @@ def assignment_statistics(
         )
     match, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
     num_gts = (plan.k > 0).sum().clamp(min=1)
-    received, largest = _received(plan)
+    received, largest = units_received(plan)
     num_points = max(1, len(received))
     return {
         "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
@@ -59,15 +67,7 @@ def ambiguous_points(
     """(B, N) bool, of the inputs of `ota_assign`: points whose largest supplier sends less than 0.9 of what they
     receive (paper, section 4.2). Waits for a GPU."""
     _, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
-    received, largest = _received(plan)
+    received, largest = units_received(plan)
     ambiguous = torch.zeros(logits.shape[:2], dtype=torch.bool, device=boxes.device)
     ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
     return ambiguous
-
-
-def _received(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Units that every candidate point receives (A,), in all and from its largest supplier."""
-    column = torch.searchsorted(plan.points, plan.flat_point)
-    sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
-    received = sent_by_background.scatter_add(0, column, sent)
-    return received, sent_by_background.scatter_reduce(0, column, sent, "amax")

@@ -1,0 +1,258 @@
+"""How far Sinkhorn is from the exact optimum: labels and costs, over eps and iterations, beside a linear program.
+
+    python -m benchmarks.audit [--weights FILE [--data DIR] | --workload single|coco|crowd] [--images N] [--out DIR]
+
+On the predictions of a detector that train.py wrote, with its own settings of the assignment but for eps and
+iterations; without --weights on synthetic ones (benchmarks/scenes.py). Needs scipy. Both solve the same problem with
+the same float32 costs, in float64; benchmarks/exact.py is the linear program. Sums are over the images, points are
+candidate points; c_bg is the cost of a point's background label, D that of a pair relative to it.
+
+    exact cost     sum_j c_bg,j + sum of D over the pairs of the exact plan
+    plan cost      sum_j r_j c_bg,j + sum of D pi, where Sinkhorn's plan pi sends point j r_j units instead of one
+    residual       mean over the points of |r_j - 1|; where it is large the plan is none, and may cost less than exact
+    changed        points with another label than the exact plan gives; share: of the exact plan's positives
+    label cost     sum_j c_bg,j + sum of D over the positive labels: a labelling that hands out fewer units than the
+                   supplies may cost less than exact
+    supply error   sum_i |labels of i - k_i| / sum_i k_i
+
+A point takes the label of its largest sender. `rescaled` divides every row of the plan by its maximum before, `plain`
+does not. The exact plan is one of zeros and ones whose rows have the maximum 1: both decode it alike.
+Writes audit.json and audit.png into --out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import environment
+from benchmarks.exact import NoPlanError, exact_labels, exact_pairs, highs
+from benchmarks.predictions import Predictor
+from benchmarks.scenes import WORKLOADS, Scene, make_workload
+from data import DatasetError
+from kernels import OTAConfig
+from kernels.assign_reference import classification_loss
+from kernels.assign_torch import solve
+from kernels.config import Plan
+from kernels.statistics import units_received
+from model import WeightsError
+from run.settings import SettingsError, positive
+
+EPS = (1.0, 0.1, 0.01)
+ITERATIONS = (10, 50, 100, 300, 1000)
+DECODINGS = {"rescaled": True, "plain": False}
+AUDITED_WORKLOADS = ("single", "coco", "crowd")
+ROUNDING = 1e-16  # a residual of 0 has to have a place on a logarithmic axis
+PAPER = (0.1, 50)  # eps and iterations (section 4.1)
+
+
+@dataclass
+class Labels:
+    """What decoding gives, counted over the images."""
+
+    lost: int = 0  # positive in the exact plan, background here
+    gained: int = 0
+    moved: int = 0  # from one ground truth to another
+    positives: int = 0
+    supply_error: int = 0  # units
+    cost: float = 0.0
+
+    @property
+    def changed(self) -> int:
+        return self.lost + self.gained + self.moved
+
+
+@dataclass
+class Row:
+    """One eps and number of iterations, summed over the images."""
+
+    eps: float
+    iterations: int
+    plan_cost: float = 0.0
+    residual: float = 0.0
+    decoded: dict[str, Labels] = field(default_factory=lambda: {name: Labels() for name in DECODINGS})
+
+
+@dataclass
+class Audit:
+    """The exact plans of all images together, and the rows to compare with them."""
+
+    images: int = 0
+    ground_truths: int = 0
+    points: int = 0
+    positives: int = 0
+    cost: float = 0.0
+    without_plan: list[str] = field(default_factory=list)  # names of images
+    rows: list[Row] = field(default_factory=lambda: [Row(eps, count) for eps in EPS for count in ITERATIONS])
+
+    def report(self) -> dict:
+        """For JSON, with the ratios to the exact plans; these are None where there is no positive."""
+        rows, known = [], self.positives > 0
+        for row in self.rows:
+            line = asdict(row) | {
+                "plan_cost_ratio": row.plan_cost / self.cost if known else None,
+                "residual": row.residual / self.points if known else None,
+            }
+            for name, labels in row.decoded.items():
+                line["decoded"][name] |= {
+                    "changed": labels.changed,
+                    "changed_share": labels.changed / self.positives if known else None,
+                    "cost_ratio": labels.cost / self.cost if known else None,
+                    "supply_error_share": labels.supply_error / self.positives if known else None,
+                }
+            rows.append(line)
+        return asdict(self) | {"rows": rows}
+
+
+def background_cost(scene: Scene, plan: Plan, config: OTAConfig) -> Tensor:
+    """c_bg (A,) float64 of the candidate points."""
+    logits = scene.logits.flatten(0, 1)[plan.points].double()
+    return classification_loss(logits, torch.zeros_like(logits), config.cls_cost)
+
+
+def count_labels(total: Labels, labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> None:
+    """Add an image with the labels (A,) of its candidate points; `exact` (A,) are those of the exact plan."""
+    total.lost += int(((exact >= 0) & (labels < 0)).sum())
+    total.gained += int(((exact < 0) & (labels >= 0)).sum())
+    total.moved += int(((exact >= 0) & (labels >= 0) & (exact != labels)).sum())
+    total.positives += int((labels >= 0).sum())
+    given = torch.bincount(labels[labels >= 0], minlength=len(plan.k))
+    total.supply_error += int((given - plan.k).abs().sum())
+    chosen = labels[torch.searchsorted(plan.points, plan.flat_point)] == plan.gt
+    total.cost += cost_bg + float(plan.cost[chosen].double().sum())
+
+
+def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
+    """Add one image, B = 1. One whose ground truths supply more than their points take is named and left out."""
+    plan = solve(*scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
+    try:
+        pairs = exact_pairs(plan)
+    except NoPlanError:
+        audit.without_plan.append(name)
+        return
+    exact, cost_bg = exact_labels(plan, pairs), background_cost(scene, plan, config)
+    audit.images += 1
+    audit.ground_truths += int((plan.k > 0).sum())
+    audit.points += len(plan.points)
+    audit.positives += int(plan.k.sum())
+    audit.cost += float(cost_bg.sum() + plan.cost[pairs].double().sum())
+    for row in audit.rows:
+        for decoding, rescale in DECODINGS.items():
+            setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
+            match, plan = solve(*scene, setting)
+            labels = match.gt_index.flatten()[plan.points]
+            count_labels(row.decoded[decoding], labels, exact, plan, float(cost_bg.sum()))
+        received = units_received(plan)[0]
+        row.plan_cost += float(received @ cost_bg + plan.log_plan.exp() @ plan.cost.double())
+        row.residual += float((received - 1).abs().sum())
+
+
+def print_table(audit: Audit) -> None:
+    print(
+        f"exact: {audit.images} images, {audit.ground_truths:,} ground truths, {audit.points:,} candidate points, "
+        f"{audit.positives:,} positives, cost {audit.cost:,.2f}"
+    )
+    if audit.without_plan:
+        print(f"left out, as the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
+    if not audit.positives:
+        return
+    print(
+        f"\n{'':17}{'Sinkhorn plan':^24}{'labels, rescaled':^40}{'labels, plain':^40}\n{'eps':>6}{'iterations':>11}"
+        f"{'cost / exact':>13}{'residual':>11}" + f"{'changed':>9}{'share':>8}{'cost / exact':>13}{'supply':>10}" * 2
+    )
+    for line in audit.report()["rows"]:
+        text = f"{line['eps']:>6g}{line['iterations']:>11}{line['plan_cost_ratio']:>13.4f}{line['residual']:>11.1e}"
+        for labels in line["decoded"].values():
+            text += f"{labels['changed']:>9,}{labels['changed_share']:>8.1%}{labels['cost_ratio']:>13.4f}"
+            text += f"{labels['supply_error_share']:>10.1%}"
+        print(text)
+
+
+def draw(report: dict, path: Path) -> None:
+    """Labels changed, cost and residual over the iterations, a line for every eps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for eps, color, marker in zip(EPS, ("tab:orange", "tab:blue", "tab:green"), "^os", strict=True):
+        rows = [row for row in report["rows"] if row["eps"] == eps]
+        style = {"color": color, "marker": marker, "markersize": 5}
+        for decoding, line in zip(DECODINGS, ("-", "--"), strict=True):
+            shares = [100 * row["decoded"][decoding]["changed_share"] for row in rows]
+            axes[0].plot(ITERATIONS, shares, line, label=f"eps {eps:g}, {decoding}", **style)
+        axes[1].plot(ITERATIONS, [row["plan_cost_ratio"] for row in rows], **style)
+        axes[2].plot(ITERATIONS, [max(row["residual"], ROUNDING) for row in rows], **style)
+    titles = (
+        ("labels that differ from the exact plan's", "% of its positives"),
+        ("cost of Sinkhorn's plan (below 1: demands not met)", "times the exact optimum"),
+        ("residual: units received too many or too few", "mean over the candidate points"),
+    )
+    for axis, (title, unit) in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="Sinkhorn iterations", ylabel=unit, xscale="log")
+        axis.set_xticks(ITERATIONS, [str(count) for count in ITERATIONS])
+        axis.minorticks_off()
+        axis.axvline(PAPER[1], color="gray", linewidth=1, linestyle=":", zorder=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)
+    axes[1].axhline(1, color="black", linewidth=1, zorder=0)
+    axes[2].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
+    figure.suptitle(
+        f"{report['source']}: {report['images']} images, {report['positives']:,} positives. "
+        f"Dotted: the paper's {PAPER[1]} iterations, at eps {PAPER[0]:g}"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[str, Scene]]]:
+    """What is audited in words, settings of the assignment, and (name, scene) of every image."""
+    if args.weights is None:
+        if args.data:
+            raise SettingsError("--data needs --weights, whose predictions are audited there")
+        images = make_workload(WORKLOADS[args.workload], args.images).images()
+        scenes = ((f"image {b}", scene) for b, scene in enumerate(images))
+        return f"synthetic workload {args.workload}", OTAConfig(), scenes
+    predictor = Predictor(args.weights, args.data)
+    picks = range(min(args.images, len(predictor.dataset)))
+    scenes = ((predictor.dataset.images[i]["file_name"], predictor.scene(i)[1]) for i in picks)
+    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.assigner, scenes
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="file written by train.py")
+    parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
+    parser.add_argument("--workload", choices=AUDITED_WORKLOADS, default="coco", help="without --weights")
+    parser.add_argument("--images", type=positive, default=50, help="at most, the first ones")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder to write to")
+    args = parser.parse_args(argv)
+    highs()  # missing: say so before anything is computed
+
+    source, config, scenes = scenes_of(args)
+    audit = Audit()
+    for name, scene in scenes:
+        audit_image(audit, name, scene, config)
+    print_table(audit)
+    report = {"source": source, "assigner": asdict(config)} | audit.report()
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = environment(torch.device("cpu")) | {"scipy": version("scipy")}
+    (args.out / "audit.json").write_text(json.dumps(about | report, indent=1) + "\n")
+    if audit.positives:
+        draw(report, args.out / "audit.png")
+    print(f"\nwrote {args.out / 'audit.json'}" + (" and audit.png" if audit.positives else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SettingsError, DatasetError, WeightsError) as error:
+        sys.exit(f"benchmarks.audit: {error}")

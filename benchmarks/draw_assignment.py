@@ -1,0 +1,247 @@
+"""Pictures of label assignment: a transport plan, and which points each strategy gives to which object.
+
+    python -m benchmarks.draw_assignment [--weights FILE [--data DIR] [--image INDEX|NAME]] [--strategies ota ...]
+                                         [--out DIR]
+
+Writes plan.png, three overlapping objects (benchmarks/toy.py): per level, the units that each object and background
+send to every point, and the labels decoded from them (the paper's figure 2); and levels.png, one image: strategies
+below one another, levels of the pyramid side by side. The image is one of a data set under the predictions of a
+detector that train.py wrote (by default the one with the most objects), or, without --weights, a generated crowd under
+synthetic predictions. A dot is a point with the label of the object in its colour; a ring is around an ambiguous one.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+from torchvision.transforms.v2.functional import adjust_saturation
+
+from benchmarks.predictions import Predictor, find_image
+from benchmarks.scenes import Scene, trained_predictions
+from benchmarks.toy import toy_scene
+from data import DatasetError
+from data.shapes import CLASSES
+from data.shapes import Scene as Shapes
+from kernels import Assignment, OTAConfig, PointGrid
+from kernels.assign_torch import solve
+from kernels.statistics import AMBIGUOUS_SHARE, units_received
+from model import WeightsError
+from model.backbone import STRIDES
+from run.settings import SettingsError
+
+STRATEGIES = ("ota",)
+CROWD_PX, CROWD_SEED = 256, 12
+# Far apart in hue and lightness, also for most who do not see red and green apart (after Okabe and Ito, and Tol).
+COLORS = (
+    "#d55e00", "#0072b2", "#009e73", "#cc3399", "#e6a700", "#56b4e9", "#332288", "#882255", "#7a5230", "#66aa00",
+)  # fmt: skip
+BACKGROUND_COLOR = "#555555"
+PAPER_WHITE, SATURATION = 0.5, 0.3  # share of white, and of its colour, in the image below the dots
+DPI = 110
+
+
+def labels_of(strategy: str, inputs: tuple) -> tuple[Assignment, Tensor]:
+    """The labels that a strategy gives, and which points are ambiguous (B, N) bool.
+
+    inputs: those of ota_assign, settings included. With "ota" a candidate point is ambiguous when no supplier sends
+    AMBIGUOUS_SHARE of what it receives. Raises SettingsError for a strategy that there is not.
+    """
+    if strategy not in STRATEGIES:
+        raise SettingsError(f"--strategies {strategy}: choose from {', '.join(STRATEGIES)}")
+    match, plan = solve(*inputs)
+    received, largest = units_received(plan)
+    ambiguous = torch.zeros(match.gt_index.numel(), dtype=torch.bool)
+    ambiguous[plan.points] = largest < AMBIGUOUS_SHARE * received
+    return match, ambiguous.view_as(match.gt_index)
+
+
+def colors_of(boxes: Tensor) -> list[str]:
+    """A colour for each of (m, 4) boxes: another than those of the boxes it meets, as long as there are enough."""
+    chosen: list[int] = []
+    for i, met in enumerate(box_iou(boxes, boxes) > 0):
+        taken = {chosen[j] for j in range(i) if met[j]}
+        turns = [(i + turn) % len(COLORS) for turn in range(len(COLORS))]
+        chosen.append(next((c for c in turns if c not in taken), turns[0]))
+    return [COLORS[c] for c in chosen]
+
+
+class Picture(NamedTuple):
+    """An image and what is assigned on it."""
+
+    title: str
+    image: Tensor  # uint8 (3, H, W)
+    size_px: tuple[int, int]  # height, width
+    scene: Scene  # B = 1
+    config: OTAConfig
+
+
+def generated_crowd() -> Picture:
+    shapes = Shapes(CROWD_PX, np.random.default_rng(CROWD_SEED))
+    shapes.fill()
+    image = torch.from_numpy(shapes.canvas.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
+    boxes = torch.tensor(np.array([shape.box(CROWD_PX) for shape in shapes.shapes]), dtype=torch.float32)
+    labels = torch.tensor([shape.label for shape in shapes.shapes])
+    grid = PointGrid.for_image((CROWD_PX, CROWD_PX), STRIDES)
+    predictions = trained_predictions(grid, boxes, labels, len(CLASSES), torch.Generator().manual_seed(0))
+    scene = Scene(*(t[None] for t in predictions), boxes, labels, torch.tensor([0, len(boxes)]), grid)
+    return Picture("generated crowd, synthetic predictions", image, (CROWD_PX, CROWD_PX), scene, OTAConfig())
+
+
+def picture_of(args: argparse.Namespace) -> Picture:
+    if args.weights is None:
+        if args.data or args.image:
+            raise SettingsError("--data and --image need --weights, whose predictions are assigned there")
+        return generated_crowd()
+    predictor = Predictor(args.weights, args.data)
+    index = find_image(predictor.dataset, args.image)
+    image, scene = predictor.scene(index)
+    if not len(scene.gt_boxes):
+        raise DatasetError(f"{predictor.dataset.images[index]['file_name']} (--image) has no objects to assign to")
+    title = f"{predictor.dataset.images[index]['file_name']} of {Path(predictor.data).name}, {args.weights.name}"
+    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.assigner)
+
+
+def draw_boxes(axis, boxes: Tensor, colors: list[str], width: float = 1.5) -> None:
+    from matplotlib.patches import Rectangle
+
+    for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors, strict=True):
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, zorder=2))
+
+
+def draw_points(axis, points: Tensor, labels: Tensor, ambiguous: Tensor, colors: list[str], dot_px: float) -> None:
+    """Points (n, 2) px with labels (n,), -1 for background, in dots `dot_px` wide, a length on the axis."""
+    from matplotlib.collections import EllipseCollection
+
+    def dots(which: Tensor, share: float, **style) -> None:
+        size = torch.full((int(which.sum()),), share * dot_px).numpy()
+        offsets = points[which].numpy()
+        axis.add_collection(EllipseCollection(size, size, 0, units="xy", offsets=offsets,
+                                              offset_transform=axis.transData, **style))  # fmt: skip
+
+    positive = labels >= 0
+    dots(~positive, 0.2, facecolors=BACKGROUND_COLOR, linewidths=0, alpha=0.6, zorder=3)
+    dots(positive, 0.8, facecolors=[colors[c] for c in labels[positive]], edgecolors="white", linewidths=0.4, zorder=4)
+    dots(ambiguous, 1.15, facecolors="none", edgecolors="black", linewidths=1.3, zorder=5)
+
+
+def frame(axis, size_px: tuple[int, int]) -> None:
+    height, width = size_px
+    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal")
+
+
+def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
+    """Strategies below one another, levels side by side, but for those where none of them has anything to show."""
+    import matplotlib.pyplot as plt
+
+    scene, colors = picture.scene, colors_of(picture.scene.gt_boxes)
+    grid, points, (height, width) = scene.grid, scene.grid.points(), picture.size_px
+    drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
+    for strategy in strategies:
+        match, ambiguous = labels_of(strategy, (*scene, picture.config))
+        drawn[strategy] = match.gt_index[0], ambiguous[0]
+    shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
+    levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
+    kept = [level for level, own in enumerate(levels) if shown[own].any()] or range(len(levels))
+    left = [f"{stride}" for level, stride in enumerate(grid.strides) if level not in kept]
+
+    panel = min(max(3.4, 0.11 * grid.sizes[0][1]), 6)  # inches; dots that touch can still be told apart
+    figure, axes = plt.subplots(
+        len(drawn), len(kept), squeeze=False, layout="constrained",
+        figsize=(max(9, panel * len(kept)), panel * len(drawn) * height / width + 1.2),
+    )  # fmt: skip
+    pale = adjust_saturation(picture.image, SATURATION).permute(1, 2, 0).numpy() / 255 * (1 - PAPER_WHITE) + PAPER_WHITE
+    for row, (strategy, (labels, ambiguous)) in zip(axes, drawn.items(), strict=True):
+        counts = f"{int((labels >= 0).sum())} positive\n{int(ambiguous.sum())} ambiguous"
+        row[0].set_ylabel(f"{strategy}\n{counts}", fontsize=13)
+        for level, axis in zip(kept, row, strict=True):
+            own, stride = levels[level], grid.strides[level]
+            frame(axis, picture.size_px)
+            axis.imshow(pale, extent=(0, width, height, 0))
+            draw_boxes(axis, scene.gt_boxes, colors)
+            dot_px = max(grid.strides[0], min(stride, 0.06 * width))
+            draw_points(axis, points[own], labels[own], ambiguous[own], colors, dot_px)
+            axis.set_xlabel(f"{int((labels[own] >= 0).sum())} positive")
+    for level, axis in zip(kept, axes[0], strict=True):
+        rows, columns = grid.sizes[level]
+        axis.set_title(f"stride {grid.strides[level]} px, {columns} x {rows} points", fontsize=13)
+    nothing = f"; nothing on strides {', '.join(left)}" if left else ""
+    figure.suptitle(
+        f"{picture.title}\ndot: positive, in the colour of its object; ring: ambiguous{nothing}", fontsize=13
+    )
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
+    """What every object and background send to every point, and the labels: a row for each level."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap
+
+    grid, count = scene.grid, len(scene.gt_boxes)
+    plan = solve(*scene, config)[1]
+    match, ambiguous = labels_of("ota", (*scene, config))
+    sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
+    sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
+    sent[count] = 1  # of points that are nobody's candidate, background is the one supplier
+    sent[count, plan.points] = plan.log_plan_bg.exp()
+
+    colors, points = [*colors_of(scene.gt_boxes), BACKGROUND_COLOR], grid.points()
+    size_px = tuple(side * grid.strides[0] for side in grid.sizes[0])
+    figure, axes = plt.subplots(
+        len(grid.strides), count + 2, figsize=(2.7 * (count + 2), 2.7 * len(grid.strides) + 1), layout="constrained"
+    )
+    for level, row in enumerate(axes):
+        own = slice(*grid.level_offsets[level : level + 2])
+        row[0].set_ylabel(f"stride {grid.strides[level]} px")
+        for i, axis in enumerate(row):
+            frame(axis, size_px)
+            if i > count:
+                draw_boxes(axis, scene.gt_boxes, colors[:count], 2)
+                draw_points(
+                    axis, points[own], match.gt_index[0, own], ambiguous[0, own], colors, min(grid.strides[level], 12)
+                )
+                continue
+            shades = LinearSegmentedColormap.from_list("", ["white", colors[i]]).with_extremes(bad="#ececec")
+            heat = sent[i, own].view(grid.sizes[level]).numpy()
+            axis.imshow(heat, cmap=shades, vmin=0, vmax=1, extent=(0, size_px[1], size_px[0], 0))
+            others = [color if j == i else "#999999" for j, color in enumerate(colors[:count])]
+            draw_boxes(axis, scene.gt_boxes, others if i < count else colors[:count])
+    for i, axis in enumerate(axes[0, :count]):
+        axis.set_title(f"object {i + 1} supplies {int(plan.k[i])}", color=colors[i], fontweight="bold")
+    axes[0, count].set_title(f"background supplies {grid.num_points - int(plan.k.sum())}", fontweight="bold")
+    axes[0, count + 1].set_title("decoded labels", fontweight="bold")
+    figure.suptitle(
+        f"Units sent to every point: full colour is 1, white 0; grey fields are no candidates of the object.\n"
+        f"Rings: points that no supplier sends {AMBIGUOUS_SHARE:g} of their unit"
+    )
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="file written by train.py; default: a generated crowd")
+    parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
+    parser.add_argument("--image", help="index or file name; default: the image with the most objects")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder to write to")
+    args = parser.parse_args(argv)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_levels(picture_of(args), args.strategies, args.out / "levels.png")
+    draw_plan(toy_scene(), OTAConfig(), args.out / "plan.png")
+    print(f"wrote {args.out / 'levels.png'} and plan.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SettingsError, DatasetError, WeightsError) as error:
+        sys.exit(f"benchmarks.draw_assignment: {error}")

@@ -1,0 +1,71 @@
+"""The transport problem of label assignment, solved exactly: a linear program, without entropy and without iterations.
+
+    min_x  sum_p D_p x_p    so that   sum of x_p over the pairs of ground truth i = k_i
+                                      sum of x_p over the pairs of point j       <= 1,   x >= 0
+
+over the P candidate pairs of a `Plan`, D relative to the background cost of the point. Background is what a point has
+left of its one unit: it costs 0 and its own supply n - sum k_i is then met by itself, so neither its row nor the
+points that are nobody's candidate appear. Constraints of this kind are totally unimodular: with whole supplies every
+vertex is a plan of zeros and ones, and the simplex method ends at a vertex. So the exact plan is a labelling.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.config import Plan
+from run.settings import SettingsError
+
+INFEASIBLE = 2  # scipy's status
+WHOLE_TOLERANCE = 1e-6
+
+
+class NoPlanError(ValueError):
+    """The ground truths together supply more units than their candidate points can take."""
+
+
+def highs():
+    """scipy's linear programming. Raises SettingsError where scipy is missing."""
+    try:
+        from scipy.optimize import linprog
+        from scipy.sparse import csr_array
+    except ImportError as error:
+        raise SettingsError('the exact solver needs the package scipy: pip install -e ".[test]"') from error
+    return linprog, csr_array
+
+
+def exact_pairs(plan: Plan) -> Tensor:
+    """Which candidate pairs (P,) bool of a solved problem the exact plan uses: of `plan` it reads costs and supplies.
+
+    One of them, where several cost the same, as with two equal boxes. Several images at once do not meet, so their
+    plans are those of each alone. Raises NoPlanError, and SettingsError where scipy is missing.
+    """
+    linprog, csr_array = highs()
+    num_pairs, num_rows, num_points = len(plan.gt), len(plan.k), len(plan.points)
+    if num_pairs == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    pair, ones = np.arange(num_pairs), np.ones(num_pairs)
+    point = torch.searchsorted(plan.points, plan.flat_point)
+    result = linprog(
+        plan.cost.double().numpy(),
+        A_eq=csr_array((ones, (plan.gt.numpy(), pair)), shape=(num_rows, num_pairs)),
+        b_eq=plan.k.double().numpy(),
+        A_ub=csr_array((ones, (point.numpy(), pair)), shape=(num_points, num_pairs)),
+        b_ub=np.ones(num_points),
+        method="highs-ds",
+    )
+    if result.status == INFEASIBLE:
+        raise NoPlanError(f"{int(plan.k.sum())} units of {num_rows} ground truths do not fit their {num_points} points")
+    if not result.success:
+        raise RuntimeError(f"HiGHS did not solve the linear program: {result.message}")
+    sent = torch.from_numpy(result.x)
+    if (sent - sent.round()).abs().max() > WHOLE_TOLERANCE:
+        raise RuntimeError("HiGHS ended with a plan that is not whole, so not at a vertex")
+    return sent > 0.5
+
+
+def exact_labels(plan: Plan, pairs: Tensor) -> Tensor:
+    """Row in gt_boxes of every candidate point (A,), -1 for background, as the exact plan's `pairs` (P,) bool say."""
+    labels = torch.full_like(plan.points, -1)
+    labels[torch.searchsorted(plan.points, plan.flat_point[pairs])] = plan.gt[pairs]
+    return labels

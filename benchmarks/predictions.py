@@ -1,0 +1,59 @@
+"""Predictions to look at: those of a trained detector on its data, one image at a time."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.scenes import Scene
+from data import CocoDataset, DatasetError
+from eval import class_differences, evaluation_dataset
+from kernels import OTAConfig
+from model import WeightsError, load_weights
+from model.batch import pack
+
+
+class Predictor:
+    """A weights file of train.py and a data set with its classes (validation part, images resized, not flipped).
+
+    The network runs in evaluation mode, in float32 on the CPU: what it predicts differs from what its assigner saw in
+    training where there are batch norms that learn. Raises WeightsError and DatasetError.
+    """
+
+    def __init__(self, weights: Path, data: str | None = None):
+        self.detector, metadata = load_weights(weights)
+        self.data = data or metadata["data"]
+        self.dataset = evaluation_dataset(self.data, self.detector.config.image_size)
+        differences = class_differences(metadata | {"source": weights}, self.dataset)
+        if differences:
+            raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
+
+    @property
+    def assigner(self) -> OTAConfig:
+        return self.detector.config.assigner
+
+    @torch.no_grad()
+    def scene(self, i: int) -> tuple[Tensor, Scene]:
+        """Image i, uint8 (3, H, W) without padding, and the arguments of ota_assign for it alone."""
+        image, target = self.dataset[i]
+        batch = pack([image.as_subclass(Tensor)], [target])
+        predictions, grid = self.detector.predict_raw(self.detector.normalise(batch.images, batch.sizes))
+        truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
+        return image, Scene(predictions.logits, predictions.boxes, *truth, grid)
+
+
+def find_image(dataset: CocoDataset, wanted: str | None) -> int:
+    """The index of an image given by index or file name; None is the one with the most objects. Raises DatasetError."""
+    if wanted is None:
+        counts = dict.fromkeys((image["id"] for image in dataset.images), 0)
+        for record in dataset.annotations["annotations"]:
+            counts[record["image_id"]] += not record["iscrowd"]
+        return max(range(len(dataset)), key=lambda i: counts[dataset.images[i]["id"]])
+    names = [image["file_name"] for image in dataset.images]
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(dataset):
+        return int(wanted)
+    raise DatasetError(
+        f"--image {wanted} is neither a file name in {dataset.split.annotations} nor an index in 0..{len(dataset) - 1}"
+    )

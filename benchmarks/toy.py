@@ -1,0 +1,24 @@
+"""A scene to look at: three objects that overlap, and predictions that are torn between them."""
+
+import torch
+
+from benchmarks.scenes import PRIOR_LOGIT, Scene
+from kernels import PointGrid
+
+SIZE_PX = 128
+STRIDES = (8, 16, 32)
+BOXES_PX = ((16.0, 20.0, 88.0, 88.0), (38.0, 12.0, 110.0, 80.0), (28.0, 38.0, 98.0, 108.0))
+SHARPNESS = 6.0  # how fast a point turns from the object whose centre is closest to the next one
+LOGIT_RISE = 7.0  # of the class at an object's centre
+
+
+def toy_scene() -> Scene:
+    """Three objects of one class on 3 levels. A point predicts the boxes blended by closeness, so in the middle between
+    two objects a box between theirs, and is as sure of the class as it is close to a centre.
+    """
+    grid, boxes = PointGrid.for_image((SIZE_PX, SIZE_PX), STRIDES), torch.tensor(BOXES_PX)
+    center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    distance = ((grid.points()[:, None] - center) / size).norm(dim=2)  # (N, 3), 0.5 about where a box ends
+    predicted = (-SHARPNESS * distance).softmax(1) @ boxes
+    logits = PRIOR_LOGIT + LOGIT_RISE * (1 - distance.amin(1, keepdim=True)).clamp(min=0)
+    return Scene(logits[None], predicted[None], boxes, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), grid)

@@ -1,0 +1,226 @@
+"""The exact solver against brute force and the dense problem, and what the audit says about Sinkhorn beside it."""
+
+import builtins
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from benchmarks import audit as audit_script
+from benchmarks.audit import Audit, audit_image, background_cost, count_labels
+from benchmarks.exact import NoPlanError, exact_labels, exact_pairs
+from benchmarks.scenes import Scene, make_scene, trained_predictions
+from kernels import OTAConfig, PointGrid
+from kernels.assign_reference import assign_image, decode
+from kernels.assign_torch import solve
+from kernels.config import Plan
+from kernels.statistics import units_received
+from run.settings import SettingsError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GRID = PointGrid.for_image((104, 136), (8, 16, 32))
+PRIORS = ("closest", "radius", "none")
+
+
+def plan_of(cost: list[list[float]], k: list[int]) -> Plan:
+    """A problem over all pairs of len(k) ground truths and some points; its log plan is nobody's."""
+    rows, points = len(k), len(cost[0])
+    gt = torch.arange(rows).repeat_interleave(points)
+    nothing = torch.full((rows * points,), -torch.inf, dtype=torch.float64)
+    return Plan(
+        gt, torch.arange(points).repeat(rows), torch.tensor(cost).flatten(), torch.tensor(k), nothing,
+        torch.arange(points), nothing[:points],
+    )  # fmt: skip
+
+
+def least_cost_by_brute_force(plan: Plan) -> float:
+    """Over all labellings that meet the supplies."""
+    rows, points = len(plan.k), len(plan.points)
+    cost = torch.full((rows + 1, points), torch.inf, dtype=torch.float64)
+    cost[-1] = 0
+    cost[plan.gt, torch.searchsorted(plan.points, plan.flat_point)] = plan.cost.double()
+    labels = torch.tensor(list(product(range(rows + 1), repeat=points)))
+    meets = torch.stack([(labels == i).sum(1) == k for i, k in enumerate(plan.k)]).all(0)
+    return float(cost[labels[meets], torch.arange(points)].sum(1).min())
+
+
+def exact_cost(plan: Plan) -> float:
+    return float(plan.cost[exact_pairs(plan)].double().sum())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("k", [[2, 3], [1, 1, 4], [7], [4, 3], [0, 2]], ids=str)
+def test_least_cost_is_that_of_brute_force(k, seed):
+    cost = torch.randn(len(k), 7, generator=torch.Generator().manual_seed(seed)).tolist()
+    plan = plan_of(cost, k)
+    pairs = exact_pairs(plan)
+    assert torch.bincount(plan.gt[pairs], minlength=len(k)).tolist() == k
+    assert torch.bincount(plan.flat_point[pairs]).max() == 1
+    assert exact_cost(plan) == pytest.approx(least_cost_by_brute_force(plan), abs=1e-9)
+
+
+def test_least_cost_over_real_candidates_is_that_of_brute_force():
+    boxes, labels = torch.tensor([[2.0, 2, 22, 16], [8.0, 4, 31, 18]]), torch.tensor([0, 1])
+    grid = PointGrid((8, 16), ((3, 4), (2, 2)))
+    logits, predicted = trained_predictions(grid, boxes, labels, 2, torch.Generator().manual_seed(3))
+    _, plan = solve(logits[None], predicted[None], boxes, labels, torch.tensor([0, 2]), grid, OTAConfig())
+    assert 4 < len(plan.points) < 12 and len(plan.gt) > len(plan.points)
+    assert exact_cost(plan) == pytest.approx(least_cost_by_brute_force(plan), abs=1e-9)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_candidate_pairs_are_as_good_as_the_dense_problem(prior):
+    """The (m + 1) x n problem of the paper in float64, background row and points without candidates included."""
+    grid, config = PointGrid.for_image((56, 72), (8, 16)), OTAConfig(center_prior=prior)
+    scene = make_scene(grid, (5,), 3, seed=2, size_px=(12, 60))
+    dense = assign_image(
+        scene.logits[0].double(), scene.boxes[0].double(), scene.gt_boxes.double(), scene.gt_labels, grid, config
+    )
+    rows, columns = dense["cost"].shape
+    supply = torch.cat([dense["k"], columns - dense["k"].sum(0, keepdim=True)]).double()
+    equal = torch.cat([torch.eye(rows).repeat_interleave(columns, 1), torch.eye(columns).repeat(1, rows)])
+    demand = torch.cat([supply, torch.ones(columns, dtype=torch.float64)])
+    cost, bounds = dense["cost"].flatten(), [(0, 1 if c < torch.inf else 0) for c in dense["cost"].flatten()]
+    cost = cost.masked_fill(cost.isinf(), 0)
+    least = linprog(cost.numpy(), A_eq=equal.numpy(), b_eq=demand.numpy(), bounds=bounds, method="highs")
+
+    _, plan = solve(*scene, config)
+    assert torch.equal(plan.k, dense["k"])
+    by_pairs = exact_cost(plan) + float(dense["cost"][-1].sum())
+    assert by_pairs == pytest.approx(least.fun, rel=1e-5)  # the pairs' costs are float32
+
+    labels = torch.full((columns,), -1)
+    labels[plan.points] = exact_labels(plan, exact_pairs(plan))
+    flows = torch.from_numpy(least.x).view(rows, columns)
+    supplier = flows.argmax(0)
+    assert torch.equal(labels, torch.where(supplier == rows - 1, -1, supplier))
+
+
+@pytest.mark.parametrize("rescale", [True, False], ids=["rescale", "plain"])
+def test_an_integral_plan_is_decoded_alike_with_and_without_rescaling(rescale):
+    scene = make_scene(GRID, (6,), 3, seed=1)
+    _, plan = solve(*scene, OTAConfig())
+    labels = torch.full((GRID.num_points,), -1)
+    labels[plan.points] = exact_labels(plan, exact_pairs(plan))
+    dense = torch.nn.functional.one_hot(torch.where(labels < 0, 6, labels), 7).T.double().log()
+    assert torch.equal(decode(dense, OTAConfig(rescale=rescale)), torch.where(labels < 0, 6, labels))
+
+
+def test_supplies_that_do_not_fit_are_refused():
+    with pytest.raises(NoPlanError, match="5 units of 2 ground truths do not fit their 4 points"):
+        exact_pairs(plan_of([[0.0] * 4] * 2, [2, 3]))
+
+
+def test_image_without_a_plan_is_named_and_left_out():
+    """Two small boxes about one point: each has it as its only candidate."""
+    boxes, labels = torch.tensor([[10.0, 10, 14, 14], [10.5, 10.5, 13.5, 13.5]]), torch.tensor([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    predictions = (t[None] for t in trained_predictions(GRID, boxes, labels, 3, generator))
+    audit = Audit()
+    audit_image(audit, "two-on-one.jpg", Scene(*predictions, boxes, labels, torch.tensor([0, 2]), GRID), OTAConfig())
+    assert audit.without_plan == ["two-on-one.jpg"] and audit.images == 0
+    assert audit.report()["rows"][0]["plan_cost_ratio"] is None
+
+
+def test_image_without_ground_truth_counts_for_nothing():
+    audit = Audit()
+    audit_image(audit, "empty", make_scene(GRID, (0,), 3), OTAConfig())
+    assert (audit.images, audit.positives, audit.points, audit.cost) == (1, 0, 0, 0.0)
+
+
+def test_images_of_a_batch_are_solved_as_each_alone():
+    scene = make_scene(GRID, (4, 0, 7), 3, seed=5)
+    together = exact_cost(solve(*scene, OTAConfig())[1])
+    alone = sum(exact_cost(solve(*image, OTAConfig())[1]) for image in scene.images())
+    assert together == pytest.approx(alone, rel=1e-12)
+
+
+def test_exact_labels_count_as_unchanged():
+    scene, config, total = make_scene(GRID, (5,), 3, seed=4), OTAConfig(), audit_script.Labels()
+    _, plan = solve(*scene, config)
+    labels, cost_bg = exact_labels(plan, exact_pairs(plan)), float(background_cost(scene, plan, config).sum())
+    count_labels(total, labels, labels, plan, cost_bg)
+    assert (total.changed, total.supply_error, total.positives) == (0, 0, int(plan.k.sum()))
+    assert total.cost == pytest.approx(cost_bg + exact_cost(plan))
+
+    other, positive, negative = labels.clone(), (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
+    other[positive[0]], other[negative[0]] = -1, 2
+    count_labels(total := audit_script.Labels(), other, labels, plan, cost_bg)
+    assert (total.lost, total.gained, total.moved) == (1, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def audited() -> Audit:
+    audit = Audit()
+    for b, scene in enumerate(make_scene(GRID, (5, 9), 3, seed=9, size_px=(20, 90)).images()):
+        audit_image(audit, f"image {b}", scene, OTAConfig())
+    return audit
+
+
+def test_small_eps_and_many_iterations_come_close(audited):
+    """Within 1 % of the least cost and 3 % of the labels; eps 1 is far away however long it takes."""
+    rows = {(row["eps"], row["iterations"]): row for row in audited.report()["rows"]}
+    best, blurred = rows[0.01, 1000], rows[1.0, 1000]
+    assert 0.999 < best["plan_cost_ratio"] < 1.01 and best["residual"] < 1e-3
+    assert max(labels["changed_share"] for labels in best["decoded"].values()) < 0.03
+    assert blurred["plan_cost_ratio"] > 1.1 and blurred["residual"] < 1e-12
+
+
+@pytest.mark.parametrize("eps", [1.0, 0.1])
+def test_a_converged_plan_never_costs_less_than_the_exact_one(eps, audited):
+    rows = [row for row in audited.report()["rows"] if row["eps"] == eps and row["residual"] < 1e-5]
+    assert rows and all(row["plan_cost_ratio"] > 1 for row in rows)
+
+
+@pytest.mark.parametrize("iterations", [10, 1000])
+def test_plan_of_a_small_eps_is_that_of_the_log_domain(iterations):
+    """What the audit reads of it: cost and residual."""
+    scene, config = make_scene(GRID, (6,), 3, seed=8), OTAConfig(eps=0.01, iterations=iterations)
+    dense = assign_image(
+        scene.logits[0].double(), scene.boxes[0].double(), scene.gt_boxes.double(), scene.gt_labels, GRID, config
+    )
+    _, plan = solve(*scene, config)
+    sent = dense["log_plan"].exp()
+    expected = (sent * dense["cost"].masked_fill(dense["cost"].isinf(), 0))[:, plan.points].sum()
+    received = units_received(plan)[0]
+    cost = received @ background_cost(scene, plan, config) + plan.log_plan.exp() @ plan.cost.double()
+    assert float(cost) == pytest.approx(float(expected), rel=1e-3)
+    assert torch.allclose(received, sent.sum(0)[plan.points], atol=2e-3)
+
+
+def test_command_writes_table_report_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(audit_script, "ITERATIONS", (10, 50))
+    audit_script.main(["--images", "1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "audit.json").read_text())
+    assert report["source"] == "synthetic workload coco" and report["images"] == 1
+    assert len(report["rows"]) == 6 and report["rows"][0]["decoded"]["plain"]["changed"] > 0
+    assert (tmp_path / "audit.png").stat().st_size > 10_000
+    assert "residual" in capsys.readouterr().out
+
+
+def test_missing_scipy_is_named(monkeypatch, tmp_path):
+    def without_scipy(name, *args, imported=builtins.__import__):
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return imported(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_scipy)
+    with pytest.raises(SettingsError, match=r'needs the package scipy: pip install -e "\.\[test\]"'):
+        audit_script.main(["--out", str(tmp_path)])
+
+
+def test_data_without_weights_is_refused():
+    with pytest.raises(SettingsError, match="--data needs --weights"):
+        audit_script.main(["--data", "shapes"])
+
+
+def test_settings_of_the_assignment_are_kept():
+    """The audit of another center prior is that of another problem."""
+    scene, audits = make_scene(GRID, (5,), 3, seed=8), []
+    for config in (OTAConfig(), replace(OTAConfig(), center_prior="none", fixed_k=3)):
+        audits.append(Audit())
+        audit_image(audits[-1], "image", scene, config)
+    assert audits[1].positives == 15 != audits[0].positives and audits[1].points > audits[0].points
