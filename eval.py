@@ -23,7 +23,8 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, DatasetError, collate, eval_transform, find_splits, resized_size
+from data import CocoDataset, DatasetError, collate, crowd_metrics, eval_transform, find_splits, resized_size
+from data.crowdhuman import BOXES
 from model import BackboneError, Detector, WeightsError, load_weights
 from model.batch import padded_side
 from run.process import ignore_interrupts, setup_distributed
@@ -116,12 +117,18 @@ def evaluate(
     workers: int = 2,
     fast: bool = False,
 ) -> tuple[dict, list[dict]]:
-    """Metrics and detections of a data set made with `eval_transform`; on all ranks at once, result on rank 0."""
+    """Metrics and detections of a data set made with `eval_transform`; on all ranks at once, result on rank 0.
+
+    Metrics are COCO's, and for a data set in CrowdHuman's form its own as well.
+    """
     training = detector.training
     results = detect(detector.eval(), dataset, device, batch_size, workers)
     detector.train(training)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    return (coco_metrics(dataset.annotations, results, fast) if is_main else {}), results
+    metrics = coco_metrics(dataset.annotations, results, fast) if is_main else {}
+    if is_main and dataset.split.is_crowdhuman:
+        metrics |= crowd_metrics(dataset.annotations, results)
+    return metrics, results
 
 
 def print_table(metrics: dict) -> None:
@@ -132,6 +139,11 @@ def print_table(metrics: dict) -> None:
         print(f"{name:{width}} {row['boxes']:7d}  {scores}")
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[:6]))
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[6:]))
+    if "crowd_AP" in metrics:
+        print(
+            f"CrowdHuman's own: AP {metrics['crowd_AP']:.3f}  MR^-2 {metrics['crowd_MR']:.3f}  "
+            f"JI {metrics['crowd_JI']:.3f} of scores over {metrics['crowd_JI_score']:g}"
+        )
 
 
 def class_differences(metadata: dict, dataset: CocoDataset) -> str:
@@ -145,10 +157,12 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
     )
 
 
-def evaluation_dataset(data: str, image_size: tuple[int, int], overfit: int | None = None) -> CocoDataset:
+def evaluation_dataset(
+    data: str, image_size: tuple[int, int], overfit: int | None = None, box: str | None = None
+) -> CocoDataset:
     """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
     `overfit` images with objects."""
-    train, val = find_splits(data)
+    train, val = find_splits(data, box or "fbox")
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -172,7 +186,8 @@ def describe(dataset: CocoDataset) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="file written by train.py")
-    parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
+    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
+    parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write to; default: the weights', or eval-<data> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
@@ -184,7 +199,10 @@ def main() -> None:
         faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
     detector, metadata = load_weights(args.weights)
-    dataset = evaluation_dataset(args.data or metadata["data"], detector.config.image_size)
+    box = args.box or metadata.get("box")
+    dataset = evaluation_dataset(args.data or metadata["data"], detector.config.image_size, box=box)
+    if args.box and not dataset.split.is_crowdhuman:
+        raise SettingsError(f"--box {args.box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": args.weights}, dataset)
     if differences:
         raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")

@@ -2,7 +2,8 @@
 
     python train.py                                        generated shapes, minutes on a CPU
     torchrun --nproc_per_node 8 train.py --data coco       the COCO recipe of the paper
-    python train.py --data DIR --epochs 25 ...             a data set of your own in COCO layout
+    torchrun --nproc_per_node 8 train.py --data crowdhuman people in crowds, as in the paper
+    python train.py --data DIR --epochs 25 ...             a data set of your own: COCO layout, CrowdHuman's, Pascal VOC
 
 Writes ota.safetensors, best.safetensors, log.jsonl, args.json, metrics.json, curves.png and samples.png into --out,
 and checkpoints: the same command with the same --out continues a run that was ended, exactly.
@@ -198,7 +199,7 @@ def main() -> None:
         if is_main:
             find_splits(args.data)
         dist.barrier()
-    train_split, _ = find_splits(args.data)
+    train_split, _ = find_splits(args.data, args.box or "fbox")
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
@@ -209,7 +210,7 @@ def main() -> None:
     if args.overfit and args.batch_size > len(dataset):
         say(f"--overfit: a batch is all {len(dataset)} images, not {args.batch_size}")
         args.batch_size = len(dataset)
-    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit)
+    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box)
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
     if differences:
@@ -258,9 +259,11 @@ def main() -> None:
     }
     checkpoint, finished, identity = None, False, {}
     if is_main:
-        with open(train_split.annotations, "rb") as file:
-            identity = {"annotation file (SHA-256)": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
-        identity |= {"images": len(dataset)}
+        digest = hashlib.sha256()
+        for path in train_split.files():
+            with open(path, "rb") as file:
+                hashlib.file_digest(file, lambda: digest)  # goes on where the file before ended
+        identity = {"annotation file (SHA-256)": digest.hexdigest()[:16], "images": len(dataset)}
         identity |= {f"--{k.replace('_', '-')}": v for k, v in settings["args"].items() if k not in FREE_FLAGS}
         checkpoint = previous_checkpoint(out, identity, args.resume)
         finished = checkpoint is not None and checkpoint["step"] == steps and (out / "metrics.json").exists()
@@ -293,7 +296,7 @@ def main() -> None:
     folder = None
     if is_main:
         data = args.data if args.data in RECIPES else str(Path(args.data).absolute())
-        folder = RunFolder(out, settings, identity, classes | {"data": data}, steps, start, log)
+        folder = RunFolder(out, settings, identity, classes | {"data": data, "box": args.box}, steps, start, log)
 
     def save_progress(step: int) -> None:
         state = {"window": window, "optimizer": optimizer.state_dict()}

@@ -1,8 +1,10 @@
-"""Annotation files in COCO layout (or generated shapes) to uint8 images and boxes."""
+"""Annotation files in COCO layout, CrowdHuman's or Pascal VOC's (or generated shapes) to uint8 images and boxes."""
 
 from data.checks import DatasetError, check_annotations
-from data.coco import CocoDataset, Split, collate, find_splits, load_image
+from data.coco import CocoDataset, collate, load_image
+from data.crowd_metrics import crowd_metrics
 from data.shapes import generate_shapes
+from data.splits import Split, find_splits, is_crowdhuman
 from data.transforms import eval_transform, resized_size, train_transform
 
 __all__ = [
@@ -11,9 +13,11 @@ __all__ = [
     "Split",
     "check_annotations",
     "collate",
+    "crowd_metrics",
     "eval_transform",
     "find_splits",
     "generate_shapes",
+    "is_crowdhuman",
     "load_image",
     "resized_size",
     "train_transform",

@@ -45,7 +45,7 @@ def check_annotations(annotations: dict, images_dir: Path, source: Path, look_at
     if look_at_files:
         _check_files(named_inside, images_dir, problems)
     if problems:
-        raise DatasetError(_report(source, problems))
+        raise DatasetError(report(source, problems))
 
 
 def image_path(images_dir: Path, file_name: str) -> Path:
@@ -209,14 +209,10 @@ def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> No
 def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
     """(kind, culprit) where the file of an image record is not what the record says."""
     culprit = f"image {record['id']} ({record['file_name']})"
-    try:
-        width, height = _header_size(image_path(images_dir, record["file_name"]))
-    except DatasetError:
-        return "file names that leave the image folder", f"{culprit} is a link to outside"
-    except FileNotFoundError:
-        return f"image files missing in {images_dir.absolute()}", culprit
-    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-        return "image files that cannot be read", f"{culprit}: {error}"
+    size, kind, remark = header_size(record["file_name"], images_dir)
+    if size is None:
+        return kind, culprit + remark
+    width, height = size
     if (width, height) == (record["width"], record["height"]):
         return None
     sizes = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
@@ -229,17 +225,25 @@ def check_pixels(image: Image.Image) -> None:
         raise ValueError(f"{image.width} x {image.height} px is more than the {MAX_PIXELS} px that are read")
 
 
-def _header_size(path: Path) -> tuple[int, int]:
-    """(width, height) as displayed, without decoding."""
-    with Image.open(path) as image:
-        check_pixels(image)
-        # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+def header_size(file_name: str, images_dir: Path) -> tuple[tuple[int, int] | None, str, str]:
+    """(width, height) of an image as displayed, without decoding; or None, the kind of problem, and a remark on it."""
+    try:
+        with Image.open(image_path(images_dir, file_name)) as image:
+            check_pixels(image)
+            # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
+            return (image.size[::-1] if orientation in (5, 6, 7, 8) else image.size), "", ""
+    except DatasetError:
+        return None, "file names that leave the image folder", " is a link to outside"
+    except FileNotFoundError:
+        return None, f"image files missing in {images_dir.absolute()}", ""
+    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+        return None, "image files that cannot be read", f": {error}"
 
 
-def _report(source: Path, problems: Problems) -> str:
+def report(source: Path, problems: Problems) -> str:
+    """The message of a DatasetError: every kind of problem with its first culprits."""
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():

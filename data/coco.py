@@ -1,16 +1,13 @@
-"""Images and boxes of a data set in COCO layout.
+"""Images and boxes of one split of a data set.
 
-`find_splits` turns "coco", "shapes" or a folder into the files of its splits; `CocoDataset` reads one.
+`CocoDataset` takes it in COCO layout, which `Split.read` turns every other form into.
 Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and boxes are
 x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 """
 
-import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,68 +20,15 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data.checks import DatasetError, check_annotations, check_pixels, image_path
-from data.shapes import generate_shapes, shapes_folder
+from data.splits import Split
 
 try:  # Deprecated since torchvision 0.29; where it is gone, Pillow gives the same pixels a seventh slower.
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
 
-# (annotation file, image folder) of train, then of val
-LAYOUTS = (
-    (
-        ("annotations/instances_train2017.json", "train2017"),
-        ("annotations/instances_val2017.json", "val2017"),
-    ),
-    (("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
-    (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
-)
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
-COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where one half of a data set lies; name is "train" or "val"."""
-
-    name: str
-    annotations: Path
-    images: Path
-
-
-def find_splits(data: str) -> tuple[Split | None, Split | None]:
-    """The train and the val split; one of them may be missing.
-
-    data: "coco" ($OTA_DATA/coco), "shapes" (generated under $OTA_DATA on first use) or a folder in one
-    of LAYOUTS. OTA_DATA is ./datasets where it is not set.
-    Raises DatasetError: neither split is there.
-    """
-    home = Path(os.environ.get("OTA_DATA", "datasets"))
-    root = {"coco": home / "coco", "shapes": home / shapes_folder()}.get(data, Path(data).expanduser())
-    if data == "shapes" and not root.is_dir():
-        print(f"generating the shapes data set in {root}: some seconds, once")
-        generate_shapes(root)
-    for layout in LAYOUTS:
-        splits = [
-            Split(name, root / annotations, root / images) if (root / annotations).is_file() else None
-            for name, (annotations, images) in zip(("train", "val"), layout, strict=True)
-        ]
-        if any(splits):
-            return splits[0], splits[1]
-    raise DatasetError(_missing_message(data, root.absolute()))
-
-
-def _missing_message(data: str, root: Path) -> str:
-    if data == "coco":
-        urls = "".join(f"\n  http://images.cocodataset.org/{name}" for name in COCO_ZIPS)
-        return (
-            f"COCO is not in {root}: no {LAYOUTS[0][0][0]} there. Unzip these three into that folder"
-            f" (or set OTA_DATA to the folder that holds coco/):{urls}"
-        )
-    layouts = "".join(f"\n  {annotations} with images in {images}/" for (annotations, images), _ in LAYOUTS)
-    there = "has none of" if root.is_dir() else "does not exist; wanted a folder with one of"
-    return f'no data set for --data {data} ("coco", "shapes" or a folder): {root} {there}{layouts}'
 
 
 class CocoDataset(torch.utils.data.Dataset):
@@ -121,7 +65,7 @@ class CocoDataset(torch.utils.data.Dataset):
             raise DatasetError(
                 f"{split.annotations.absolute()} is there, but its image folder {split.images.absolute()} is not"
             )
-        content = _read_json(split.annotations)
+        content = split.read(look_at_files=bad_images == "stop")
         check_annotations(content, split.images, split.annotations, look_at_files=bad_images == "stop")
         content = _first_images(content, first)
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -175,7 +119,7 @@ class CocoDataset(torch.utils.data.Dataset):
         leave out or empty (width x height and 0 are filled in), and counts a detection matched to
         annotation 0 as false (0 gets the next free id).
         """
-        content = _first_images(_read_json(self.split.annotations), self.first)
+        content = _first_images(self.split.read(), self.first)
         records = [record for record in content["annotations"] if record["id"] not in self._dropped_ids]
         free_id = max((record["id"] for record in records), default=0) + 1
         for record in records:
@@ -312,15 +256,3 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     images = [image.as_subclass(Tensor) for image, _ in batch]
     targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
-            f" The file has {path.stat().st_size} bytes; is it whole?"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: cannot be read: {error}") from error

@@ -79,7 +79,8 @@ class RunFolder:
             self.save_weights(detector, step, metrics, best.name)
         self.write_line({"step": step, "split": split, **metrics})
         remark = ", the best so far" if metrics["AP"] > best_ap > -math.inf else ""
-        tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f} ({split}{remark})")
+        own = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
+        tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{own} ({split}{remark})")
 
     def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
         """`state` beside what this folder knows. Raises FloatingPointError for weights that are not finite.

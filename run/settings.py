@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from data import is_crowdhuman
+from data.crowdhuman import BOXES
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from model import DetectorConfig
@@ -12,7 +14,10 @@ from model.assigners import STRATEGIES
 COCO = {  # the paper's (section 4.1)
     "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
     "steps": 90_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4,
-    "schedule": "step", "warmup": 1000, "eval_every": 3,
+    "schedule": "step", "warmup": 1000, "eval_every": 3, "max_detections": 100,
+}  # fmt: skip
+CROWDHUMAN = COCO | {  # the paper's, too; an image has up to 400 people
+    "image_size": [800, 1400], "steps": 30_000, "eval_every": 5, "max_detections": 500, "box": "fbox",
 }  # fmt: skip
 OWN = COCO | {
     "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
@@ -22,7 +27,7 @@ SHAPES = OWN | {
     "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
     "epochs": 14, "batch_size": 8, "lr": 4e-3, "warmup": 100, "eval_every": 7, "radius": 3, "top_q": 10,
 }  # fmt: skip
-RECIPES = {"coco": COCO, "shapes": SHAPES}
+RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
 # What may change when a run is continued. The data set's path may, too: its annotation file is compared instead.
@@ -51,7 +56,8 @@ def parse_args(description: str = "") -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="shapes", help="coco, shapes or a folder in COCO layout")
+    group.add_argument("--data", default="shapes", help="coco, crowdhuman, shapes or a folder of any of README's forms")
+    group.add_argument("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
     group.add_argument("--multi-scale", type=positive, nargs="+", metavar="PX",
                        help="train every image at one of these shorter sides, drawn at random")  # fmt: skip
@@ -68,6 +74,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from a file that train.py wrote")
     group.add_argument("--channels", type=positive, help="width of neck and head")
     group.add_argument("--head-convs", type=not_negative, help="convolutions per head tower")
+    group.add_argument("--max-detections", type=positive, help="that an image has at most, the best ones")
     group = parser.add_argument_group("optimisation")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive)
@@ -120,7 +127,10 @@ def parse_args(description: str = "") -> argparse.Namespace:
         given = [field.name for field in dataclasses.fields(OTAConfig) if getattr(args, field.name) is not None]
         if given:
             parser.error(f"--{given[0].replace('_', '-')} is a setting of --assigner ota, not of {args.assigner}")
-    recipe = RECIPES.get(args.data, OWN) | (OVERFIT if args.overfit else {})
+    known = "crowdhuman" if is_crowdhuman(args.data) else args.data
+    if args.box and known != "crowdhuman":
+        parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
+    recipe = RECIPES.get(known, OWN) | (OVERFIT if args.overfit else {})
     recipe["frozen_norm"] = recipe["pretrained"] if args.pretrained is None else args.pretrained
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
@@ -158,6 +168,7 @@ def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfi
             image_size=tuple(args.image_size),
             channels=args.channels,
             head_convs=args.head_convs,
+            max_detections=args.max_detections,
             frozen_norm=args.frozen_norm,
             strategy=args.assigner,
             assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),

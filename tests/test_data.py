@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
-import data.coco
+import data.splits
 from benchmarks.decode import mean_difference, pipelines, write_jpegs
 from data import (
     CocoDataset,
@@ -542,7 +542,7 @@ def test_shapes_are_valid_and_crowded(shapes):
 def test_shapes_are_generated_once(tmp_path, monkeypatch):
     monkeypatch.setenv("OTA_DATA", str(tmp_path / "home"))
     small = functools.partial(generate_shapes, train_images=2, val_images=1)
-    monkeypatch.setattr(data.coco, "generate_shapes", small)
+    monkeypatch.setattr(data.splits, "generate_shapes", small)
     train, val = find_splits("shapes")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")}
     assert find_splits("shapes") == (train, val) and val is not None

@@ -1,0 +1,126 @@
+"""Where the halves of a data set lie, in any of the forms that are known, and what their files hold, in COCO layout.
+
+`find_splits` turns "coco", "crowdhuman", "shapes" or a folder into the files of its splits.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import voc
+from data.checks import DatasetError
+from data.crowdhuman import read_crowdhuman
+from data.shapes import generate_shapes, shapes_folder
+
+# (annotation file, image folder) of train, then of val
+LAYOUTS = (
+    (
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/instances_val2017.json", "val2017"),
+    ),
+    (("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
+    (("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
+    (("annotation_train.odgt", "Images"), ("annotation_val.odgt", "Images")),
+    (("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
+    (("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
+)
+COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
+CROWDHUMAN_FILES = (
+    *("annotation_train.odgt", "annotation_val.odgt", "CrowdHuman_val.zip"),
+    *("CrowdHuman_train01.zip", "CrowdHuman_train02.zip", "CrowdHuman_train03.zip"),
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one half of a data set lies; name is "train" or "val", box which of CrowdHuman's boxes are wanted."""
+
+    name: str
+    annotations: Path
+    images: Path
+    box: str = "fbox"
+
+    @property
+    def is_crowdhuman(self) -> bool:
+        return self.annotations.suffix == ".odgt"
+
+    @property
+    def is_voc(self) -> bool:
+        return self.annotations.suffix == ".txt"
+
+    def read(self, look_at_files: bool = True) -> dict:
+        """The content of a file in COCO layout. Raises DatasetError."""
+        if self.is_crowdhuman:
+            return read_crowdhuman(self.annotations, self.images, self.box, look_at_files)
+        return voc.read_voc(self.annotations) if self.is_voc else _read_json(self.annotations)
+
+    def files(self) -> list[Path]:
+        """All that `read` depends on, but for the images."""
+        return voc.annotation_files(self.annotations) if self.is_voc else [self.annotations]
+
+
+def _root(data: str) -> Path:
+    home = Path(os.environ.get("OTA_DATA", "datasets"))
+    named = {"coco": home / "coco", "crowdhuman": home / "crowdhuman", "shapes": home / shapes_folder()}
+    return named.get(data, Path(data).expanduser())
+
+
+def is_crowdhuman(data: str) -> bool:
+    """Whether `data`, as in `find_splits`, means the data set CrowdHuman or a folder in its form."""
+    return data == "crowdhuman" or any((_root(data) / f"annotation_{half}.odgt").is_file() for half in ("train", "val"))
+
+
+def find_splits(data: str, box: str = "fbox") -> tuple[Split | None, Split | None]:
+    """The train and the val split; one of them may be missing.
+
+    data: "coco" ($OTA_DATA/coco), "crowdhuman" ($OTA_DATA/crowdhuman), "shapes" (generated under $OTA_DATA on first
+    use) or a folder in one of LAYOUTS: the first that it has both halves of, else the first that it has one of.
+    OTA_DATA is ./datasets where it is not set.
+    Raises DatasetError: neither split is there.
+    """
+    root = _root(data)
+    if data == "shapes" and not root.is_dir():
+        print(f"generating the shapes data set in {root}: some seconds, once")
+        generate_shapes(root)
+    found = [
+        tuple(
+            Split(name, root / annotations, root / images, box) if (root / annotations).is_file() else None
+            for name, (annotations, images) in zip(("train", "val"), layout, strict=True)
+        )
+        for layout in LAYOUTS
+    ]
+    for enough in (all, any):
+        for splits in filter(enough, found):
+            return splits
+    raise DatasetError(_missing_message(data, root.absolute()))
+
+
+def _missing_message(data: str, root: Path) -> str:
+    if data == "coco":
+        urls = "".join(f"\n  http://images.cocodataset.org/{name}" for name in COCO_ZIPS)
+        return (
+            f"COCO is not in {root}: no {LAYOUTS[0][0][0]} there. Unzip these three into that folder"
+            f" (or set OTA_DATA to the folder that holds coco/):{urls}"
+        )
+    if data == "crowdhuman":
+        return (
+            f"CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so download"
+            f" {', '.join(CROWDHUMAN_FILES)} from https://www.crowdhuman.org/download.html into that folder (or set"
+            f" OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root / 'Images'}"
+        )
+    layouts = "".join(f"\n  {annotations} with images in {images}/" for (annotations, images), _ in LAYOUTS)
+    there = "has none of" if root.is_dir() else "does not exist; wanted a folder with one of"
+    return f'no data set for --data {data} ("coco", "crowdhuman", "shapes" or a folder): {root} {there}{layouts}'
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}."
+            f" The file has {path.stat().st_size} bytes; is it whole?"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read: {error}") from error
