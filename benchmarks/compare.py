@@ -23,13 +23,10 @@ import torch
 from torchvision.ops import box_iou
 
 from benchmarks import environment
-from data import CocoDataset
-from eval import coco_metrics, evaluate, evaluation_dataset
+from benchmarks.predictions import Predictor
+from eval import coco_metrics, evaluate
 from kernels import OTAConfig
-from model import load_weights
 from model.assigners import STRATEGIES, assign_and_ambiguous
-from model.batch import pack
-from model.detector import Detector
 
 CROWDED_IOU = 0.3
 FLAGS = {field: f"--{field.replace('_', '-')}" for field in OTAConfig.__dataclass_fields__}
@@ -57,6 +54,8 @@ def flags_of(contestant: str) -> list[str]:
     if strategy not in STRATEGIES:
         raise SystemExit(f"--assigners {contestant}: {strategy} is none of {', '.join(STRATEGIES)}")
     flags = ["--assigner", strategy]
+    if settings and strategy != "ota":
+        raise SystemExit(f"--assigners {contestant}: {settings} is for ota alone")
     for setting in filter(None, settings.split(",")):
         name, _, value = setting.partition("=")
         if name not in FLAGS:
@@ -92,37 +91,34 @@ def crowded_images(annotations: dict) -> set[int]:
     return crowded
 
 
-@torch.no_grad()
-def assignment_of(detector: Detector, dataset: CocoDataset) -> dict[str, float]:
+def assignment_of(predictor: Predictor) -> dict[str, float]:
     """Positives per object and ambiguous points per image that a trained detector's strategy gives on a data set."""
-    positives = objects = ambiguous = 0
-    for i in range(len(dataset)):
-        image, target = dataset[i]
-        batch = pack([image], [target])
-        predictions, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
-        inputs = detector.assigner_inputs(predictions, batch, grid)
-        match, torn = assign_and_ambiguous(detector.config.strategy, *inputs, config=detector.config.assigner)
+    config, positives, objects, ambiguous = predictor.detector.config, 0, 0, 0
+    for i in range(len(predictor.dataset)):
+        _, scene = predictor.scene(i)
+        match, torn = assign_and_ambiguous(config.strategy, *scene, config=config.assigner)
         positives += int((match.gt_index >= 0).sum())
-        objects += len(batch.gt_boxes)
+        objects += len(scene.gt_boxes)
         ambiguous += int(torn.sum())
-    return {"positives_per_gt": positives / max(1, objects), "ambiguous": ambiguous / len(dataset)}
+    return {"positives_per_gt": positives / max(1, objects), "ambiguous": ambiguous / len(predictor.dataset)}
 
 
-def measure(folder: Path, crowded: set[int], dataset: CocoDataset, device: torch.device) -> dict[str, float]:
+def measure(folder: Path, device: torch.device) -> dict[str, float]:
     """A row of the table, kept in the folder of the run."""
     kept = folder / "compare.json"
     if kept.exists():
         return json.loads(kept.read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
-    detector, _ = load_weights(folder / "ota.safetensors")
-    _, results = evaluate(detector, dataset, device)
-    truth = dict(dataset.annotations)
-    for name, key in (("images", "id"), ("annotations", "image_id")):
-        truth[name] = [row for row in truth[name] if row[key] in crowded]
-    results = [r for r in results if r["image_id"] in crowded]
+    predictor = Predictor(folder / "ota.safetensors")
+    truth, crowded = dict(predictor.dataset.annotations), crowded_images(predictor.dataset.annotations)
     row = {name: metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
-    row["AP_crowded"] = coco_metrics(truth, results)["AP"] if crowded else -1.0
-    row |= assignment_of(detector, dataset) | {"seconds": metrics["total_s"]}
+    row |= assignment_of(predictor)
+    row |= {"crowded_images": len(crowded), "seconds": metrics["total_s"], "AP_crowded": -1.0}
+    if crowded:
+        _, results = evaluate(predictor.detector.to(device), predictor.dataset, device)
+        for name, key in (("images", "id"), ("annotations", "image_id")):
+            truth[name] = [record for record in truth[name] if record[key] in crowded]
+        row["AP_crowded"] = coco_metrics(truth, [r for r in results if r["image_id"] in crowded])["AP"]
     kept.write_text(json.dumps(row))
     return row
 
@@ -186,25 +182,26 @@ def main() -> None:
     for contestant in contestants:
         flags_of(contestant)  # a wrong name: say so before the first hour
     args.out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)  # of a run's main process
     pairs = [(contestant, seed) for seed in args.seeds for contestant in contestants]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(pool.map(lambda pair: train(*pair, args.data, args.out, more, threads), pairs))
     rows: dict[str, list[dict]] = {contestant: [] for contestant in contestants}
-    dataset = None
     for (contestant, _), folder in zip(pairs, folders, strict=True):
-        if dataset is None:
-            dataset = evaluation_dataset(args.data, load_weights(folder / "ota.safetensors")[0].config.image_size)
-            crowded = crowded_images(dataset.annotations)
-        rows[contestant].append(measure(folder, crowded, dataset, torch.device(args.device)))
+        rows[contestant].append(measure(folder, torch.device(args.device)))
     table = {contestant: summary(rows[contestant]) for contestant in contestants}
     print_table(table)
     record = {
         "command": f"python -m benchmarks.compare {' '.join(sys.argv[1:])}", **environment(torch.device("cpu")),
-        "images": len(dataset), "crowded_images": len(crowded), "seeds": args.seeds, "table": table, "rows": rows,
+        "seeds": args.seeds, "table": table, "rows": rows,
     }  # fmt: skip
     (args.out / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(table, rows, f"{Path(args.data).name}, {len(args.seeds)} seeds", args.out / "compare.png")
+    draw(
+        table,
+        rows,
+        f"{Path(args.data).name}: a dot for each of {len(args.seeds)} seeds, a line for their mean",
+        args.out / "compare.png",
+    )
     print(f"wrote {args.out / 'compare.json'} and {args.out / 'compare.png'}")
 
 

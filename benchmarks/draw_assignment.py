@@ -27,14 +27,14 @@ from benchmarks.toy import toy_scene
 from data import DatasetError
 from data.shapes import CLASSES
 from data.shapes import Scene as Shapes
-from kernels import Assignment, OTAConfig, PointGrid
+from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
-from kernels.statistics import AMBIGUOUS_SHARE, units_received
+from kernels.statistics import AMBIGUOUS_SHARE
 from model import WeightsError
+from model.assigners import STRATEGIES, assign_and_ambiguous
 from model.backbone import STRIDES
 from run.settings import SettingsError
 
-STRATEGIES = ("ota",)
 CROWD_PX, CROWD_SEED = 256, 12
 # Far apart in hue and lightness, also for most who do not see red and green apart (after Okabe and Ito, and Tol).
 COLORS = (
@@ -43,21 +43,6 @@ COLORS = (
 BACKGROUND_COLOR = "#555555"
 PAPER_WHITE, SATURATION = 0.5, 0.3  # share of white, and of its colour, in the image below the dots
 DPI = 110
-
-
-def labels_of(strategy: str, inputs: tuple) -> tuple[Assignment, Tensor]:
-    """The labels that a strategy gives, and which points are ambiguous (B, N) bool.
-
-    inputs: those of ota_assign, settings included. With "ota" a candidate point is ambiguous when no supplier sends
-    AMBIGUOUS_SHARE of what it receives. Raises SettingsError for a strategy that there is not.
-    """
-    if strategy not in STRATEGIES:
-        raise SettingsError(f"--strategies {strategy}: choose from {', '.join(STRATEGIES)}")
-    match, plan = solve(*inputs)
-    received, largest = units_received(plan)
-    ambiguous = torch.zeros(match.gt_index.numel(), dtype=torch.bool)
-    ambiguous[plan.points] = largest < AMBIGUOUS_SHARE * received
-    return match, ambiguous.view_as(match.gt_index)
 
 
 def colors_of(boxes: Tensor) -> list[str]:
@@ -142,7 +127,7 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
     grid, points, (height, width) = scene.grid, scene.grid.points(), picture.size_px
     drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
     for strategy in strategies:
-        match, ambiguous = labels_of(strategy, (*scene, picture.config))
+        match, ambiguous = assign_and_ambiguous(strategy, *scene, config=picture.config)
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
@@ -184,7 +169,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
 
     grid, count = scene.grid, len(scene.gt_boxes)
     plan = solve(*scene, config)[1]
-    match, ambiguous = labels_of("ota", (*scene, config))
+    match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     sent[count] = 1  # of points that are nobody's candidate, background is the one supplier
@@ -228,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="file written by train.py; default: a generated crowd")
     parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
     parser.add_argument("--image", help="index or file name; default: the image with the most objects")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help=f"of {', '.join(STRATEGIES)}")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
+                        help=f"of {', '.join(STRATEGIES)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder to write to")
     args = parser.parse_args(argv)
     import matplotlib

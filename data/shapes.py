@@ -152,7 +152,7 @@ class Scene:
         # Pixels of each shape, all of them and those that no later shape covers.
         self._own_pixels = self._visible = np.zeros(0, np.int64)
 
-    def fill(self, crowded_share: float) -> None:
+    def fill(self, crowded_share: float = CROWDED_SHARE) -> None:
         kind = self.rng.random()
         if kind < EMPTY_SHARE:
             return
