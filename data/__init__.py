@@ -1,7 +1,7 @@
 """Annotation files in COCO layout (or generated shapes) to uint8 images and boxes."""
 
 from data.checks import DatasetError, check_annotations
-from data.coco import CocoDataset, Split, collate, find_splits, load_image
+from data.coco import CocoDataset, Split, collate, find_splits
 from data.shapes import generate_shapes
 from data.transforms import eval_transform, resized_size, train_transform
 
@@ -14,7 +14,6 @@ __all__ = [
     "eval_transform",
     "find_splits",
     "generate_shapes",
-    "load_image",
     "resized_size",
     "train_transform",
 ]

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from images import header_size
 
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
 CULPRITS_SHOWN = 5
-MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header can claim any size
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
@@ -210,7 +209,7 @@ def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
     """(kind, culprit) where the file of an image record is not what the record says."""
     culprit = f"image {record['id']} ({record['file_name']})"
     try:
-        width, height = _header_size(image_path(images_dir, record["file_name"]))
+        width, height = header_size(image_path(images_dir, record["file_name"]))
     except DatasetError:
         return "file names that leave the image folder", f"{culprit} is a link to outside"
     except FileNotFoundError:
@@ -221,22 +220,6 @@ def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
         return None
     sizes = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
     return "sizes that disagree with the image (its EXIF orientation applied)", f"{culprit}: {sizes}"
-
-
-def check_pixels(image: Image.Image) -> None:
-    """Raise ValueError where the header claims more than MAX_PIXELS; Pillow itself refuses a third more."""
-    if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} px is more than the {MAX_PIXELS} px that are read")
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    """(width, height) as displayed, without decoding."""
-    with Image.open(path) as image:
-        check_pixels(image)
-        # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
 
 
 def _report(source: Path, problems: Problems) -> str:
