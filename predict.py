@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--out", type=Path, help="folder to write to; default: runs/predict-<time>")
-    parser.add_argument("--score", type=float, default=0.3, help="lowest score of a detection; default 0.3")
+    parser.add_argument("--score", type=float, default=0.5, help="lowest score of a detection; default 0.5")
     parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()

@@ -200,7 +200,7 @@ def test_predict_and_eval_give_the_same_detections(detector, shapes, tmp_path, m
 
 def test_results_are_in_coco_format(weights, tmp_path, monkeypatch):
     photo(tmp_path / "in" / "a.jpg")
-    run(monkeypatch, tmp_path / "in", "--weights", weights, "--out", tmp_path / "out")
+    run(monkeypatch, tmp_path / "in", "--weights", weights, "--score", 0.3, "--out", tmp_path / "out")
     truth = COCO()
     truth.dataset = {"images": [{"id": 1}], "annotations": [], "categories": [{"id": i} for i in IDS], "info": {}}
     truth.createIndex()
