@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,20 +34,37 @@ from run.settings import SettingsError, not_negative, positive
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
-    """Indices of images that pad to the same size, so that no detection depends on the images beside it."""
+def batches_of_one_size(images: list[dict], image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
+    """Indices of images that pad to the same size, so that no detection depends on the images beside it.
+
+    images: records with `height` and `width` in px.
+    """
     groups = defaultdict(list)
-    for i, image in enumerate(dataset.images):
+    for i, image in enumerate(images):
         height, width = resized_size(image["height"], image["width"], image_size)
         groups[padded_side(height), padded_side(width)].append(i)
     return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
+
+
+def coco_results(image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, category_ids: list[int]) -> list[dict]:
+    """Detections of an image in COCO result format. boxes (n, 4) x1 y1 x2 y2 px, scores (n,), labels (n,)."""
+    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[int(label)],
+            "bbox": [round(x, 3) for x in box],
+            "score": score,
+        }
+        for box, score, label in zip(sides.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()
 def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int, workers: int) -> list[dict]:
     """Detections of a data set in COCO result format, by image id; all of them on rank 0, none elsewhere."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = batches_of_one_size(dataset, detector.config.image_size, batch_size)[rank::world]
+    batches = batches_of_one_size(dataset.images, detector.config.image_size, batch_size)[rank::world]
     loader = DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts
     )
@@ -60,16 +78,7 @@ def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch
         for image, target, rows in zip(images, targets, found, strict=True):
             height, width = target["orig_size"]
             boxes = rows[:, :4] * torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
-            boxes[:, 2:] -= boxes[:, :2]
-            for box, (score, label) in zip(boxes.tolist(), rows[:, 4:].tolist(), strict=True):
-                results.append(
-                    {
-                        "image_id": target["image_id"],
-                        "category_id": dataset.category_ids[int(label)],
-                        "bbox": [round(x, 3) for x in box],
-                        "score": score,
-                    }
-                )
+            results += coco_results(target["image_id"], boxes, *rows[:, 4:].unbind(1), dataset.category_ids)
     if world > 1:
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(results, gathered)

@@ -1,7 +1,7 @@
 """Annotation files in COCO layout, CrowdHuman's or Pascal VOC's (or generated shapes) to uint8 images and boxes."""
 
 from data.checks import DatasetError, check_annotations
-from data.coco import CocoDataset, collate, load_image
+from data.coco import CocoDataset, collate
 from data.crowd_metrics import crowd_metrics
 from data.shapes import generate_shapes
 from data.splits import Split, find_splits, is_crowdhuman
@@ -18,7 +18,6 @@ __all__ = [
     "find_splits",
     "generate_shapes",
     "is_crowdhuman",
-    "load_image",
     "resized_size",
     "train_transform",
 ]

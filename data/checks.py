@@ -11,12 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from images import header_size
 
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
 CULPRITS_SHOWN = 5
-MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header can claim any size
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
@@ -209,7 +208,7 @@ def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> No
 def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
     """(kind, culprit) where the file of an image record is not what the record says."""
     culprit = f"image {record['id']} ({record['file_name']})"
-    size, kind, remark = header_size(record["file_name"], images_dir)
+    size, kind, remark = size_or_problem(record["file_name"], images_dir)
     if size is None:
         return kind, culprit + remark
     width, height = size
@@ -219,21 +218,10 @@ def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
     return "sizes that disagree with the image (its EXIF orientation applied)", f"{culprit}: {sizes}"
 
 
-def check_pixels(image: Image.Image) -> None:
-    """Raise ValueError where the header claims more than MAX_PIXELS; Pillow itself refuses a third more."""
-    if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} px is more than the {MAX_PIXELS} px that are read")
-
-
-def header_size(file_name: str, images_dir: Path) -> tuple[tuple[int, int] | None, str, str]:
+def size_or_problem(file_name: str, images_dir: Path) -> tuple[tuple[int, int] | None, str, str]:
     """(width, height) of an image as displayed, without decoding; or None, the kind of problem, and a remark on it."""
     try:
-        with Image.open(image_path(images_dir, file_name)) as image:
-            check_pixels(image)
-            # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-            return (image.size[::-1] if orientation in (5, 6, 7, 8) else image.size), "", ""
+        return header_size(image_path(images_dir, file_name)), "", ""
     except DatasetError:
         return None, "file names that leave the image folder", " is a link to outside"
     except FileNotFoundError:

@@ -10,22 +10,15 @@ import sys
 from collections.abc import Callable
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data.checks import DatasetError, check_annotations, check_pixels, image_path
+from data.checks import DatasetError, check_annotations, image_path
 from data.splits import Split
-
-try:  # Deprecated since torchvision 0.29; where it is gone, Pillow gives the same pixels a seventh slower.
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
+from images import ImageError, load_image
 
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
@@ -165,7 +158,7 @@ class CocoDataset(torch.utils.data.Dataset):
         image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
         try:
             image = load_image(image_path(self.split.images, str(self._file_names[i])))
-        except DatasetError as error:
+        except (DatasetError, ImageError) as error:
             raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
         if image.shape[1:] != (height, width):
             raise DatasetError(
@@ -218,37 +211,6 @@ def _split_ignored(target: dict) -> dict:
         "labels": target["labels"][~ignored],
         "ignore": tv_tensors.wrap(boxes[ignored], like=boxes),
     }
-
-
-def load_image(path: Path) -> Tensor:
-    """RGB, uint8 (3, H, W), turned upright as its EXIF orientation says. Raises DatasetError naming the file.
-
-    It lies in memory as (H, W, 3), which torchvision resizes and flips fastest.
-    """
-    try:
-        with Image.open(path) as image:
-            check_pixels(image)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and decode_jpeg:
-                try:
-                    return decode_jpeg(torch.from_numpy(np.fromfile(path, np.uint8)), ImageReadMode.RGB)
-                except RuntimeError:
-                    pass  # Pillow says better what is wrong
-            return _decode(image if orientation == 1 else ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise DatasetError(f"there is no image file {path}") from error
-    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-        raise DatasetError(f"image file {path} cannot be read: {error}") from error
-
-
-def _decode(image: Image.Image) -> Tensor:
-    """RGB, uint8 (3, H, W), by Pillow."""
-    image.load()
-    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
-        raise ValueError("it has more than 8 bits a channel; save it with 8")
-    if "transparency" in image.info:  # a palette has to become RGBA on its way
-        image = image.convert("RGBA")
-    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import DatasetError, Problems, header_size, report
+from data.checks import DatasetError, Problems, report, size_or_problem
 
 BOXES = {"fbox": "person", "vbox": "person", "hbox": "head"}  # kind of box -> name of the one class
 CATEGORY_ID = 1
@@ -39,7 +39,7 @@ def read_crowdhuman(path: Path, images_dir: Path, box: str = "fbox", look_at_fil
     problems: Problems = defaultdict(list)
     lines = _read_lines(path, box, problems)
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(partial(header_size, images_dir=images_dir), [line.file_name for line in lines])
+        found = pool.map(partial(size_or_problem, images_dir=images_dir), [line.file_name for line in lines])
     images, annotations = [], []
     for line, (size, kind, remark) in zip(lines, found, strict=True):
         if size is None and look_at_files:

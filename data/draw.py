@@ -1,15 +1,21 @@
 """Pictures for people: boxes on images, and the curves of a training run."""
 
 import colorsys
+import math
 from pathlib import Path
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, save_image
 
 MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide them
+MIN_FONT_PX, FONT_SHARE = 12, 0.018  # of the geometric mean of an image's sides, so that it reads the same on a screen
+
+CAPTION_LINES = (-1, 0, 1, 2, 3, -2)  # below a box's upper edge, in order of preference
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -17,18 +23,53 @@ def class_color(label: int) -> tuple[int, int, int]:
 
 
 def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Tensor:
-    """uint8 (3, H, W) with true boxes (n, 4) in white and detections in a colour per class, with scores."""
+    """uint8 (3, H, W) with true boxes (n, 4) in white and detections in a colour per class, with name and score.
+
+    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged to it.
+    """
     scale = max(1.0, MIN_SIDE_PX / min(image.shape[-2:]))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
+    font_px = max(MIN_FONT_PX, round(FONT_SHARE * math.sqrt(picture.shape[1] * picture.shape[2])))
+    width = max(2, round(font_px / 6))
     if len(truth):
-        picture = draw_bounding_boxes(picture, truth * scale, colors="white", width=4)
+        picture = draw_bounding_boxes(picture, truth * scale, colors="white", width=2 * width)
     if len(found["labels"]):
-        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        labels, scores, boxes = found["labels"].tolist(), found["scores"].tolist(), found["boxes"].cpu() * scale
+        colors = [class_color(c) for c in labels]
+        worst_first = slice(None, None, -1)
+        picture = draw_bounding_boxes(picture, boxes.flip(0), colors=colors[worst_first], width=width)
         captions = [f"{class_names[c]} {s:.2f}" for c, s in zip(labels, scores, strict=True)]
-        picture = draw_bounding_boxes(
-            picture, found["boxes"].cpu() * scale, captions, [class_color(c) for c in labels], width=2
-        )
+        picture = draw_captions(picture, boxes.tolist(), captions, colors, font_px)
     return picture
+
+
+def draw_captions(
+    picture: Tensor, boxes: list[list[float]], captions: list[str], colors: list[tuple[int, int, int]], font_px: int
+) -> Tensor:
+    """Captions on a ground of the box's colour: above the box's upper edge or in lines below it, where the image and,
+    best first, other captions leave room; torchvision would put each on top of the object."""
+    canvas = to_pil_image(picture)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), font_px)
+    margin = max(2, font_px // 5)
+    height = sum(font.getmetrics()) + margin
+    placed = []
+    for (x1, y1, *_), caption in zip(boxes, captions, strict=True):
+        width = round(font.getlength(caption)) + 2 * margin
+        left = max(0, min(round(x1), canvas.width - width))
+        tops = (round(y1) + line * (height + 1) for line in CAPTION_LINES)
+        tops = [top for top in tops if 0 <= top <= canvas.height - height] or [0]
+        areas = [(left, top, left + width, top + height) for top in tops]
+        placed.append(next((a for a in areas if not any(overlap(a, other) for other in placed)), areas[0]))
+    for area, caption, color in list(zip(placed, captions, colors, strict=True))[::-1]:  # the best on top
+        draw.rectangle(area, fill=color)
+        brightness = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
+        draw.text((area[0] + margin, area[1]), caption, fill="black" if brightness > 110 else "white", font=font)
+    return pil_to_tensor(canvas)
+
+
+def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> None:
@@ -39,8 +80,6 @@ def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> 
 
 def draw_curves(log: list[dict], path: Path) -> None:
     """Loss terms, average precision and supplies over the steps, from the lines of log.jsonl."""
-    import matplotlib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

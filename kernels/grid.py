@@ -33,7 +33,7 @@ class PointGrid:
             raise ValueError(f"PointGrid needs one (rows, columns) per stride: {self.strides}, {self.sizes}")
         if any(s < 1 or h < 1 or w < 1 for s, (h, w) in zip(self.strides, self.sizes, strict=True)):
             raise ValueError(f"PointGrid: strides and sizes must be positive: {self.strides}, {self.sizes}")
-        if any(s * max(hw) > MAX_SIDE_PX for s, hw in zip(self.strides, self.sizes, strict=True)):
+        if any(s * n > MAX_SIDE_PX for s, hw in zip(self.strides, self.sizes, strict=True) for n in hw):
             raise ValueError(f"PointGrid: a level spans more than {MAX_SIDE_PX} px: {self.strides}, {self.sizes}")
 
     @classmethod

@@ -2,17 +2,20 @@
 
 from .backbone import BackboneError
 from .checkpoint import CheckpointError, previous_checkpoint, save_checkpoint, write_file, writing
-from .detector import Detector, DetectorConfig
-from .weights import WeightsError, init_weights, load_weights, read_metadata, save_weights
+from .detector import Detections, Detector, DetectorConfig
+from .weights import WeightsError, init_weights, load, load_weights, local_file, read_metadata, save_weights
 
 __all__ = [
     "BackboneError",
     "CheckpointError",
+    "Detections",
     "Detector",
     "DetectorConfig",
     "WeightsError",
     "init_weights",
+    "load",
     "load_weights",
+    "local_file",
     "previous_checkpoint",
     "read_metadata",
     "save_checkpoint",

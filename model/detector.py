@@ -1,17 +1,20 @@
 """The detector: FCOS on a timm backbone, trained with optimal transport assignment."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from images import ImageError, ImageLike, to_tensor
 from kernels import Assignment, OTAConfig, PointGrid
 
 from .assigners import NEITHER, STRATEGIES, assign, statistics_of
 from .backbone import STRIDES, Backbone
-from .batch import Batch, pack, pad_images
+from .batch import Batch, pack, pad_images, padded_side
 from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import postprocess
@@ -59,6 +62,15 @@ class DetectorConfig:
             raise ValueError(f"DetectorConfig.strategy is {self.strategy!r}, choose from {', '.join(STRATEGIES)}")
 
 
+class Detections(NamedTuple):
+    """What was found in one image, best first; tensors on the CPU."""
+
+    boxes: Tensor  # (n, 4) float32 x1 y1 x2 y2 px of the image as given, upright
+    scores: Tensor  # (n,) float32
+    labels: Tensor  # (n,) int64 in 0..C-1
+    names: list[str]  # n class names
+
+
 class Detector(nn.Module):
     """The contract of torchvision's detection models.
 
@@ -74,6 +86,9 @@ class Detector(nn.Module):
     In training a `Batch` on the detector's device may take the place of both lists. Under torch.autocast the network
     runs in the lower precision, the assignment and the losses in float32.
 
+    `predict` takes images of any kind and is all that a user of a trained detector needs. `class_names` and
+    `category_ids` are those of the annotation file, by label; load_weights sets them, a new detector has numbers.
+
     `last_assignment` keeps the labels of the latest training batch, and, where `measure_assignment` is set, which
     waits for the device, `last_statistics` what model.assigners.statistics_of says about it.
     """
@@ -81,6 +96,8 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
         super().__init__()
         self.config = config
+        self.class_names = [str(label) for label in range(config.num_classes)]
+        self.category_ids = list(range(config.num_classes))
         self.backbone = Backbone(config.backbone, config.channels, pretrained, config.frozen_norm)
         self.head = Head(config.channels, config.head_convs, config.num_classes, STRIDES)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
@@ -123,8 +140,9 @@ class Detector(nn.Module):
         return self.normalise(*(tensor.to(self.mean.device) for tensor in pad_images(images)))
 
     def predict_raw(self, batch: Tensor) -> tuple[Predictions, PointGrid]:
-        grid = PointGrid.for_image(tuple(batch.shape[-2:]), STRIDES)
-        return self.head(self.backbone(batch), points_of(grid, batch.device)), grid
+        features = self.backbone(batch)
+        grid = PointGrid(STRIDES, tuple(tuple(level.shape[-2:]) for level in features))
+        return self.head(features, points_of(grid, batch.device)), grid
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Predictions, Assignment]:
         """The loss terms, and what they were made of: a function that torch.compile can take whole."""
@@ -145,17 +163,62 @@ class Detector(nn.Module):
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
         return predictions.logits.detach(), predictions.boxes.detach(), *truth, grid
 
+    @overload
+    def predict(self, images: ImageLike, score: float = 0.0, batch_size: int = 8) -> Detections: ...
+
+    @overload
+    def predict(
+        self, images: list[ImageLike] | tuple[ImageLike, ...], score: float = 0.0, batch_size: int = 8
+    ) -> list[Detections]: ...
+
+    @torch.no_grad()
+    def predict(self, images, score=0.0, batch_size=8):
+        """Detections of at least `score` in an image, or, for a list or tuple, a list of them.
+
+        images: paths, PIL images, numpy arrays (H, W, 3) uint8, tensors (3, H, W), see images.to_tensor; RGB. A path or
+        PIL image with an EXIF orientation is turned upright, and boxes are in px of the upright image.
+        score: 0 gives all that the evaluation gets, which starts at `config.score_threshold`.
+        batch_size: images that are read at a time; those that pad to the same size go through the network together,
+        so that no detection depends on the images beside it.
+        Raises ImageError: an image cannot be read. Raises RuntimeError: the detector is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("the detector is in training mode, in which it predicts nothing; call eval() first")
+        if not isinstance(images, list | tuple):
+            return self.predict([images], score, batch_size)[0]
+        results = [None] * len(images)
+        for start in range(0, len(images), batch_size):
+            groups = defaultdict(list)
+            for i, image in enumerate(images[start : start + batch_size], start):
+                image = to_tensor(image)
+                try:
+                    resized = self.resize(image)
+                except RuntimeError as error:
+                    raise ImageError(
+                        f"an image of {image.shape[2]} x {image.shape[1]} px is too narrow: nothing of it is left once "
+                        f"its longest side has {self.config.image_size[1]} px"
+                    ) from error
+                groups[tuple(map(padded_side, resized.shape[1:]))].append((i, resized, tuple(image.shape[1:])))
+            for group in groups.values():
+                indices, resized, sizes = zip(*group, strict=True)
+                for i, found in zip(indices, self.detect_resized(resized, sizes), strict=True):
+                    kept = found["scores"] >= score
+                    boxes, scores, labels = (found[name][kept].cpu() for name in ("boxes", "scores", "labels"))
+                    results[i] = Detections(boxes, scores, labels, [self.class_names[c] for c in labels.tolist()])
+        return results
+
     def detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        resized = [self.resize(image) for image in images]
+        return self.detect_resized([self.resize(image) for image in images], [i.shape[-2:] for i in images])
+
+    def detect_resized(self, resized: list[Tensor], given: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Of images that have the size for inference; boxes in px of images of the (height, width) `given`."""
         predictions, grid = self.predict_raw(self.batch(resized))
         sizes = [tuple(image.shape[-2:]) for image in resized]
         c = self.config
         detections = postprocess(
             predictions, grid, sizes, c.score_threshold, c.topk_per_level, c.nms_iou, c.max_detections
         )
-        scales = [
-            (i.shape[2] / width, i.shape[1] / height) * 2 for i, (height, width) in zip(images, sizes, strict=True)
-        ]
+        scales = [(w / width, h / height) * 2 for (h, w), (height, width) in zip(given, sizes, strict=True)]
         scales = torch.tensor(scales).to(self.mean.device, non_blocking=True)
         for detection, scale in zip(detections, scales, strict=True):
             detection["boxes"] = detection["boxes"] * scale

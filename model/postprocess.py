@@ -123,15 +123,20 @@ def nms_per_group(
 ) -> Tensor:
     """Indices of the boxes (n, 4) that survive greedy NMS among those of their group, a class of an image.
 
-    Groups are moved apart, which in float32 would round coordinates to 0.1 px; float64 keeps them to 2^-20 px. Then all
-    boxes are looked at together, but on a CPU, where batched_nms takes one image after the other if there are many.
+    All boxes are looked at together, but on a CPU, where batched_nms takes one image after the other if there are many.
     Elsewhere n^2 bits are needed. A box with a NaN neither suppresses nor is suppressed.
     """
     device = boxes.device
     if device.type == "mps":  # has no float64
         boxes, scores, groups, image, extent_px = (x.cpu() for x in (boxes, scores, groups, image, extent_px))
-    boxes = boxes.masked_fill(boxes.isnan().any(1, keepdim=True), 0).double()  # no area: its IoU is 0, or NaN
-    apart, scores = boxes + (groups * (extent_px.double() + 1))[:, None], scores.double()
+    apart, scores = move_apart(boxes, groups, extent_px), scores.double()
     if apart.device.type == "cpu":
         return batched_nms(apart, scores, image, nms_iou).to(device)
     return nms(apart, scores, nms_iou)
+
+
+def move_apart(boxes: Tensor, groups: Tensor, extent_px: Tensor) -> Tensor:
+    """Boxes (n, 4) of different groups (n,) do not touch any more; float64, which keeps coordinates to 2^-20 px, where
+    float32 would round them to 0.1 px."""
+    boxes = boxes.masked_fill(boxes.isnan().any(1, keepdim=True), 0).double()  # no area: its IoU is 0, or NaN
+    return boxes + (groups * (extent_px.double() + 1))[:, None]

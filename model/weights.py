@@ -1,9 +1,10 @@
-"""One file for a trained detector: safetensors weights and a JSON string of metadata."""
+"""One file for a trained detector: safetensors weights and a JSON string of metadata; from the disk or the hub."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -14,6 +15,8 @@ from .checkpoint import write_file
 from .detector import Detector, DetectorConfig
 
 FORMAT = "ota-triton/1"
+HUB = "hf://"
+HUB_FILE = "ota.safetensors"
 
 
 class WeightsError(ValueError):
@@ -86,6 +89,35 @@ def _read(path: Path, with_tensors: bool = False) -> tuple[str, dict[str, torch.
     return header, tensors
 
 
+def load(weights: str | Path) -> Detector:
+    """A trained detector in evaluation mode, on the CPU, with its class names: all that `Detector.predict` needs.
+
+    weights: a file that train.py wrote, or `hf://user/repo`, `hf://user/repo/file` on the Hugging Face hub.
+    Raises WeightsError.
+    """
+    return load_weights(local_file(weights))[0]
+
+
+def local_file(weights: str | Path) -> Path:
+    """The path itself, or that of a file of the hub, which is downloaded unless it is in the hub's cache (HF_HOME).
+
+    Without a file name it is ota.safetensors. Raises WeightsError.
+    """
+    if not str(weights).startswith(HUB):
+        return Path(weights)
+    user, repo, file = (*str(weights).removeprefix(HUB).split("/", 2), "", "")[:3]
+    if not user or not repo:
+        raise WeightsError(f"{weights} is no name on the hub; wanted hf://user/repo or hf://user/repo/file")
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or HUB_FILE))
+    except Exception as error:  # of the network, the hub, the disk, the name
+        raise WeightsError(
+            f"{weights}: {file or HUB_FILE} cannot be had from the hub: {type(error).__name__}: {error}\n"
+            "Check the name and the connection (HF_TOKEN for a private repository), or download the file and name "
+            "its path."
+        ) from error
+
+
 def load_weights(path: Path) -> tuple[Detector, dict]:
     """The detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError."""
     path = Path(path)
@@ -108,4 +140,9 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
         detector.load_state_dict(tensors)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit the architecture that its own metadata name: {error}") from error
+    for name in ("class_names", "category_ids"):
+        values = metadata.get(name, getattr(detector, name))
+        if len(values) != detector.config.num_classes:
+            raise WeightsError(f"{path} has {len(values)} {name} for {detector.config.num_classes} classes")
+        setattr(detector, name, values)
     return detector.eval(), metadata

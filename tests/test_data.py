@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
+import data.coco
 import data.splits
+import images
 from benchmarks.decode import mean_difference, pipelines, write_jpegs
 from data import (
     CocoDataset,
@@ -34,11 +36,11 @@ from data import (
     eval_transform,
     find_splits,
     generate_shapes,
-    load_image,
     resized_size,
     train_transform,
 )
 from data.shapes import CROWD_OBJECTS, SPARSE_OBJECTS
+from images import load_image
 
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 LAYOUTS = {
@@ -243,7 +245,7 @@ def test_resized_pixels_are_those_of_the_plain_pipeline(tmp_path, shorter):
 def test_jpeg_needs_no_torchvision(tmp_path, monkeypatch):
     Image.effect_noise((131, 97), 80).convert("RGB").save(tmp_path / "a.jpg")
     image = load_image(tmp_path / "a.jpg")
-    monkeypatch.setattr(data.coco, "decode_jpeg", None)
+    monkeypatch.setattr(images, "decode_jpeg", None)
     assert image.stride() == (1, 3 * 131, 3) and torch.equal(load_image(tmp_path / "a.jpg"), image)
 
 

@@ -262,6 +262,6 @@ def test_batches_hold_one_padded_size_and_every_image_once(four_images):
     dataset.images = [
         {"height": h, "width": w} for h, w in ((480, 640), (640, 480), (481, 640), (480, 640), (100, 100))
     ]
-    batches = batches_of_one_size(dataset, (128, 213), 2)
+    batches = batches_of_one_size(dataset.images, (128, 213), 2)
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     assert sorted(map(len, batches)) == [1, 1, 1, 2]

@@ -1,0 +1,151 @@
+"""Write a trained detector as one file that runs without this repository.
+
+    python export.py --weights runs/shapes-.../ota.safetensors --format onnx --nms      (pip install -e ".[export]")
+    python export.py --weights hf://user/repo --format torch --out detector.pt2
+
+Inputs    images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, and H and W in
+          multiples of 32 from 160 to 16384 px
+          sizes (B, 2) int64: height and width of every image in its slot, px
+Outputs   boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that
+          are no detection come last, with score 0, label -1 and a box of zeros
+
+With --nms these are the detector's detections; without, its candidates, to be suppressed by the caller. Normalisation
+is inside; resizing is not, for decoders and resizers belong to where the file runs. The file's metadata (ONNX:
+metadata_props; .pt2: the extra file ota.json) have class_names, category_ids, image_size, preprocessing, nms and the
+thresholds, as JSON.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from kernels.grid import MAX_SIDE_PX
+from model import BackboneError, Detector, WeightsError, load, local_file, write_file
+from model.batch import SIZE_DIVISOR
+from model.exported import ExportedDetector, suppressed
+from run.settings import SettingsError
+
+SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
+ONNX_PACKAGES = ("onnx", "onnxscript")
+OPSET = 18
+MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
+PREPROCESSING = (
+    "RGB, upright, uint8 0..255. Resize with antialiased bilinear interpolation until the shorter side is "
+    "image_size[0], or, where the longer side would exceed it, until that is image_size[1]. Put the image into the "
+    "upper left corner of a slot whose sides are multiples of 32 px, at least 160. Divide boxes by the factors of the "
+    "resizing."
+)
+
+# One node for torch, so that ONNX can have its own operator in its place.
+suppress_op = torch.library.custom_op("ota_triton::suppressed", suppressed, mutates_args=())
+suppress_op.register_fake(lambda boxes, scores, *_: torch.empty_like(scores))
+
+
+class ExportError(RuntimeError):
+    """torch cannot export this network."""
+
+
+def export_program(detector: Detector, suppress=None) -> ExportedProgram:
+    """The graph for any batch and size. `suppress`: see ExportedDetector. Raises ExportError."""
+    # Two images and two sides that differ: torch would take equal numbers, and 1, for the same or for constants.
+    images = torch.zeros(2, 3, 5 * SIZE_DIVISOR, 7 * SIZE_DIVISOR, dtype=torch.uint8)
+    sizes = torch.tensor([images.shape[-2:]] * 2)
+    batch = Dim("batch")
+    height, width = (Dim(n, min=MIN_SIDE_PX // SIZE_DIVISOR, max=MAX_SIDE_PX // SIZE_DIVISOR) for n in ("h", "w"))
+    shapes = {0: batch, 2: SIZE_DIVISOR * height, 3: SIZE_DIVISOR * width}, {0: batch}
+    network = ExportedDetector(detector, suppress).eval()
+    try:
+        with torch.no_grad():
+            return torch.export.export(network, (images, sizes), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # what a backbone does to symbolic sizes can fail in any way
+        raise ExportError(f"torch cannot export {detector.config.backbone} for images of any size: {error}") from error
+
+
+def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, max_detections: int):
+    """`suppressed` by ONNX's operator, which wants scores (B, C, K): a candidate has one in the row of its class."""
+    from onnxscript import opset18 as op
+
+    classes = op.Constant(value_ints=list(range(num_classes)))
+    of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))
+    table = op.Where(of_class, op.Unsqueeze(scores, [1]), 0.0)
+    kept = op.NonMaxSuppression(boxes, table, [max_detections], [nms_iou], [0.0])  # rows of image, class, candidate
+    place = op.Gather(kept, [0, 2], axis=1)
+    return op.ScatterND(op.Mul(scores, 0.0), place, op.GatherND(scores, place))
+
+
+def onnx_stable_sort(x, stable=None, dim: int = -1, descending: bool = False):
+    """torch.onnx has no translation; TopK is stable by its definition."""
+    from onnxscript import opset18 as op
+
+    return op.TopK(x, op.Shape(x, start=dim, end=dim + 1), axis=dim, largest=descending, sorted=1)
+
+
+def metadata_of(detector: Detector, nms: bool) -> dict[str, str]:
+    c = detector.config
+    values = {
+        "class_names": detector.class_names, "category_ids": detector.category_ids, "image_size": c.image_size,
+        "preprocessing": PREPROCESSING, "nms": nms, "score_threshold": c.score_threshold, "nms_iou": c.nms_iou,
+        "max_detections": c.max_detections,
+    }  # fmt: skip
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def export_onnx(detector: Detector, nms: bool) -> bytes:
+    """Raises SettingsError: packages are missing. Raises ExportError."""
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
+    translations = {
+        torch.ops.ota_triton.suppressed.default: onnx_suppressed,
+        torch.ops.aten.sort.stable: onnx_stable_sort,
+    }
+    program = torch.onnx.export(
+        export_program(detector, suppress_op if nms else None), dynamo=True, opset_version=OPSET, verbose=False,
+        input_names=INPUTS, output_names=OUTPUTS, custom_translation_table=translations,
+    )  # fmt: skip
+    program.model.metadata_props.update(metadata_of(detector, nms))
+    return program.model_proto.SerializeToString()
+
+
+def export_torch(detector: Detector, nms: bool) -> bytes:
+    """What torch.export.load reads; with NMS it needs `import torchvision` before. Raises ExportError."""
+    buffer = io.BytesIO()
+    files = {"ota.json": json.dumps({n: json.loads(v) for n, v in metadata_of(detector, nms).items()})}
+    torch.export.save(export_program(detector, suppressed if nms else None), buffer, extra_files=files)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
+    parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="torch: a .pt2 of torch.export")
+    parser.add_argument("--nms", action="store_true", help="suppress in the graph: detections come out, not candidates")
+    parser.add_argument("--out", type=Path, help="default: beside the weights, or here for weights of the hub")
+    args = parser.parse_args()
+
+    weights = local_file(args.weights)
+    detector = load(weights)
+    folder = weights.parent if weights == Path(args.weights) else Path()
+    out = args.out or folder / (weights.stem + SUFFIX[args.format])
+    data = (export_onnx if args.format == "onnx" else export_torch)(detector, args.nms)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, data)
+    except OSError as error:
+        raise SettingsError(f"cannot write {out}: {error}; name another file with --out") from error
+    size = f"{len(data) / 2**20:.1f} MiB, {len(detector.class_names)} classes"
+    print(f"wrote {out}: {size}, {'detections' if args.nms else 'candidates, without NMS'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (SettingsError, WeightsError, BackboneError, ExportError) as error:
+        sys.exit(f"export.py: {error}")
