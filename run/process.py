@@ -1,5 +1,7 @@
 """Devices, ranks and signals."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +15,13 @@ from .settings import SettingsError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the last says most: torchrun follows a SIGINT by SIGTERM
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
+
+
+def end_children() -> None:
+    """At exit: loader processes ignore the SIGTERM that Python ends them with, and would be waited for, for ever, after
+    an exception whose traceback keeps their loader alive."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def store_of_this_start() -> tuple[dist.Store, int, int]:
@@ -37,6 +46,7 @@ def store_of_this_start() -> tuple[dist.Store, int, int]:
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
     """Device, rank and world size; starts the process group when torchrun has set one up."""
+    atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -431,3 +431,25 @@ def test_compiled_network_learns_like_the_eager_one(shapes, tmp_path):
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         losses[name] = [line["loss"] for line in lines if "loss" in line]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.02)
+
+
+LOADER_SCRIPT = """
+from torch.utils.data import DataLoader
+from run.process import ignore_interrupts, setup_distributed
+
+def main():
+    setup_distributed("cpu")
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_interrupts))
+    next(batches)
+    raise RuntimeError("not foreseen")
+
+main()
+"""
+
+
+def test_error_that_nobody_foresaw_ends_the_loader_processes_too():
+    """They ignore signals, and Python would wait for them."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADER_SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "RuntimeError: not foreseen" in result.stderr
