@@ -30,17 +30,15 @@ from model.assigners import STRATEGIES, assign_and_ambiguous
 
 CROWDED_IOU = 0.3
 FLAGS = {field: f"--{field.replace('_', '-')}" for field in OTAConfig.__dataclass_fields__}
+PAPER = "ota:top_q=20,per_q=1"
 STUDIES = {
     "strategies": STRATEGIES,
-    "radius": ("ota:radius=3", "ota:radius=5", "ota:radius=7", "ota:radius=9", "ota:center_prior=none"),
-    "fixed-k": ("ota:fixed_k=1", "ota:fixed_k=5", "ota:fixed_k=10", "ota:fixed_k=20", "ota"),
-    "alpha": ("ota:alpha=0.5", "ota:alpha=1", "ota:alpha=1.5", "ota:alpha=3", "ota:alpha=6"),
-    "eps": ("ota:eps=1", "ota:eps=0.1", "ota:eps=0.01,iterations=500"),
-    "iterations": ("ota:iterations=1", "ota:iterations=10", "ota:iterations=50", "ota:iterations=200"),
-    "top-q": (
-        "ota:radius=5,top_q=20", "ota:radius=5,top_q=10", "ota:radius=3,top_q=10", "ota:radius=5,top_q=20,per_q=2",
-        "ota:radius=5,top_q=20,per_q=3", "ota:radius=5,top_q=20,per_q=4",
-    ),
+    "radius": (*(f"{PAPER},radius={r}" for r in (3, 5, 7, 9)), f"{PAPER},center_prior=none"),
+    "fixed-k": (*(f"{PAPER},fixed_k={k}" for k in (1, 5, 10, 20)), PAPER),
+    "per-q": tuple(f"ota:top_q=20,per_q={n}" for n in (1, 2, 3, 4, 6)),
+    "alpha": tuple(f"{PAPER},alpha={alpha}" for alpha in (0.5, 1, 1.5, 3, 6)),
+    "eps": (f"{PAPER},eps=1", f"{PAPER},eps=0.1", f"{PAPER},eps=0.01,iterations=500"),
+    "iterations": tuple(f"{PAPER},iterations={n}" for n in (1, 10, 50, 200)),
 }  # fmt: skip
 COLUMNS = {
     "AP": "AP", "AP50": "AP50", "AP75": "AP75", "APs": "AP small", "APm": "AP medium", "APl": "AP large",

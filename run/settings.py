@@ -22,10 +22,12 @@ CROWDHUMAN = COCO | {  # the paper's, too; an image has up to 400 people
 OWN = COCO | {
     "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
     "weight_decay": 0.05, "schedule": "cosine", "warmup": 200,
+    "per_q": 3,  # docs/assignment.md, "What the supply should follow"
 }  # fmt: skip
 SHAPES = OWN | {
     "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
     "epochs": 14, "batch_size": 8, "lr": 4e-3, "warmup": 100, "eval_every": 7, "radius": 3, "top_q": 10,
+    "per_q": 1,
 }  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
@@ -91,7 +93,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--ema", type=float, metavar="DECAY",
                        help="evaluate and save a moving average of the weights; 0.9998, say")  # fmt: skip
     group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("assignment (defaults: the paper's; small images want --radius 3 --top-q 10)")
+    group = parser.add_argument_group("assignment (defaults: the paper's, and --per-q 3 for data of your own)")
     group.add_argument("--assigner", choices=STRATEGIES, default="ota", help="strategy; the flags below are for ota")
     group.add_argument("--center-prior", choices=CENTER_PRIORS)
     group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
