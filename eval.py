@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, crowd_metrics, eval_transform, find_splits, resized_size
 from data.crowdhuman import BOXES
-from model import BackboneError, Detector, WeightsError, load_weights
+from model import BackboneError, Detector, WeightsError, load_weights, local_file
 from model.batch import padded_side
 from run.process import ignore_interrupts, setup_distributed
 from run.settings import SettingsError, not_negative, positive
@@ -194,10 +194,10 @@ def describe(dataset: CocoDataset) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="file written by train.py")
+    parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
-    parser.add_argument("--out", type=Path, help="folder to write to; default: the weights', or eval-<data> in it")
+    parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
@@ -207,21 +207,25 @@ def main() -> None:
     if args.fast_eval:
         faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
-    detector, metadata = load_weights(args.weights)
+    weights = local_file(args.weights)
+    detector, metadata = load_weights(weights)
     box = args.box or metadata.get("box")
     dataset = evaluation_dataset(args.data or metadata["data"], detector.config.image_size, box=box)
     if args.box and not dataset.split.is_crowdhuman:
         raise SettingsError(f"--box {args.box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
-    differences = class_differences(metadata | {"source": args.weights}, dataset)
+    differences = class_differences(metadata | {"source": weights}, dataset)
     if differences:
         raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
     if rank == 0:
         print_table(metrics)
-        out = args.out or args.weights.parent / (f"eval-{Path(args.data).resolve().name}" if args.data else "")
+        of = [Path(args.data).resolve().name] if args.data else []
+        of += [args.box] if args.box else []
+        here = weights.parent if weights == Path(args.weights) else Path()  # for weights of the hub
+        out = args.out or here / ("-".join(["eval", *of]) if of or weights != Path(args.weights) else "")
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
-        record = {"weights": str(args.weights), "data": str(dataset.split.annotations), "images": len(dataset)}
+        record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
         (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
     if world > 1:

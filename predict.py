@@ -11,6 +11,7 @@ named, the others come out, and the exit status is 1.
 
 import argparse
 import glob
+import itertools
 import json
 import os
 import sys
@@ -38,6 +39,11 @@ JPEG_QUALITY = 92
 THREADS = min(8, os.cpu_count() or 1)
 
 
+def whole(path: Path) -> Path:
+    """Absolute, without `..`; links stay."""
+    return Path(os.path.normpath(path.absolute()))
+
+
 def find_images(inputs: list[str]) -> list[Path]:
     """Files as they are named, of folders and globs the images, sorted; each file once.
 
@@ -56,7 +62,7 @@ def find_images(inputs: list[str]) -> list[Path]:
             found.append(path)
     once = {}
     for path in found:
-        once.setdefault(path.absolute(), path)
+        once.setdefault(whole(path), path)
     found = list(once.values())
     if not found:
         raise SettingsError(
@@ -68,15 +74,18 @@ def find_images(inputs: list[str]) -> list[Path]:
 def picture_paths(images: list[Path], out: Path) -> list[Path]:
     """Where the picture of every image goes, no two to the same place: its own name in `out`, or, where several images
     share that, below `out` as below the folder that these have in common. A kind of file that is not written, such as
-    GIF, becomes a PNG. Raises SettingsError: a picture would take the place of an image."""
+    GIF, becomes a PNG; one that has still no place of its own gets a number. Raises SettingsError: a picture would take
+    the place of an image."""
     names = [p.name if p.suffix.lower() in SUFFIXES else f"{p.name}.png" for p in images]
     sharing = defaultdict(list)
     for image, name in zip(images, names, strict=True):
-        sharing[name.lower()].append(image.absolute().parent)
-    pictures = []
+        sharing[name.lower()].append(whole(image).parent)
+    pictures: list[Path] = []
     for image, name in zip(images, names, strict=True):
-        parent, parents = image.absolute().parent, sharing[name.lower()]
-        pictures.append(out / (parent.relative_to(os.path.commonpath(parents)) if len(parents) > 1 else "") / name)
+        parent, parents = whole(image).parent, sharing[name.lower()]
+        folder = out / (parent.relative_to(os.path.commonpath(parents)) if len(parents) > 1 else "")
+        numbered = (f"{n}-{name}" if n else name for n in itertools.count())
+        pictures.append(next(folder / name for name in numbered if folder / name not in pictures))
     taken = {path.resolve() for path in images} & {path.resolve() for path in pictures}
     if taken:
         raise SettingsError(f"the picture of {min(taken)} would overwrite it; name another folder with --out")
@@ -141,9 +150,9 @@ def predict(
                 if isinstance(error, ImageError):
                     failed[record["path"]] = str(error)
                     bar.write(str(error), file=sys.stderr)
-            whole = [(record, image) for record, image in batch if isinstance(image, Tensor)]
-            detections = detector.predict([image for _, image in whole], score, batch_size)
-            for (record, image), found in zip(whole, detections, strict=True):
+            read = [(record, image) for record, image in batch if isinstance(image, Tensor)]
+            detections = detector.predict([image for _, image in read], score, batch_size)
+            for (record, image), found in zip(read, detections, strict=True):
                 names = {"file_name": str(record["path"])}
                 rows = coco_results(record["id"], *found[:3], detector.category_ids)
                 results += [row | names | {"category_name": n} for row, n in zip(rows, found.names, strict=True)]
@@ -162,6 +171,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
+    if not 0 <= args.score <= 1:
+        parser.error(f"--score is between 0 and 1, not {args.score}")
 
     paths = find_images(args.images)
     out = args.out or Path("runs") / f"predict-{time.strftime('%Y%m%d-%H%M%S')}"

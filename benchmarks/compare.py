@@ -6,11 +6,12 @@
 Each contestant is a name of --assigner, or ota with settings: ota:radius=3,top_q=10. Every run is one of train.py with
 the flags after `--`, in a folder of its own in --out; a command that is started again leaves out what is complete.
 Writes compare.json and compare.png: AP, AP50, AP75, AP by size, AP of the crowded images (those with an object that
-another one overlaps with an IoU of more than 0.3), positives per object, ambiguous points per image, and seconds; mean
-and spread (standard deviation) over the seeds.
+another one overlaps with an IoU of more than 0.3), positives per object, ambiguous points per image, and seconds of the
+run's last process, with whatever ran beside it; mean and spread (standard deviation) over the seeds.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -111,7 +112,9 @@ def measure(folder: Path, device: torch.device) -> dict[str, float]:
     truth, crowded = dict(predictor.dataset.annotations), crowded_images(predictor.dataset.annotations)
     row = {name: metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     row |= assignment_of(predictor)
-    row |= {"crowded_images": len(crowded), "seconds": metrics["total_s"], "AP_crowded": -1.0}
+    row |= {"crowded_images": len(crowded), "seconds": metrics.get("total_s", -1), "AP_crowded": -1.0}
+    if predictor.detector.config.strategy == "ota":
+        row["settings"] = dataclasses.asdict(predictor.detector.config.assigner)
     if crowded:
         _, results = evaluate(predictor.detector.to(device), predictor.dataset, device)
         for name, key in (("images", "id"), ("annotations", "image_id")):
@@ -128,7 +131,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def print_table(table: dict[str, dict[str, list[float]]]) -> None:
-    """Markdown; a column that is the same for all, or has no boxes, is left out."""
+    """Markdown; a column without boxes is left out."""
     shown = [name for name in COLUMNS if any(row[name][0] >= 0 for row in table.values())]
     print(f"| | {' | '.join(COLUMNS[name] for name in shown)} |\n|---|{'---|' * len(shown)}")
     for contestant, row in table.items():

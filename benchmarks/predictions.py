@@ -23,7 +23,7 @@ class Predictor:
     def __init__(self, weights: Path, data: str | None = None):
         self.detector, metadata = load_weights(weights)
         self.data = data or metadata["data"]
-        self.dataset = evaluation_dataset(self.data, self.detector.config.image_size)
+        self.dataset = evaluation_dataset(self.data, self.detector.config.image_size, box=metadata.get("box"))
         differences = class_differences(metadata | {"source": weights}, self.dataset)
         if differences:
             raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")

@@ -9,19 +9,22 @@ from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, genera
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
     parser.add_argument("root", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--crowded-share", type=float, default=CROWDED_SHARE)
+    parser.add_argument("--crowded-share", type=float, default=CROWDED_SHARE, help="of the images, 0 to 1")
     parser.add_argument("--one-class", action="store_true", help="every shape is of the class shape")
     parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
-    parser.add_argument("--size", type=int, default=SIZE_PX, metavar="PX")
+    parser.add_argument("--size", type=int, default=SIZE_PX, metavar="PX", help="side of an image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.root.exists():
-        parser.error(f"{args.root} exists")
+        parser.error(f"{args.root} exists; name another folder")
+    if not 0 <= args.crowded_share <= 1 or args.size < 32 or min(args.train_images, args.val_images) < 1:
+        parser.error("--crowded-share lies between 0 and 1, --size is 32 px at least, and each part has an image")
     generate_shapes(
         args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,
         crowded_share=args.crowded_share, one_class=args.one_class,
     )  # fmt: skip
+    print(f"wrote {args.root}; python train.py --data {args.root}")
 
 
 if __name__ == "__main__":

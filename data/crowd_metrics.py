@@ -144,12 +144,15 @@ def matching_sizes(edges: np.ndarray) -> np.ndarray:
     Augmenting paths, found breadth first, from one detection after the other: where there is none at its turn, there
     is none later.
     """
-    neighbours = [np.flatnonzero(row).tolist() for row in edges]
+    places, boxes = np.nonzero(edges)
+    neighbours = [row.tolist() for row in np.split(boxes, np.searchsorted(places, np.arange(1, len(edges))))]
     sizes = np.zeros(len(edges) + 1, np.int64)
     owner: dict[int, int] = {}  # real box -> its detection
     owned: dict[int, int] = {}
     for new in range(len(edges)):
         sizes[new + 1] = sizes[new]
+        if not neighbours[new]:
+            continue
         reached: dict[int, int] = {}  # real box -> the detection that it was reached from
         queue = [new]
         for detection in queue:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_i
 from torchvision.utils import draw_bounding_boxes, save_image
 
 MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide them
+MAX_ENLARGED_PX = 4000  # but not beyond this, for a long thin one
 MIN_FONT_PX, FONT_SHARE = 12, 0.018  # of the geometric mean of an image's sides, so that it reads the same on a screen
 
 CAPTION_LINES = (-1, 0, 1, 2, 3, -2)  # below a box's upper edge, in order of preference
@@ -25,9 +26,9 @@ def class_color(label: int) -> tuple[int, int, int]:
 def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Tensor:
     """uint8 (3, H, W) with true boxes (n, 4) in white and detections in a colour per class, with name and score.
 
-    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged to it.
+    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged.
     """
-    scale = max(1.0, MIN_SIDE_PX / min(image.shape[-2:]))
+    scale = max(1.0, min(MIN_SIDE_PX / min(image.shape[-2:]), MAX_ENLARGED_PX / max(image.shape[-2:])))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
     font_px = max(MIN_FONT_PX, round(FONT_SHARE * math.sqrt(picture.shape[1] * picture.shape[2])))
     width = max(2, round(font_px / 6))

@@ -66,9 +66,20 @@ def _root(data: str) -> Path:
     return named.get(data, Path(data).expanduser())
 
 
+def _halves(root: Path, box: str) -> tuple[Split | None, Split | None]:
+    found = [
+        tuple(
+            Split(name, root / annotations, root / images, box) if (root / annotations).is_file() else None
+            for name, (annotations, images) in zip(("train", "val"), layout, strict=True)
+        )
+        for layout in LAYOUTS
+    ]
+    return next(filter(all, found), None) or next(filter(any, found), (None, None))
+
+
 def is_crowdhuman(data: str) -> bool:
     """Whether `data`, as in `find_splits`, means the data set CrowdHuman or a folder in its form."""
-    return data == "crowdhuman" or any((_root(data) / f"annotation_{half}.odgt").is_file() for half in ("train", "val"))
+    return data == "crowdhuman" or any(split and split.is_crowdhuman for split in _halves(_root(data), "fbox"))
 
 
 def find_splits(data: str, box: str = "fbox") -> tuple[Split | None, Split | None]:
@@ -83,17 +94,10 @@ def find_splits(data: str, box: str = "fbox") -> tuple[Split | None, Split | Non
     if data == "shapes" and not root.is_dir():
         print(f"generating the shapes data set in {root}: some seconds, once")
         generate_shapes(root)
-    found = [
-        tuple(
-            Split(name, root / annotations, root / images, box) if (root / annotations).is_file() else None
-            for name, (annotations, images) in zip(("train", "val"), layout, strict=True)
-        )
-        for layout in LAYOUTS
-    ]
-    for enough in (all, any):
-        for splits in filter(enough, found):
-            return splits
-    raise DatasetError(_missing_message(data, root.absolute()))
+    halves = _halves(root, box)
+    if not any(halves):
+        raise DatasetError(_missing_message(data, root.absolute()))
+    return halves
 
 
 def _missing_message(data: str, root: Path) -> str:

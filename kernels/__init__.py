@@ -6,9 +6,9 @@ from .assign import ota_assign
 from .config import Assignment, OTAConfig
 from .grid import PointGrid
 from .losses import box_loss, focal_loss
-from .statistics import ambiguous_points, assignment_statistics
+from .statistics import assignment_statistics
 
 __all__ = [
-    "Assignment", "OTAConfig", "PointGrid", "ambiguous_points", "assignment_statistics", "box_loss", "focal_loss",
+    "Assignment", "OTAConfig", "PointGrid", "assignment_statistics", "box_loss", "focal_loss",
     "ota_assign",
 ]  # fmt: skip

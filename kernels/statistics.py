@@ -52,22 +52,3 @@ def assignment_statistics(
         "ambiguous": (largest < AMBIGUOUS_SHARE * received).sum().float() / num_points,
         "residual": (received - 1).abs().sum().float() / num_points,
     }
-
-
-@torch.no_grad()
-def ambiguous_points(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> Tensor:
-    """(B, N) bool, of the inputs of `ota_assign`: points whose largest supplier sends less than 0.9 of what they
-    receive (paper, section 4.2). Waits for a GPU."""
-    _, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
-    received, largest = units_received(plan)
-    ambiguous = torch.zeros(logits.shape[:2], dtype=torch.bool, device=boxes.device)
-    ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
-    return ambiguous

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 from data import is_crowdhuman
@@ -10,6 +11,7 @@ from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from model import DetectorConfig
 from model.assigners import STRATEGIES
+from model.assigners.hungarian import NO_SCIPY
 
 COCO = {  # the paper's (section 4.1)
     "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
@@ -125,6 +127,8 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
     args = parser.parse_args()
 
+    if args.assigner == "hungarian" and importlib.util.find_spec("scipy") is None:
+        parser.error(NO_SCIPY)
     if args.assigner != "ota":
         given = [field.name for field in dataclasses.fields(OTAConfig) if getattr(args, field.name) is not None]
         if given:

@@ -100,9 +100,7 @@ def test_row_is_ignored(name, strategy):
 def test_tiny_box(strategy):
     """Between four points: some strategies keep one for it, none fails."""
     match = labels_of(strategy, scene_of([[45.5, 45.5, 46.5, 46.5]]))
-    kept = {"ota": 1, "simota": 1, "hungarian": 1, "fcos": 0, "atss": 0, "tal": 0, "paa": 0}
-    kept["retinanet"] = 64  # all anchors that hold it fit it equally well
-    assert (match.gt_index >= 0).sum() == kept[strategy]
+    assert (match.gt_index >= 0).sum() == (strategy in ("ota", "simota", "hungarian"))
 
 
 @pytest.mark.parametrize("part", ["logits", "boxes"])
@@ -150,6 +148,20 @@ def test_image_alone_is_image_in_a_batch(strategy):
         gt_index = match.gt_index[b : b + 1]
         gt_index = torch.where(gt_index >= 0, gt_index - first, gt_index)
         assert_equal(labels_of(strategy, alone), Assignment(gt_index, match.iou[b : b + 1], match.k[first:end]))
+
+
+def test_padding_of_the_batch_changes_nothing(strategy):
+    """An image beside a wider one: the points that are added predict nothing finite here."""
+    scene, wide = make_scene(GRID, (6,), C), PointGrid.for_image((104, 264), (8, 16, 32))
+    columns = torch.cat([
+        (torch.arange(h)[:, None] * ww + torch.arange(w) + offset).flatten()
+        for (h, w), (_, ww), offset in zip(GRID.sizes, wide.sizes, wide.level_offsets[:-1], strict=True)
+    ])  # fmt: skip
+    logits = torch.full((1, wide.num_points, C), math.nan)
+    boxes = torch.full((1, wide.num_points, 4), math.nan)
+    logits[:, columns], boxes[:, columns] = scene.logits, scene.boxes
+    match = labels_of(strategy, scene._replace(logits=logits, boxes=boxes, grid=wide))
+    assert torch.equal(match.gt_index[:, columns], labels_of(strategy, scene).gt_index)
 
 
 def test_permuted_boxes_give_the_permuted_result(strategy):
@@ -266,8 +278,8 @@ class Literal:
     def retinanet(self) -> list[set[int]]:
         claims = []
         for i in self.objects:
-            iou = [iou_of(self.gts[i], self.anchor(j)) for j in range(N)]
-            claims.append({j for j in range(N) if iou[j] >= 0.5 or (abs(iou[j] - max(iou)) < 1e-6 and max(iou) > 0)})
+            iou = {j: iou_of(self.gts[i], self.anchor(j)) for j in range(N) if min(self.sides(i, j)) > 0.01}
+            claims.append({j for j in iou if iou[j] >= 0.5 or abs(iou[j] - max(iou.values())) < 1e-6})
         return claims
 
     def atss(self) -> list[set[int]]:
@@ -301,9 +313,9 @@ class Literal:
     def tal(self) -> list[set[int]]:
         claims = []
         for i in self.objects:
-            metric = {j: self.score(i, j) * iou_of(self.gts[i], self.boxes[j]) ** 6
-                      for j in range(N) if min(self.sides(i, j)) > 0.01}  # fmt: skip
-            claims.append({j for j in sorted(metric, key=metric.get)[-13:] if metric[j] > 0})
+            metric = {j: self.score(i, j) * iou_of(self.gts[i], self.boxes[j]) ** 6 for j in range(N)}
+            best = sorted(metric, key=metric.get)[-13:]
+            claims.append({j for j in best if metric[j] > 0 and min(self.sides(i, j)) > 0.01})
         return claims
 
     def paa(self) -> list[set[int]]:
@@ -311,15 +323,18 @@ class Literal:
         anchor_iou = [[iou_of(self.gts[i], self.anchor(j)) for j in range(N)] for i in self.objects]
         for i in self.objects:
             loss = {}
-            for j in range(N):
+            inside = [j for j in range(N) if min(self.sides(i, j)) > 0.01]
+            best = max((anchor_iou[i][j] for j in inside), default=0)
+            for j in inside:
                 column = [anchor_iou[o][j] for o in self.objects]
-                if column[i] >= 0.1 and column.index(max(column)) == i:
+                good = column[i] >= 0.1 or abs(column[i] - best) < 1e-6
+                if good and column.index(max(column)) == i:
                     focal = 0.0
                     for c in range(C):
                         p = float(self.logits[j, c].sigmoid())
                         own = c == self.labels[i]
                         focal -= 0.25 * (1 - p) ** 2 * math.log(p) if own else 0.75 * p**2 * math.log(1 - p)
-                    loss[j] = focal + 1.3 * (1 - giou_of(self.gts[i], self.boxes[j]))
+                    loss[j] = focal + (1 - giou_of(self.gts[i], self.boxes[j]))
             candidates = []
             for level in self.levels:
                 candidates += sorted((j for j in level if j in loss), key=loss.get)[:9]
@@ -391,14 +406,14 @@ def test_hungarian_match_is_the_cheapest_of_all():
     grid = PointGrid((32,), ((2, 3),))
     scene = make_scene(grid, (3,), C, seed=5, size_px=(20, 60))
     match = assign("hungarian", *scene, config=OTAConfig())
-    side = torch.tensor([96.0, 64.0])
 
     def cost(i: int, j: int) -> float:
         gt, box = scene.gt_boxes[i], scene.boxes[0, j]
         p = float(scene.logits[0, j, scene.gt_labels[i]].sigmoid())
         focal = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)
-        a, b = (torch.cat([(x[:2] + x[2:]) / 2 / side, (x[2:] - x[:2]) / side]) for x in (gt, box))
-        return 2 * focal + 5 * float((a - b).abs().sum()) - 2 * giou_of(gt.double(), box.double())
+        a, b = (torch.cat([(x[:2] + x[2:]) / 2, x[2:] - x[:2]]) for x in (gt, box))
+        l1 = float((a - b).abs().sum() / (gt[2:] - gt[:2]).max())
+        return 2 * focal + 5 * l1 - 2 * giou_of(gt.double(), box.double())
 
     best = min(itertools.permutations(range(6), 3), key=lambda js: sum(cost(i, j) for i, j in enumerate(js)))
     found = [int((match.gt_index[0] == i).nonzero()[0, 0]) for i in range(3)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -260,6 +261,25 @@ def test_files_of_the_same_name_do_not_overwrite_one_another(tmp_path):
     assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == wanted
     with pytest.raises(SettingsError, match=r"b\.jpg would overwrite it"):
         picture_paths([tmp_path / "b.jpg"], tmp_path)
+
+
+def test_pictures_stay_below_out(tmp_path, monkeypatch):
+    """However the images are named; each gets a place of its own."""
+    for name in ("here/a.png", "there/a.png", "here/b.gif", "here/b.gif.png"):
+        photo(tmp_path / name)
+    monkeypatch.chdir(tmp_path / "here")
+    found = predict_script.find_images(["a.png", "../there/a.png", "../here/a.png", "b.gif", "b.gif.png"])
+    assert len(found) == 4
+    pictures = predict_script.picture_paths(found, Path("out"))
+    wanted = ["out/here/a.png", "out/there/a.png", "out/b.gif.png", "out/1-b.gif.png"]
+    assert [str(path) for path in pictures] == wanted
+
+
+def test_long_thin_image_has_a_picture_that_can_be_written(weights, tmp_path, monkeypatch):
+    photo(tmp_path / "in" / "thin.jpg", (4000, 60))
+    run(monkeypatch, "--weights", weights, tmp_path / "in", "--out", tmp_path / "out")
+    with Image.open(tmp_path / "out" / "thin.jpg") as picture:
+        assert picture.width == 4000
 
 
 @pytest.mark.parametrize("size", [(40, 30), (500, 400), (3000, 2000)], ids=["small", "middle", "large"])

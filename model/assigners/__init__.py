@@ -16,7 +16,9 @@ to be read and compared: image by image, dense (m, N), and the host may wait for
 import torch
 from torch import Tensor
 
-from kernels import Assignment, OTAConfig, PointGrid, ambiguous_points, assignment_statistics, ota_assign
+from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels.assign_torch import solve
+from kernels.statistics import AMBIGUOUS_SHARE, units_received
 
 from .atss import atss_claims
 from .claims import NEITHER, assign_claims
@@ -48,11 +50,15 @@ def assign(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> Ass
 
 @torch.no_grad()
 def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> tuple[Assignment, Tensor]:
-    """`assign`, and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, that receive less
-    than 0.9 of what they receive from one supplier (paper, section 4.2)."""
-    if strategy == "ota":
-        return ota_assign(*inputs, config), ambiguous_points(*inputs, config)
-    return assign_claims(CLAIMS[strategy], *inputs)
+    """`assign`, and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, whose largest
+    supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
+    if strategy != "ota":
+        return assign_claims(CLAIMS[strategy], *inputs)
+    match, plan = solve(*inputs, config)
+    received, largest = units_received(plan)
+    ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
+    ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
+    return match, ambiguous
 
 
 @torch.no_grad()

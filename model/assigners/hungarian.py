@@ -12,23 +12,25 @@ from kernels.config import FOCAL_ALPHA
 
 from .claims import Claims, Image
 
+NO_SCIPY = "--assigner hungarian needs the package scipy: pip install scipy"
 CLS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
 
 
 def hungarian_claims(image: Image) -> Claims:
     """One point per object, none twice: the match with the least sum of 2 focal + 5 L1 - 2 GIoU. The L1 distance is
-    that of centre, width and height, in units of the image. Raises ModuleNotFoundError without scipy."""
+    that of centre, width and height, in units of the object's longer side; DETR has those of the image, which are not
+    known here: those of the padded batch would make an image's labels depend on the others. Raises ModuleNotFoundError
+    without scipy."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ModuleNotFoundError("--assigner hungarian needs the package scipy: pip install scipy") from error
+        raise ModuleNotFoundError(NO_SCIPY) from error
     logit = image.class_logits()
     p = logit.sigmoid()
     cls = FOCAL_ALPHA * (1 - p) ** 2 * F.softplus(-logit)
     cls = cls + (1 - FOCAL_ALPHA) * p**2 * -F.softplus(logit)
-    (rows, columns), stride = image.grid.sizes[0], image.grid.strides[0]
-    side = image.boxes.new_tensor([columns * stride, rows * stride])
-    l1 = torch.cdist(_centers_and_sizes(image.gt_boxes, side), _centers_and_sizes(image.boxes, side), p=1)
+    longer_side = (image.gt_boxes[:, 2:] - image.gt_boxes[:, :2]).amax(1, keepdim=True)
+    l1 = torch.cdist(_centers_and_sizes(image.gt_boxes), _centers_and_sizes(image.boxes), p=1) / longer_side
     cost = CLS_WEIGHT * cls + L1_WEIGHT * l1 - GIOU_WEIGHT * image.giou
     usable = image.usable & cost.isfinite()
     unusable_cost = cost.masked_fill(~usable, 0).abs().amax() * (2 * min(cost.shape)) + 1  # only where nothing else is
@@ -39,6 +41,6 @@ def hungarian_claims(image: Image) -> Claims:
     return Claims(wanted & usable, cost)
 
 
-def _centers_and_sizes(boxes: Tensor, side: Tensor) -> Tensor:
+def _centers_and_sizes(boxes: Tensor) -> Tensor:
     low, high = boxes.split(2, 1)
-    return torch.cat([(low + high) / 2 / side, (high - low) / side], 1)
+    return torch.cat([(low + high) / 2, high - low], 1)

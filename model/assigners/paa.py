@@ -12,7 +12,6 @@ from .claims import Claims, Image, best_per_level
 
 CANDIDATE_IOU = 0.1
 PER_LEVEL = 9
-REG_WEIGHT = 1.3
 EM_STEPS = 20
 MIN_VARIANCE = 1e-6
 
@@ -21,13 +20,17 @@ def paa_claims(image: Image) -> Claims:
     """Two Gaussians fitted to the losses of an object's candidates; it claims those of the better one, up to the
     candidate where the mixture is densest (separation scheme c of the paper's figure 3).
 
-    A point is a candidate of the object that its square anchor of 8 strides has the highest IoU with, if that is at
-    least 0.1; of those, the 9 per level with the least loss. Loss: focal loss over all classes + 1.3 (1 - GIoU).
+    A point in the object's box is a candidate if its square anchor of 8 strides has the highest IoU of all objects with
+    this one, and one of at least 0.1 or the object's best; of those, the 9 per level with the least loss. Loss: focal
+    loss over all classes + 1 - GIoU. The paper has candidates outside the box too, which this detector, whose boxes
+    contain their points, could not learn.
     """
     anchor_iou = image.anchor_iou()
     own = torch.zeros_like(image.usable).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
-    loss = _focal_cost(image) + REG_WEIGHT * (1 - image.giou)
-    allowed = own & (anchor_iou >= CANDIDATE_IOU) & image.usable
+    loss = _focal_cost(image) + 1 - image.giou
+    inside = image.inside()
+    best = anchor_iou.masked_fill(~inside, 0).amax(1, keepdim=True)
+    allowed = own & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
     candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
 
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)

@@ -7,8 +7,9 @@ TOP = 13
 
 
 def tal_claims(image: Image) -> Claims:
-    """The 13 points in the object's box with the highest score^1 x IoU^6, where that is not 0. A point goes to the
+    """Of the 13 points with the highest score^1 x IoU^6, those in the object's box, if it is not 0. A point goes to the
     object with the highest IoU. TOOD assigns by ATSS in its first epochs and weights its losses by the metric, too;
     both are left out here."""
     alignment = image.class_logits().sigmoid() ** SCORE_POWER * image.iou**IOU_POWER
-    return Claims(best_per_row(-alignment, image.inside() & image.usable & (alignment > 0), TOP), -image.iou)
+    best = best_per_row(-alignment, image.usable & (alignment > 0), TOP)
+    return Claims(best & image.inside(), -image.iou)
