@@ -1,6 +1,6 @@
 """Every Triton kernel in every form that a launcher can ask for, compiled for GPUs that are not there.
 
-    python -m benchmarks.compile [--targets sm_90 ...] [--json FILE]    # Triton 3.6 or later
+    python -m benchmarks.compile [--targets sm_90 ...] [--brief sm_80 ...] [--json FILE]    # Triton 3.6 or later
 
 The launchers run on CPU tensors. Triton's own launch code decides what to compile, a hook takes that order before
 anything is compiled or launched, and a pool of processes carries it out. Ends with status 1 when a kernel is never
@@ -126,6 +126,14 @@ def unaligned(tensor: Tensor) -> Tensor:
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
+def brief_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every kernel once, for float32 predictions of 80 classes; one prior has a kernel of its own."""
+    scene = make_scene(PointGrid.for_image((128, 192)), (4, 3, 2), 80)
+    for prior in ("closest", "none"):
+        yield "float32", partial(assign, scene, OTAConfig(center_prior=prior))
+    yield "float32", partial(losses, scene, torch.zeros(scene.logits.shape[:2], dtype=torch.int64), None)
+
+
 def every_call() -> Iterator[tuple[str, Callable[[], None]]]:
     """Names of inputs, and calls that together make the launchers ask for all that they can ask for.
 
@@ -165,7 +173,7 @@ def every_assignment() -> Iterator[tuple[str, Scene, OTAConfig]]:
         yield "ones", one, OTAConfig(iterations=1, top_q=1, fixed_k=1, center_prior=prior, radius=1)
 
 
-def take_orders(target: str) -> list[Order]:
+def take_orders(target: str, calls: Iterator[tuple[str, Callable[[], None]]]) -> list[Order]:
     """Run the launchers as if on a GPU, and take what Triton would compile."""
     orders: dict[str, Order] = {}
 
@@ -176,7 +184,7 @@ def take_orders(target: str) -> list[Order]:
         return True  # do not compile, and so do not launch
 
     pretend(target)
-    for inputs, call in every_call():
+    for inputs, call in calls:
         triton.knobs.runtime.jit_cache_hook = partial(take, inputs)
         call()
     triton.knobs.runtime.jit_cache_hook = None
@@ -269,13 +277,15 @@ def print_table(binaries: list[Binary]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--brief", nargs="+", choices=TARGETS, default=[], help="every kernel only once for these")
     parser.add_argument("--json", type=Path, help="where to write the table")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled, unset it")
 
     start = time.perf_counter()
-    orders = [order for target in args.targets for order in take_orders(target)]
+    calls = {target: brief_calls if target in args.brief else every_call for target in args.targets + args.brief}
+    orders = [order for target, call in calls.items() for order in take_orders(target, call())]
     never = sorted(find_kernels() - {(order.module, order.kernel) for order in orders})
     binaries, wrong = compile_all(orders)
     wrong += [f"{module}.{kernel} is launched by no call: can any input reach it?" for module, kernel in never]

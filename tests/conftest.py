@@ -1,6 +1,13 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter."""
+"""Without a GPU, Triton kernels run in Triton's interpreter. Fixtures that several files use."""
 
+import contextlib
+import io
 import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,11 +18,16 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, runs compiled kernels")
+    config.addinivalue_line("markers", "xdist_group: tests that share what is made once per file")
     if not torch.cuda.is_available():
         _patch_once_per_launch()
+        _leave_out_what_is_dropped()
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:  # of pytest-xdist, with --dist loadgroup: only these two share nothing that is costly
+        if item.path.stem not in ("test_assign", "test_losses"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -40,6 +52,32 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def call() -> Callable[..., str]:
+    """main() of train.py or eval.py with arguments, in this process and on one thread; returns what it printed.
+
+    A process of its own takes seconds to import torch; it is for tests that kill it, or need several.
+    """
+
+    def call(script: ModuleType, *args) -> str:
+        argv, threads, precision = sys.argv, torch.get_num_threads(), torch.get_float32_matmul_precision()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        sys.argv = [f"{script.__name__}.py", *map(str, args)]
+        torch.set_num_threads(1)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                script.main()
+        finally:
+            sys.argv = argv
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return said.getvalue()
+
+    return call
+
+
 def _patch_once_per_launch():
     """The interpreter patches triton.language anew at every call of a device function, half of its time in all."""
     try:
@@ -61,3 +99,25 @@ def _patch_once_per_launch():
         return launch(executor, *args, **kwargs)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+def _leave_out_what_is_dropped() -> None:
+    """The interpreter computes whether integers overflow, a third of its time, and looks at that with debug=True only;
+    and it writes down the table of types at every use.
+    """
+    try:
+        from triton.runtime import interpreter
+
+        builder, find = interpreter.interpreter_builder, interpreter._get_np_dtype
+        if not builder.options.debug:
+            builder.options = replace(builder.options, sanitize_overflow=False)
+    except (ImportError, AttributeError, TypeError):
+        return
+    found = {}
+
+    def find_once(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = find(dtype)
+        return found[dtype.name]
+
+    interpreter._get_np_dtype = find_once

@@ -59,6 +59,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and INTERPRETED
 
 
+def fewer(counts: tuple[int, ...], backend: str) -> tuple[int, ...]:
+    """Ground truths per image; for the interpreter at most 9, still more than a Triton program looks at together."""
+    return tuple(min(count, 9) for count in counts) if interpreted(backend) else counts
+
+
 def drawn(backend: str) -> settings:
     return settings(max_examples=20 if interpreted(backend) else 60, deadline=None, derandomize=True)
 
@@ -147,7 +152,7 @@ SETTINGS = {
 @pytest.mark.parametrize("backend", COMPARED)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_parity_of_unusual_settings(name, backend):
-    assert_parity(make_scene(GRID, (6, 3), C, seed=11), SETTINGS[name], backend)
+    assert_parity(make_scene(GRID, (3, 2) if interpreted(backend) else (6, 3), C, seed=11), SETTINGS[name], backend)
 
 
 @pytest.mark.parametrize("backend", COMPARED)
@@ -161,7 +166,8 @@ def test_parity_where_every_point_is_a_candidate(backend):
 @pytest.mark.parametrize("prior", ["closest", "radius", "none"])
 def test_what_is_compared_is_what_ota_assign_gives(prior, backend):
     """Parity is that of `solve`, which gives the plan, too."""
-    scene, config = make_scene(GRID, (5, 0, 2), C, seed=7), OTAConfig(center_prior=prior, rescale=prior != "radius")
+    scene = make_scene(GRID, (2, 0, 1) if interpreted(backend) else (5, 0, 2), C, seed=7)
+    config = OTAConfig(center_prior=prior, rescale=prior != "radius")
     solve_it = import_module(f"kernels.assign_{backend}").solve
     match, _ = solve_it(*scene.to(device_of(backend)), config)
     assert_equal(Assignment(*(tensor.cpu() for tensor in match)), assign(*scene, config, backend=backend))
@@ -423,7 +429,7 @@ def test_tiny_box_keeps_the_closest_point(backend):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("part", ["logit", "box"])
 def test_non_finite_prediction_is_no_candidate(part, value, backend):
-    clean = make_scene(GRID, (4, 3), C, seed=2)
+    clean = make_scene(GRID, (2, 1) if interpreted(backend) else (4, 3), C, seed=2)
     before = assign(*clean, backend=backend)
     j = int((before.gt_index[0] == 0).nonzero()[0])
     broken = clean._replace(logits=clean.logits.clone(), boxes=clean.boxes.clone())
@@ -455,8 +461,8 @@ def test_image_of_non_finite_predictions(backend):
     assert torch.equal(after.gt_index[1], before.gt_index[1]) and torch.equal(after.k[4:], before.k[4:])
 
 
-OVERFULL = PointGrid((32, 64), ((3, 5), (2, 3)))
-SUM_K = {"sum-k-over-n": 30, "sum-k-is-n": 21}
+OVERFULL = PointGrid((32, 64), ((3, 3), (1, 2)))
+SUM_K = {"sum-k-over-n": 16, "sum-k-is-n": 11}
 
 
 @pytest.mark.parametrize("name", SUM_K)
@@ -491,7 +497,7 @@ def test_label_out_of_range(label, backend):
 
 
 def test_5000_boxes(backend):
-    boxes = 40 if interpreted(backend) else 5000
+    boxes = 20 if interpreted(backend) else 5000
     scene = make_scene(PointGrid.for_image((88, 104), (8, 16)), (3, boxes), C, seed=6, size_px=(8, 30))
     config = OTAConfig(iterations=20)
     match = assign(*scene, config, backend=backend)
@@ -502,20 +508,20 @@ def test_5000_boxes(backend):
 
 
 def test_same_input_twice(backend):
-    scene = make_scene(GRID, (9, 0, 23), C, seed=8, crowded=True)
+    scene = make_scene(GRID, (3, 0, 9) if interpreted(backend) else (9, 0, 23), C, seed=8, crowded=True)
     assert_equal(assign(*scene, backend=backend), assign(*scene, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_loaded_as_it_is(dtype, backend):
-    scene = make_scene(GRID, (5, 2), C, seed=9)
+    scene = make_scene(GRID, (2, 1) if interpreted(backend) else (5, 2), C, seed=9)
     half = scene._replace(logits=scene.logits.to(dtype), boxes=scene.boxes.to(dtype))
     rounded = scene._replace(logits=half.logits.float(), boxes=half.boxes.float())
     assert_equal(assign(*half, backend=backend), assign(*rounded, backend=backend))
 
 
 def test_strided_inputs(backend):
-    scene = make_scene(GRID, (5, 2), C, seed=9)
+    scene = make_scene(GRID, (2, 1) if interpreted(backend) else (5, 2), C, seed=9)
     strided = scene._replace(
         logits=scene.logits.transpose(1, 2).contiguous().transpose(1, 2),
         boxes=torch.stack([scene.boxes, scene.boxes + 1], -1)[..., 0],
@@ -528,13 +534,14 @@ def test_strided_inputs(backend):
 
 
 def test_many_images(backend):
-    scene = make_scene(PointGrid((8,), ((3, 3),)), (1, 0) * 70, 2, size_px=(6, 20))
+    counts = (1, *[0] * 27) * 5 if interpreted(backend) else (1, 0) * 70
+    scene = make_scene(PointGrid((8,), ((3, 3),)), counts, 2, size_px=(6, 20))
     match, expected = (assign(*scene, OTAConfig(iterations=2), backend=name) for name in (backend, "torch"))
     assert torch.equal(match.k, expected.k) and torch.equal(match.gt_index, expected.gt_index)
 
 
 def test_offsets_may_be_int32(backend):
-    scene = make_scene(GRID, (5, 2), C, seed=9)
+    scene = make_scene(GRID, (2, 1) if interpreted(backend) else (5, 2), C, seed=9)
     narrow = scene._replace(gt_offsets=scene.gt_offsets.int())
     assert_equal(assign(*narrow, backend=backend), assign(*scene, backend=backend))
 
@@ -558,7 +565,7 @@ def alone(scene: Scene, b: int, match: Assignment) -> Assignment:
 
 @pytest.mark.parametrize("counts", [(7, 1, 23), (0, 7), (7, 0), (5, 0, 0, 3)], ids=str)
 def test_image_alone_is_image_in_a_batch(counts, backend):
-    scene = make_scene(GRID, counts, C, seed=10)
+    scene = make_scene(GRID, fewer(counts, backend), C, seed=10)
     match = assign(*scene, backend=backend)
     for b in range(len(counts)):
         assert_equal(alone(scene, b, match), assign(*image_of(scene, b), backend=backend))
@@ -576,8 +583,8 @@ def test_costs_and_plan_alone_are_those_in_a_batch():
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["spread", "crowded"])
 def test_permuted_boxes_give_the_permuted_result(crowded, backend):
-    scene = make_scene(GRID, (37,), C, seed=12, crowded=crowded)
-    order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
+    scene = make_scene(GRID, (count := 12 if interpreted(backend) else 37,), C, seed=12, crowded=crowded)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     permuted = scene._replace(gt_boxes=scene.gt_boxes[order], gt_labels=scene.gt_labels[order])
     match, other = (assign(*s, backend=backend) for s in (scene, permuted))
     assert torch.equal(other.k, match.k[order])

@@ -1,4 +1,8 @@
-"""Ahead-of-time compilation of the Triton kernels, which needs no GPU: benchmarks/compile.py on all its targets."""
+"""Ahead-of-time compilation of the Triton kernels, which needs no GPU: benchmarks/compile.py.
+
+Every form of every kernel for sm_90, where none may spill, and one form of each for the other targets. Every form for
+all of them takes minutes: pytest -m slow tests/test_compile.py.
+"""
 
 import json
 import os
@@ -25,14 +29,22 @@ from benchmarks import compile as aot  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
+BRIEF = ("sm_80", "sm_100", "gfx942")
+LOSSES = ("_focal_loss_kernel", "_focal_gradient_kernel", "_box_loss_kernel", "_box_gradient_kernel")
+
+
+def compile_in_a_process(path: Path, *args: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """A process of its own, for here the kernels may be interpreted; and the binaries that it wrote down."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compile", "--json", str(path), *args]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return process, json.loads(path.read_text())["binaries"] if path.exists() else []
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A process of its own, for here the kernels may be interpreted; and the JSON that it wrote."""
     path = tmp_path_factory.mktemp("compile") / "binaries.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile", "--json", str(path)]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return process, json.loads(path.read_text()) if path.exists() else {"binaries": []}
+    return compile_in_a_process(path, "--targets", "sm_90", "--brief", *BRIEF)
 
 
 def test_every_kernel_compiles_and_fits(run, capsys):
@@ -42,12 +54,15 @@ def test_every_kernel_compiles_and_fits(run, capsys):
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_nothing_is_missing(run, target):
-    binaries = [binary for binary in run[1]["binaries"] if binary["target"] == target]
+def of_target(binaries: list[dict], target: str) -> list[dict]:
+    """Its binaries, of every kernel there is."""
+    found = [binary for binary in binaries if binary["target"] == target]
     source = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert {b["kernel"] for b in binaries} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
+    assert {b["kernel"] for b in found} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
+    return found
 
+
+def assert_every_form(binaries: list[dict]) -> None:
     pairs = {
         tuple(b["constants"][name] for name in ("PRIOR", "CLS", "REG"))
         for b in binaries
@@ -56,10 +71,25 @@ def test_nothing_is_missing(run, target):
     assert pairs == set(product(CENTER_PRIORS, CLS_COSTS, REG_COSTS))
     sinkhorn = [b for b in binaries if b["kernel"] == "_sinkhorn_kernel"]
     assert {b["constants"]["RESCALE"] for b in sinkhorn} == {True, False}
-    losses = ("_focal_loss_kernel", "_focal_gradient_kernel", "_box_loss_kernel", "_box_gradient_kernel")
-    for kernel in ("_pairs_kernel", "_sinkhorn_kernel", *losses):
+    for kernel in ("_pairs_kernel", "_sinkhorn_kernel", *LOSSES):
         inputs = {b["inputs"] for b in binaries if b["kernel"] == kernel}
         assert inputs >= {"float32", "bfloat16", "float16", "strided"}
+
+
+def test_nothing_is_missing(run):
+    assert_every_form(of_target(run[1], "sm_90"))
+    for target in BRIEF:
+        assert {binary["inputs"] for binary in of_target(run[1], target)} == {"float32"}
+
+
+@pytest.mark.slow
+def test_every_form_for_every_target(tmp_path, capsys):
+    process, binaries = compile_in_a_process(tmp_path / "binaries.json")
+    with capsys.disabled():
+        print(f"\n{process.stdout}")
+    assert process.returncode == 0, process.stderr
+    for target in aot.TARGETS:
+        assert_every_form(of_target(binaries, target))
 
 
 def binary(**changes) -> aot.Binary:

@@ -21,6 +21,7 @@ import train
 from data import generate_shapes
 from data.order import SeededDataset, batches_from
 from eval import SettingsError
+from model import load_weights
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,11 @@ def shapes(tmp_path_factory) -> Path:
     return root
 
 
+def flags_of(shapes: Path, out: Path, *args, save_every: int = 4, workers: int = 0, steps: int = STEPS) -> list:
+    return ["--data", shapes, *SMALL, "--steps", steps, "--save-every", save_every, "--workers", workers, "--out", out,
+            *args]  # fmt: skip
+
+
 class Run:
     """One start of train.py, small; `before` is code that breaks something in it, `launcher` a torchrun."""
 
@@ -52,8 +58,8 @@ class Run:
                 f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\n{before}\n"
                 f"sys.argv[0] = 'train.py'\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
             )
-        command = [sys.executable, *launcher, script, "--data", shapes, *SMALL, "--steps", steps,
-                   "--save-every", save_every, "--workers", workers, "--out", out, *args]  # fmt: skip
+        flags = flags_of(shapes, out, *args, save_every=save_every, workers=workers, steps=steps)
+        command = [sys.executable, *launcher, script, *flags]
         popen = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}} | popen
         self.process = subprocess.Popen(
             [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen
@@ -78,9 +84,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shapes, tmp_path_factory) -> Path:
+def undisturbed(call, shapes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    Run(shapes, out, workers=1).ends_well()
+    call(train, *flags_of(shapes, out))
     return out
 
 
@@ -98,28 +104,46 @@ def assert_same_run(out: Path, other: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
-def test_killed_run_continues_bit_for_bit(shapes, undisturbed, tmp_path):
+def test_run_that_is_ended_again_and_again_continues_bit_for_bit(call, shapes, undisturbed, tmp_path):
+    """Killed before and after its first checkpoint, and told to stop by every signal, which leaves a checkpoint."""
     out = tmp_path / "out"
-    for step, workers, save_every in ((3, 0, 1000), (15, 2, 4)):  # the first leaves log lines, but no later checkpoint
-        run = Run(shapes, out, workers=workers, save_every=save_every).until(f"step {step}/")
-        run.process.kill()  # and the next start, at once, finds the folder free
-        run.end()
+    for number, step, workers, save_every in (
+        (signal.SIGKILL, 3, 0, 1000),  # leaves log lines, but no later checkpoint
+        (signal.SIGTERM, 6, 1, 1000),
+        (signal.SIGUSR1, 12, 1, 1000),
+        (signal.SIGKILL, 18, 2, 4),
+        (signal.SIGINT, 24, 1, 1000),
+    ):
+        run = Run(shapes, out, workers=workers, save_every=save_every, start_new_session=True).until(f"step {step}/")
+        signalled = time.perf_counter()
+        if number == signal.SIGKILL:
+            run.process.kill()  # and the next start, at once, finds the folder free
+            run.end()
+            continue
+        os.killpg(run.process.pid, number)  # as schedulers and terminals do: to the loader processes, too
+        code = run.end()
+        assert time.perf_counter() - signalled < 10 and code == (130 if number == signal.SIGINT else 0), run.said
+        assert "stopped" in run.said and "continues the run" in run.said and "Traceback" not in run.said
+        stopped_at = load_checkpoint(out)["step"]
+        assert step <= stopped_at < step + 9
+        if number == signal.SIGINT:
+            assert "interrupted after step" in run.said
+            assert load_weights(out / "ota.safetensors")[1]["training"]["step"] == stopped_at
     last = Run(shapes, out).ends_well()
     assert "continuing the run" in last.said and f"of {STEPS}" in last.said
     assert_same_run(out, undisturbed)
     assert len(list(out.glob("checkpoint-*.pt"))) == 2 and not list(out.glob(".*"))
 
-    again = Run(shapes, out).ends_well()
-    assert f"is complete, all {STEPS} steps" in again.said
+    assert f"is complete, all {STEPS} steps" in call(train, *flags_of(shapes, out))
     assert_same_run(out, undisturbed)
 
 
-def test_killed_run_with_every_switch_continues_bit_for_bit(shapes, tmp_path):
+def test_killed_run_with_every_switch_continues_bit_for_bit(call, shapes, tmp_path):
     """The moving average of the weights, passes, clipping, sizes drawn at random, batches by orientation."""
     switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", 48, 64, 80, "--bf16",
                 "--optimizer", "sgd", "--lr", 0.05, "--fast-eval"]  # fmt: skip
     one, out = tmp_path / "one", tmp_path / "out"
-    Run(shapes, one, *switches, steps=14).ends_well()
+    call(train, *flags_of(shapes, one, *switches, steps=14))
     run = Run(shapes, out, *switches, steps=14, workers=1).until("step 9/")
     run.process.kill()
     run.end()
@@ -129,20 +153,6 @@ def test_killed_run_with_every_switch_continues_bit_for_bit(shapes, tmp_path):
     averaged, last = load_file(out / "ota.safetensors"), load_checkpoint(out)["model"]
     assert not torch.equal(averaged["head.cls.weight"], last["head.cls.weight"])
     assert all("grad_norm" in line for line in log_of(out) if "loss" in line)
-
-
-def test_signals_stop_after_the_step_with_a_checkpoint(shapes, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    for number, step in ((signal.SIGTERM, 3), (signal.SIGUSR1, 12), (signal.SIGINT, 21)):
-        run = Run(shapes, out, workers=1, save_every=1000, start_new_session=True).until(f"step {step}/")
-        signalled = time.perf_counter()
-        os.killpg(run.process.pid, number)  # as schedulers and terminals do: to the loader processes, too
-        code = run.end()
-        assert time.perf_counter() - signalled < 10 and code == (130 if number == signal.SIGINT else 0), run.said
-        assert "stopped" in run.said and "continues the run" in run.said and "Traceback" not in run.said
-        assert step <= load_checkpoint(out)["step"] < step + 9
-    Run(shapes, out).ends_well()
-    assert_same_run(out, undisturbed)
 
 
 def test_batches_are_a_function_of_the_step():

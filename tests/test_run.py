@@ -30,7 +30,10 @@ from model.batch import pack, pad_rows, padded_side
 from run.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1", "--device", "cpu")
+SMALL = (
+    *("--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1"),
+    *("--device", "cpu", "--workers", "0"),
+)
 
 
 def tiny_detector(backbone: str = "test_resnet", num_classes: int = 3, **settings) -> Detector:
@@ -375,20 +378,20 @@ def start(*args, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_profile_leaves_a_trace_and_no_step(shapes, tmp_path):
+def test_profile_leaves_a_trace_and_no_step(call, shapes, tmp_path):
     args = ("--data", shapes, *SMALL, "--image-size", 64, "--batch-size", 4, "--steps", 20, "--out", tmp_path / "out")
-    done = start("--profile", 2, *args)
-    assert done.returncode == 0 and "2 steps after 5" in done.stdout and "aten::" in done.stdout, done.stderr
+    said = call(train, "--profile", 2, *args)
+    assert "2 steps after 5" in said and "aten::" in said
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert sum("Optimizer.step" in event.get("name", "") for event in events) == 2
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000000.pt"]
-    done = start("--profile", 16, *args)
-    assert done.returncode == 1 and "--profile 16 takes 21 steps" in done.stderr
+    with pytest.raises(train.SettingsError, match="--profile 16 takes 21 steps"):
+        call(train, "--profile", 16, *args)
 
 
-def test_overfit_takes_the_first_images_and_says_so(shapes, tmp_path):
-    done = start("--data", shapes, *SMALL, "--image-size", 64, "--overfit", 3, "--steps", 2, "--out", tmp_path / "out")
-    assert done.returncode == 0 and "a batch is all 3 images, not 8" in done.stdout, done.stderr
+def test_overfit_takes_the_first_images_and_says_so(call, shapes, tmp_path):
+    args = ("--data", shapes, *SMALL, "--image-size", 64, "--overfit", 3, "--steps", 2, "--out", tmp_path / "out")
+    assert "a batch is all 3 images, not 8" in call(train, *args)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 3
 
 
@@ -410,11 +413,9 @@ def test_switches_out_of_range_are_named(monkeypatch, capsys, args, message):
     assert message in capsys.readouterr().err
 
 
-def test_passes_must_divide_the_batch(monkeypatch, shapes, tmp_path):
-    args = ("--data", shapes, *SMALL, "--batch-size", 4, "--accumulate", 3, "--out", tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+def test_passes_must_divide_the_batch(call, shapes, tmp_path):
     with pytest.raises(train.SettingsError, match=r"divide by 1 ranks x 3 passes \(--accumulate\)"):
-        train.main()
+        call(train, "--data", shapes, *SMALL, "--batch-size", 4, "--accumulate", 3, "--out", tmp_path / "out")
 
 
 @pytest.mark.slow

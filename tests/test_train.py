@@ -35,12 +35,6 @@ def run(*args, ranks: int = 1) -> str:
     return done.stdout
 
 
-def call(monkeypatch, script, *args) -> None:
-    """The script's main in this process, for what stops it."""
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
-    script.main()
-
-
 @pytest.fixture(scope="module")
 def four_images(tmp_path_factory) -> Path:
     """A data set of four generated training images and no validation part."""
@@ -51,11 +45,11 @@ def four_images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(four_images, tmp_path_factory) -> Path:
+def trained(call, four_images, tmp_path_factory) -> Path:
     """The folder of a run that learned the four images by heart."""
     out = tmp_path_factory.mktemp("run") / "out"
-    said = run(
-        *("train.py", "--data", four_images, *TINY, "--image-size", 128, "--batch-size", 4, "--steps", 250),
+    said = call(
+        *(train, "--data", four_images, *TINY, "--image-size", 128, "--batch-size", 4, "--steps", 250),
         *("--lr", 8e-3, "--warmup", 20, "--radius", 3, "--top-q", 10, "--eval-every", 1000, "--out", out),
     )
     assert "learning rate 0.002 = 0.008 x 4 / 16" in said
@@ -89,14 +83,33 @@ def find_dataset(folder: Path) -> CocoDataset:
     return CocoDataset(find_splits(str(folder))[0], eval_transform((128, 213)))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_eval_gives_the_ap_that_training_printed(trained, tmp_path, ranks):
-    said = run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU, ranks=ranks)
-    trained_metrics, metrics = (json.loads((d / "metrics.json").read_text()) for d in (trained, tmp_path))
+@pytest.fixture(scope="module")
+def evaluated(call, trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated")
+    said = call(eval_script, "--weights", trained / "ota.safetensors", "--out", out, *CPU)
+    assert f"AP {metrics_of(out)['AP']:.3f}  AP50" in said and "triangle" in said
+    return out
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same_metrics(one: Path, other: Path) -> None:
     for name in eval_script.METRICS:
-        assert abs(metrics[name] - trained_metrics[name]) < 1e-6, name
-    assert metrics["images"] == 4 and f"AP {metrics['AP']:.3f}  AP50" in said and "triangle" in said
-    assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results_of(tmp_path))
+        assert abs(metrics_of(one)[name] - metrics_of(other)[name]) < 1e-6, name
+
+
+def test_eval_gives_the_ap_that_training_printed(trained, evaluated):
+    assert_same_metrics(evaluated, trained)
+    assert metrics_of(evaluated)["images"] == 4
+    assert all(set(r) == {"image_id", "category_id", "bbox", "score"} for r in results_of(evaluated))
+
+
+def test_two_ranks_evaluate_like_one(trained, tmp_path):
+    said = run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU, ranks=2)
+    assert_same_metrics(tmp_path, trained)
+    assert metrics_of(tmp_path)["images"] == 4 and f"AP {metrics_of(tmp_path)['AP']:.3f}  AP50" in said
 
 
 def results_of(folder: Path) -> list[dict]:
@@ -104,32 +117,34 @@ def results_of(folder: Path) -> list[dict]:
 
 
 def test_eval_works_without_triton(trained, tmp_path):
+    """And in a process of its own."""
     blocked = "import sys; sys.modules['triton'] = None; import runpy; runpy.run_path('eval.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", blocked, "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert_same_metrics(tmp_path, trained)
 
 
-def test_two_ranks_evaluate_the_weights_that_they_save(tmp_path):
+def test_two_ranks_evaluate_the_weights_that_they_save(call, tmp_path):
     """The ranks' batch norms differ after a step; the validation part fills more than one batch."""
     generate_shapes(tmp_path / "shapes", train_images=16, val_images=24, size_px=96)
     out = tmp_path / "out"
     run("train.py", "--data", tmp_path / "shapes", *TINY, "--image-size", 96, "--batch-size", 4, "--steps", 60,
         "--lr", 8e-3, "--log-every", 20, "--eval-every", 100, "--out", out, ranks=2)  # fmt: skip
     assert len((out / "log.jsonl").read_text().splitlines()) == 4  # three log lines and one evaluation
-    run("eval.py", "--weights", out / "ota.safetensors", "--out", tmp_path, *CPU)
-    printed, metrics = (json.loads((d / "metrics.json").read_text()) for d in (out, tmp_path))
-    assert printed["AP50"] > 0 and all(abs(printed[name] - metrics[name]) < 1e-6 for name in eval_script.METRICS)
+    call(eval_script, "--weights", out / "ota.safetensors", "--out", tmp_path, *CPU)
+    assert_same_metrics(tmp_path, out)
+    assert metrics_of(out)["AP50"] > 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
+def test_ctrl_c_under_torchrun_leaves_usable_weights(four_images, tmp_path):
+    """Of one process, as of other signals: test_resume.py."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command("train.py", "--data", four_images, *TINY, "--image-size", 64, "--batch-size", 4, "--steps", 100_000,
-                "--log-every", 1, "--eval-every", 100_000, "--workers", 1, "--out", out, ranks=ranks),
+                "--log-every", 1, "--eval-every", 100_000, "--workers", 1, "--out", out, ranks=2),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     said = ""
@@ -157,24 +172,24 @@ def test_ctrl_c_leaves_usable_weights(four_images, tmp_path, ranks):
     ],
     ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "no-device", "odd-channels", "bad-assigner"],
 )
-def test_train_stops_with_a_name(monkeypatch, four_images, tmp_path, args, error, message):
+def test_train_stops_with_a_name(call, four_images, tmp_path, args, error, message):
     base = ["--data", four_images, *TINY, "--image-size", "64", "--batch-size", "4", "--steps", "4", "--warmup", "1"]
     with pytest.raises(error, match=message):
-        call(monkeypatch, train, *base, "--out", tmp_path / "out", *args)
+        call(train, *base, "--out", tmp_path / "out", *args)
 
 
-def test_set_without_boxes_is_refused(monkeypatch, four_images, tmp_path):
+def test_set_without_boxes_is_refused(call, four_images, tmp_path):
     shutil.copytree(four_images, tmp_path / "empty")
     path = tmp_path / "empty" / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     with pytest.raises(DatasetError, match="no boxes to learn from"):
-        call(monkeypatch, train, "--data", tmp_path / "empty", *TINY, "--out", tmp_path / "out")
+        call(train, "--data", tmp_path / "empty", *TINY, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--top-q", "--channels"])
-def test_zero_is_refused_by_flag(monkeypatch, capsys, flag):
+def test_zero_is_refused_by_flag(call, capsys, flag):
     with pytest.raises(SystemExit):
-        call(monkeypatch, train, flag, "0")
+        call(train, flag, "0")
     assert f"{flag}: 0 is not at least 1" in capsys.readouterr().err
 
 
@@ -183,13 +198,13 @@ def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):
     assert train.detector_config(train.parse_args(), 5).assigner.radius == 2.5
 
 
-def test_train_refuses_a_folder_with_another_run(monkeypatch, four_images, trained):
+def test_train_refuses_a_folder_with_another_run(call, four_images, trained):
     before = (trained / "ota.safetensors").read_bytes()
     args = ["--data", four_images, *TINY, "--batch-size", "4", "--out", trained]
     with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: 0.008 there, 0.01 now(.|\n)*--out"):
-        call(monkeypatch, train, *args, "--lr", "0.01", "--steps", "1")
+        call(train, *args, "--lr", "0.01", "--steps", "1")
     with pytest.raises(CheckpointError, match="holds a run already; name another folder with --out"):
-        call(monkeypatch, train, *args, "--resume", "never")
+        call(train, *args, "--resume", "never")
     assert (trained / "ota.safetensors").read_bytes() == before
 
 
@@ -216,7 +231,7 @@ def test_coco_recipe_is_the_papers(monkeypatch):
     assert train.learning_rate(50_000, 90_000, args) == pytest.approx(0.04)
 
 
-def test_eval_refuses_other_classes(monkeypatch, trained, four_images, tmp_path):
+def test_eval_refuses_other_classes(call, trained, four_images, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(four_images, other)
     path = other / "annotations" / "instances_train.json"
@@ -224,7 +239,7 @@ def test_eval_refuses_other_classes(monkeypatch, trained, four_images, tmp_path)
     content["categories"][1]["name"] = "rhombus"
     path.write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="2 square.*2 rhombus.*--data"):
-        call(monkeypatch, eval_script, "--weights", trained / "ota.safetensors", "--data", other)
+        call(eval_script, "--weights", trained / "ota.safetensors", "--data", other)
 
 
 def test_known_detections_give_known_numbers(four_images):
@@ -251,10 +266,9 @@ def test_known_detections_give_known_numbers(four_images):
     assert metrics["per_class"]["thing"]["boxes"] == 2 and metrics["APl"] == -1
 
 
-def test_detections_file_is_a_coco_result(trained, four_images, tmp_path):
-    run("eval.py", "--weights", trained / "ota.safetensors", "--out", tmp_path, *CPU)
+def test_detections_file_is_a_coco_result(evaluated, four_images):
     truth = COCO(four_images / "annotations" / "instances_train.json")
-    assert len(truth.loadRes(str(tmp_path / "detections.json")).anns) == len(results_of(tmp_path)) > 10
+    assert len(truth.loadRes(str(evaluated / "detections.json")).anns) == len(results_of(evaluated)) > 10
 
 
 def test_batches_hold_one_padded_size_and_every_image_once(four_images):

@@ -103,23 +103,6 @@ def test_factors_of_a_burst_fit_float32(growth):
     assert 1 <= _burst(growth) and growth ** _burst(growth) < 2.0**126
 
 
-def test_two_copies_of_the_folder_in_one_process(tmp_path):
-    shutil.copytree(ROOT / "kernels", tmp_path / "other_assignment")
-    code = (
-        f"import sys; sys.path.append({str(tmp_path)!r})\n"
-        "import kernels, other_assignment; from benchmarks.scenes import make_scene\n"
-        "scene = make_scene(kernels.PointGrid((8,), ((2, 2),)), (1,), 2)\n"
-        "for package in (kernels, other_assignment, kernels):\n"
-        "    config = package.OTAConfig(iterations=1)\n"
-        "    inputs = [x.to(device) for x in scene[:5]]\n"
-        "    match = package.ota_assign(*inputs, package.PointGrid((8,), ((2, 2),)), config, backend='triton')\n"
-        "    assert int(match.k) == 1"
-    ).replace("device)", f"'{DEVICE}')")
-    interpreter = {} if DEVICE.type == "cuda" else {"TRITON_INTERPRET": "1"}
-    result = run_python(code, **interpreter)
-    assert result.returncode == 0, result.stderr
-
-
 def test_empty_batch():
     scene = scene_of((2,))
     empty = scene._replace(

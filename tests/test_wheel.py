@@ -1,0 +1,88 @@
+"""The wheel for other projects: kernels/ under the name ota_triton and nothing else, which assigns like the folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import OTAConfig, PointGrid, ota_assign
+from kernels.assign import HAS_TRITON
+
+pytest.importorskip("setuptools", "77", reason="setuptools 77 builds the wheel: pip install -e '.[test]'")
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+# With the installed copy and, once that has assigned, with the repository's folder in the same process.
+ASSIGN = f"""
+import sys
+import torch
+import ota_triton
+
+def assign(package):
+    logits, boxes = torch.zeros(1, 4, 2), torch.tensor([[[0.0, 0, 16, 16]]]).expand(1, 4, 4)
+    inputs = logits, boxes, torch.tensor([[1.0, 1, 15, 13]]), torch.tensor([1]), torch.tensor([0, 1])
+    grid, config = package.PointGrid((8,), ((2, 2),)), package.OTAConfig(iterations=3)
+    return [
+        package.ota_assign(*(x.to("{DEVICE}") for x in inputs), grid, config, backend=backend).gt_index.tolist()
+        for backend in backends
+    ]
+
+backends = sys.argv[2:]
+sys.path.append(sys.argv[1])
+found = assign(ota_triton)
+import kernels
+assert kernels.ota_assign is not ota_triton.ota_assign and assign(kernels) == assign(ota_triton) == found
+print(ota_triton.__file__, found)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, as setuptools builds inside of the source, with what this environment holds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "source", ignore=only_source)
+    build = [*PIP, "wheel", folder / "source", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def only_source(folder: str, names: list[str]) -> set[str]:
+    """What is no source: hidden, built, or data and runs."""
+    return {name for name in names if name.startswith(".") or name in ("build", "datasets", "runs", "__pycache__")
+            or name.endswith(".egg-info")}  # fmt: skip
+
+
+def test_wheel_holds_one_package(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    modules = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    assert names == {f"ota_triton/{name}" for name in {*modules, "py.typed"}}
+
+
+def test_installed_package_assigns_beside_the_folder(wheel, tmp_path):
+    """In a process that finds the repository after the wheel, so that both copies register their Triton operators."""
+    installed = [*PIP, "install", wheel, "--no-deps", "--no-index", "--target", tmp_path / "installed"]
+    subprocess.run(installed, check=True)
+    backends = ["torch", "triton"] if HAS_TRITON else ["torch"]
+    interpreter = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
+    done = subprocess.run(
+        [sys.executable, "-c", ASSIGN, ROOT, *backends], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path, _, found = done.stdout.strip().partition(" ")
+    assert Path(path).parent == tmp_path / "installed" / "ota_triton"
+    boxes = torch.tensor([[[0.0, 0, 16, 16]]]).expand(1, 4, 4)
+    match = ota_assign(
+        torch.zeros(1, 4, 2), boxes, torch.tensor([[1.0, 1, 15, 13]]), torch.tensor([1]), torch.tensor([0, 1]),
+        PointGrid((8,), ((2, 2),)), OTAConfig(iterations=3), backend="reference",
+    )  # fmt: skip
+    assert (match.gt_index == 0).any() and found == str([match.gt_index.tolist()] * len(backends))
