@@ -29,7 +29,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import train
 from benchmarks.scenes import COCO_SIZES_PX, COCO_STRIDES, WORKLOADS, ragged_counts, random_boxes
 from kernels import PointGrid
-from model import Detector, DetectorConfig, detector
+from model import Detector, DetectorConfig, assigners, detector
 from model.batch import Batch, pack
 
 COCO = WORKLOADS["coco"]
@@ -200,10 +200,10 @@ def ours(case: Case, batch: Batch, bf16: bool) -> Iterator[Contestant]:
             contestant.phases = MERGED_PHASES
 
     contestant.compile = compile
-    assign = contestant.marking(detector.ota_assign, before=True, after=True)
+    assign = contestant.marking(assigners.ota_assign, before=True, after=True)
     losses = contestant.marking(detector.detection_losses, before=False, after=True)
     with marks:
-        marks.enter_context(patch.object(detector, "ota_assign", assign))
+        marks.enter_context(patch.object(assigners, "ota_assign", assign))
         marks.enter_context(patch.object(detector, "detection_losses", losses))
         yield contestant
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_crowd_metrics import slow_metrics
-from test_train import TINY, call, run
+from test_train import TINY, run
 
 import eval as eval_script
 import train
@@ -237,9 +237,9 @@ def trained(crowds, tmp_path_factory) -> tuple[Path, str]:
     return out, said
 
 
-def test_training_gives_the_numbers_of_the_slow_implementation(trained, crowds, tmp_path, monkeypatch):
+def test_training_gives_the_numbers_of_the_slow_implementation(trained, crowds, tmp_path, call):
     out, said = trained
-    call(monkeypatch, eval_script, "--weights", out / "ota.safetensors", "--out", tmp_path, *TINY[-4:])
+    call(eval_script, "--weights", out / "ota.safetensors", "--out", tmp_path, *TINY[-4:])
     trained_metrics, metrics = (json.loads((d / "metrics.json").read_text()) for d in (out, tmp_path))
     results = json.loads((tmp_path / "detections.json").read_text())
     dataset = CocoDataset(find_splits(str(crowds))[1])
@@ -262,31 +262,31 @@ def test_weights_know_their_boxes_and_number_of_detections(trained, crowds):
     assert metadata["data"] == str(crowds) and metadata["class_names"] == ["person"]
 
 
-def test_other_boxes_have_to_be_asked_for(trained, crowds, tmp_path, monkeypatch):
+def test_other_boxes_have_to_be_asked_for(trained, crowds, tmp_path, call):
     weights = ["--weights", trained[0] / "ota.safetensors", "--out", tmp_path, *TINY[-4:]]
-    call(monkeypatch, eval_script, *weights, "--box", "vbox")
+    call(eval_script, *weights, "--box", "vbox")
     assert json.loads((tmp_path / "metrics.json").read_text())["crowd_JI"] > 0
     with pytest.raises(Exception, match="classes do not fit: only in .*1 person; only in .*1 head"):
-        call(monkeypatch, eval_script, *weights, "--box", "hbox")
+        call(eval_script, *weights, "--box", "hbox")
     generate_shapes(tmp_path / "shapes", train_images=1, val_images=1, size_px=96)
     with pytest.raises(SettingsError, match="--box vbox is for CrowdHuman"):
-        call(monkeypatch, eval_script, *weights, "--box", "vbox", "--data", tmp_path / "shapes")
+        call(eval_script, *weights, "--box", "vbox", "--data", tmp_path / "shapes")
 
 
-def test_other_boxes_or_annotations_are_another_run(trained, crowds, tmp_path, monkeypatch):
+def test_other_boxes_or_annotations_are_another_run(trained, crowds, tmp_path, call):
     out = tmp_path / "out"
     shutil.copytree(trained[0], out)
     same = ["--data", crowds, *SMALL, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 20]
     same += ["--schedule", "cosine", "--out", out]
-    call(monkeypatch, train, *same)  # is complete
+    call(train, *same)  # is complete
     with pytest.raises(Exception, match="--box: fbox there, vbox now"):
-        call(monkeypatch, train, *same, "--box", "vbox")
+        call(train, *same, "--box", "vbox")
     moved = tmp_path / "crowds"
     shutil.copytree(crowds, moved)
     with open(moved / "annotation_train.odgt", "a") as file:
         file.write("\n")
     with pytest.raises(Exception, match=r"annotation file \(SHA-256\)"):
-        call(monkeypatch, train, *same, "--data", moved)
+        call(train, *same, "--data", moved)
 
 
 def test_crowd_of_hundreds_is_found_whole(tmp_path):

@@ -12,7 +12,8 @@ from kernels import OTAConfig, PointGrid, ota_assign
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SNIPPET = re.search(r"```python\n(.*?def assign\(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+SNIPPET = next(snippet for snippet in SNIPPETS if "def assign(" in snippet)
 
 
 def predictions() -> tuple:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-import model.detector
+import model.assigners
 import run.folder
 import train
 from benchmarks.scenes import make_scene
@@ -92,7 +92,7 @@ def test_one_graph_serves_every_number_of_ground_truths(monkeypatch):
     """As --compile has it on a GPU: the assignment is an operator, and the whole step to the losses is one graph."""
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(model.detector, "ota_assign", partial(model.detector.ota_assign, backend="triton"))
+    monkeypatch.setattr(model.assigners, "ota_assign", partial(model.assigners.ota_assign, backend="triton"))
     detector = tiny_detector(frozen_norm=True).train().to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(detector.losses, backend=counter, dynamic=False, fullgraph=True)

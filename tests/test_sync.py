@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model.detector
+import model.assigners
 import train
 from model import Detector, DetectorConfig
 from model.batch import Batch, pack
@@ -34,7 +34,8 @@ class NoWaiting(TorchDispatchMode):
 def batches(monkeypatch) -> list[Batch]:
     """Of five images with 3, 0, 2, 0 and 0 objects, the last two without any, and a region to ignore in each."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(model.detector, "ota_assign", partial(model.detector.ota_assign, backend="triton", check=False))
+    interpreted = partial(model.assigners.ota_assign, backend="triton", check=False)
+    monkeypatch.setattr(model.assigners, "ota_assign", interpreted)
     generator = torch.Generator().manual_seed(0)
     counts, packed = [3, 0, 2, 0, 0], []
     for part in (counts[:3], counts[3:]):

@@ -15,7 +15,7 @@ import train
 from benchmarks import train_step
 from benchmarks.contestants import CONTESTANTS, MERGED_PHASES, PHASES, Case, Sanity, make_batch, targets_of
 from benchmarks.scenes import WORKLOADS, make_workload
-from model import detector
+from model import assigners, detector
 from model.batch import pack
 
 TINY = Case("resnet18", (64, 64), 2)
@@ -82,7 +82,7 @@ def test_compiled_as_a_whole_the_parts_up_to_the_losses_are_told_together(monkey
     batch = make_batch(TINY)
     with CONTESTANTS["ours"](TINY, batch, False) as contestant:
         contestant.compile()
-        assert detector.ota_assign is kernels.ota_assign  # nothing is marked inside of the region
+        assert assigners.ota_assign is kernels.ota_assign  # nothing is marked inside of the region
         for _ in range(2):
             contestant.step()
             phases = contestant.phases_ms(contestant.moments)
@@ -95,19 +95,21 @@ def test_compiled_as_a_whole_the_parts_up_to_the_losses_are_told_together(monkey
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("has_triton", [True, False], ids=["triton", "no-triton"])
-def test_what_is_compiled(device, has_triton, monkeypatch):
+@pytest.mark.parametrize("strategy", ["ota", "atss"])
+def test_what_is_compiled(strategy, device, has_triton, monkeypatch):
     def part(name: str) -> SimpleNamespace:
         return SimpleNamespace(compile=lambda **settings: compiled.append((name, settings)))
 
     compiled, losses = [], object()
     model = SimpleNamespace(
-        mean=SimpleNamespace(device=torch.device(device)), losses=losses, backbone=part("backbone"), head=part("head")
-    )
+        mean=SimpleNamespace(device=torch.device(device)), config=SimpleNamespace(strategy=strategy), losses=losses,
+        backbone=part("backbone"), head=part("head"),
+    )  # fmt: skip
     monkeypatch.setattr(train, "HAS_TRITON", has_triton)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: (function, settings))
     settings = {"dynamic": False, "mode": "reduce-overhead"}
     parts = train.compile_detector(model, "reduce-overhead")
-    if device == "cuda" and has_triton:
+    if device == "cuda" and has_triton and strategy == "ota":
         assert model.losses == (losses, settings) and not compiled
         assert parts == "backbone, neck and head, assignment and losses"
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_train import TINY, call
+from test_train import TINY
 
 import eval as eval_script
 import train
@@ -165,19 +165,18 @@ def test_lines_with_more_than_a_name(tmp_path):
     assert [image["id"] for image in CocoDataset(find_splits(str(tmp_path))[0]).images] == [2]
 
 
-def test_training_and_evaluation(both_forms, tmp_path, monkeypatch, capsys):
+def test_training_and_evaluation(both_forms, tmp_path, call):
     """A few steps; the run goes on where it was, but not with another annotation."""
     out, data = tmp_path / "out", tmp_path / "voc"
     shutil.copytree(both_forms[1], data)
     flags = ["--data", data, *TINY, "--image-size", 96, "--batch-size", 4, "--steps", 8, "--out", out]
-    call(monkeypatch, train, *flags)
-    call(monkeypatch, eval_script, "--weights", out / "ota.safetensors", *TINY[-4:], "--out", tmp_path / "again")
-    said = capsys.readouterr().out
+    said = call(train, *flags)
+    said += call(eval_script, "--weights", out / "ota.safetensors", *TINY[-4:], "--out", tmp_path / "again")
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert metrics["images"] == 8 and metrics["data"] == str(data / "ImageSets" / "Main" / "val.txt")
     assert "crowd_AP" not in metrics and "CrowdHuman" not in said and "triangle" in said
-    call(monkeypatch, train, *flags)  # is complete
+    call(train, *flags)  # is complete
     xml = data / "Annotations" / "train_000001.xml"
     xml.write_text(xml.read_text() + "\n")
     with pytest.raises(Exception, match=r"annotation file \(SHA-256\)"):
-        call(monkeypatch, train, *flags)
+        call(train, *flags)
