@@ -95,7 +95,7 @@ def run_torch(path: Path) -> tuple:
         pytest.param(("onnx", True), id="onnx-nms"),
         pytest.param(("onnx", False), id="onnx-candidates", marks=pytest.mark.slow),
         pytest.param(("torch", True), id="torch-nms", marks=pytest.mark.slow),
-        pytest.param(("torch", False), id="torch-candidates"),
+        pytest.param(("torch", False), id="torch-candidates", marks=pytest.mark.slow),
     ],
 )
 def exported(request, weights, tmp_path_factory):
