@@ -230,7 +230,7 @@ def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="file written by train.py")
-    parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
+    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--workload", choices=AUDITED_WORKLOADS, default="coco", help="without --weights")
     parser.add_argument("--images", type=positive, default=50, help="at most, the first ones")
     parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder to write to")

@@ -211,7 +211,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="file written by train.py; default: a generated crowd")
-    parser.add_argument("--data", help="coco, shapes or a folder in COCO layout; default: what it was trained on")
+    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--image", help="index or file name; default: the image with the most objects")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
                         help=f"of {', '.join(STRATEGIES)}")  # fmt: skip
