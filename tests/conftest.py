@@ -18,16 +18,12 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, runs compiled kernels")
-    config.addinivalue_line("markers", "xdist_group: tests that share what is made once per file")
     if not torch.cuda.is_available():
         _patch_once_per_launch()
         _leave_out_what_is_dropped()
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:  # of pytest-xdist, with --dist loadgroup: only these two share nothing that is costly
-        if item.path.stem not in ("test_assign", "test_losses"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
