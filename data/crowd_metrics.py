@@ -54,11 +54,12 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
         detections = _corners(rows[:, :4], image)
         truth, regions = (_corners(boxes[image["id"]], image) for boxes in (real, ignored))
         iou = overlaps(detections, truth)
-        hit = match_greedily(iou, _covered(detections, regions))
+        covered = _covered(detections, regions)
+        hit = match_greedily(iou, covered)
         scores.append(rows[hit >= 0, 4])
         hits.append(hit[hit >= 0])
         counts = (rows[:, 4, None] > np.array(JI_THRESHOLDS)).sum(0)
-        jaccard.append(jaccard_indices(iou, _covered(detections, regions), _covered(truth, regions), counts))
+        jaccard.append(jaccard_indices(iou, covered, _covered(truth, regions), counts))
 
     hits = np.concatenate(hits)[np.argsort(-np.concatenate(scores), kind="stable")]
     found_real = hits.cumsum()

@@ -9,6 +9,5 @@ from .losses import box_loss, focal_loss
 from .statistics import assignment_statistics
 
 __all__ = [
-    "Assignment", "OTAConfig", "PointGrid", "assignment_statistics", "box_loss", "focal_loss",
-    "ota_assign",
+    "Assignment", "OTAConfig", "PointGrid", "assignment_statistics", "box_loss", "focal_loss", "ota_assign",
 ]  # fmt: skip

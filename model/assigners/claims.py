@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import Assignment, PointGrid
 from kernels.assign import check_inputs
+from kernels.assign_reference import iou_and_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
 
 NEITHER = -2  # gt_index of a point that is neither positive nor negative
@@ -61,15 +62,6 @@ class Claims(NamedTuple):
     wanted: Tensor  # (m, N) bool
     priority: Tensor  # (m, N) float
     neither: Tensor | None = None  # (N,) bool: no negatives, should nobody claim them
-
-
-def iou_and_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of (m, 4) and (n, 4) boxes: two (m, n). A box turned inside out has no area."""
-    g, b = gt_boxes[:, None], boxes[None]
-    overlap = (torch.minimum(g[..., 2:], b[..., 2:]) - torch.maximum(g[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = (g[..., 2:] - g[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1) - overlap
-    hull = (torch.maximum(g[..., 2:], b[..., 2:]) - torch.minimum(g[..., :2], b[..., :2])).prod(-1)
-    return overlap / union, overlap / union - (hull - union) / hull
 
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
