@@ -18,6 +18,11 @@ def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
     return received, sent_by_background.scatter_reduce(0, column, sent, "amax")
 
 
+def is_ambiguous(received: Tensor, largest: Tensor) -> Tensor:
+    """(A,) bool, of `units_received`: no supplier sends 0.9 of what the point receives (paper, section 4.2)."""
+    return largest < AMBIGUOUS_SHARE * received
+
+
 @torch.no_grad()
 def assignment_statistics(
     logits: Tensor,
@@ -49,6 +54,6 @@ def assignment_statistics(
     return {
         "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
         "mean_k": plan.k.sum() / num_gts.float(),
-        "ambiguous": (largest < AMBIGUOUS_SHARE * received).sum().float() / num_points,
+        "ambiguous": is_ambiguous(received, largest).sum().float() / num_points,
         "residual": (received - 1).abs().sum().float() / num_points,
     }

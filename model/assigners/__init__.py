@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
 from kernels.assign_torch import solve
-from kernels.statistics import AMBIGUOUS_SHARE, units_received
+from kernels.statistics import is_ambiguous, units_received
 
 from .atss import atss_claims
 from .claims import NEITHER, assign_claims
@@ -55,9 +55,8 @@ def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTA
     if strategy != "ota":
         return assign_claims(CLAIMS[strategy], *inputs)
     match, plan = solve(*inputs, config)
-    received, largest = units_received(plan)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
-    ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
+    ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous
 
 
