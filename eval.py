@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, crowd_metrics, eval_transform, find_splits, resized_size
 from data.crowdhuman import BOXES
-from model import BackboneError, Detector, WeightsError, load_weights, local_file
+from model import BackboneError, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import padded_side
 from run.process import ignore_interrupts, setup_distributed
 from run.settings import SettingsError, not_negative, positive
@@ -185,6 +185,21 @@ def evaluation_dataset(
     return dataset
 
 
+def load_with_data(weights: Path, data: str | None, box: str | None = None) -> tuple[Detector, CocoDataset, str]:
+    """The detector of a file that train.py wrote, a data set with its classes to evaluate it on, and what that is
+    called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
+    """
+    detector, metadata = load_weights(weights)
+    data = data or metadata["data"]
+    dataset = evaluation_dataset(data, detector.config.image_size, box=box or metadata.get("box"))
+    if box and not dataset.split.is_crowdhuman:
+        raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
+    differences = class_differences(metadata | {"source": weights}, dataset)
+    if differences:
+        raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
+    return detector, dataset, data
+
+
 def describe(dataset: CocoDataset) -> str:
     return (
         f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: "
@@ -208,21 +223,14 @@ def main() -> None:
         faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, metadata = load_weights(weights)
-    box = args.box or metadata.get("box")
-    dataset = evaluation_dataset(args.data or metadata["data"], detector.config.image_size, box=box)
-    if args.box and not dataset.split.is_crowdhuman:
-        raise SettingsError(f"--box {args.box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
-    differences = class_differences(metadata | {"source": weights}, dataset)
-    if differences:
-        raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
+    detector, dataset, _ = load_with_data(weights, args.data, args.box)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
     if rank == 0:
         print_table(metrics)
         of = [Path(args.data).resolve().name] if args.data else []
         of += [args.box] if args.box else []
-        here = weights.parent if weights == Path(args.weights) else Path()  # for weights of the hub
-        out = args.out or here / ("-".join(["eval", *of]) if of or weights != Path(args.weights) else "")
+        folder = Path() if is_on_hub(args.weights) else weights.parent
+        out = args.out or folder / ("-".join(["eval", *of]) if of or is_on_hub(args.weights) else "")
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}

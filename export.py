@@ -26,7 +26,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from kernels.grid import MAX_SIDE_PX
-from model import BackboneError, Detector, WeightsError, load, local_file, write_file
+from model import BackboneError, Detector, WeightsError, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.exported import ExportedDetector, suppressed
 from run.settings import SettingsError
@@ -132,7 +132,7 @@ def main() -> None:
 
     weights = local_file(args.weights)
     detector = load(weights)
-    folder = weights.parent if weights == Path(args.weights) else Path()
+    folder = Path() if is_on_hub(args.weights) else weights.parent
     out = args.out or folder / (weights.stem + SUFFIX[args.format])
     data = (export_onnx if args.format == "onnx" else export_torch)(detector, args.nms)
     try:

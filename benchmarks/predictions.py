@@ -7,9 +7,8 @@ from torch import Tensor
 
 from benchmarks.scenes import Scene
 from data import CocoDataset, DatasetError
-from eval import class_differences, evaluation_dataset
+from eval import load_with_data
 from kernels import OTAConfig
-from model import WeightsError, load_weights
 from model.batch import pack
 
 
@@ -21,12 +20,7 @@ class Predictor:
     """
 
     def __init__(self, weights: Path, data: str | None = None):
-        self.detector, metadata = load_weights(weights)
-        self.data = data or metadata["data"]
-        self.dataset = evaluation_dataset(self.data, self.detector.config.image_size, box=metadata.get("box"))
-        differences = class_differences(metadata | {"source": weights}, self.dataset)
-        if differences:
-            raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
+        self.detector, self.dataset, self.data = load_with_data(weights, data)
 
     @property
     def assigner(self) -> OTAConfig:

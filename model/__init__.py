@@ -3,7 +3,7 @@
 from .backbone import BackboneError
 from .checkpoint import CheckpointError, previous_checkpoint, save_checkpoint, write_file, writing
 from .detector import Detections, Detector, DetectorConfig
-from .weights import WeightsError, init_weights, load, load_weights, local_file, read_metadata, save_weights
+from .weights import WeightsError, init_weights, is_on_hub, load, load_weights, local_file, read_metadata, save_weights
 
 __all__ = [
     "BackboneError",
@@ -13,6 +13,7 @@ __all__ = [
     "DetectorConfig",
     "WeightsError",
     "init_weights",
+    "is_on_hub",
     "load",
     "load_weights",
     "local_file",

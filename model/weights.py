@@ -98,12 +98,16 @@ def load(weights: str | Path) -> Detector:
     return load_weights(local_file(weights))[0]
 
 
+def is_on_hub(weights: str | Path) -> bool:
+    return str(weights).startswith(HUB)
+
+
 def local_file(weights: str | Path) -> Path:
     """The path itself, or that of a file of the hub, which is downloaded unless it is in the hub's cache (HF_HOME).
 
     Without a file name it is ota.safetensors. Raises WeightsError.
     """
-    if not str(weights).startswith(HUB):
+    if not is_on_hub(weights):
         return Path(weights)
     user, repo, file = (*str(weights).removeprefix(HUB).split("/", 2), "", "")[:3]
     if not user or not repo:
