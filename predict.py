@@ -80,16 +80,16 @@ def picture_paths(images: list[Path], out: Path) -> list[Path]:
     sharing = defaultdict(list)
     for image, name in zip(images, names, strict=True):
         sharing[name.lower()].append(whole(image).parent)
-    pictures: list[Path] = []
+    pictures: dict[Path, None] = {}  # in order, and quick to look up
     for image, name in zip(images, names, strict=True):
         parent, parents = whole(image).parent, sharing[name.lower()]
         folder = out / (parent.relative_to(os.path.commonpath(parents)) if len(parents) > 1 else "")
         numbered = (f"{n}-{name}" if n else name for n in itertools.count())
-        pictures.append(next(folder / name for name in numbered if folder / name not in pictures))
+        pictures[next(folder / name for name in numbered if folder / name not in pictures)] = None
     taken = {path.resolve() for path in images} & {path.resolve() for path in pictures}
     if taken:
         raise SettingsError(f"the picture of {min(taken)} would overwrite it; name another folder with --out")
-    return pictures
+    return list(pictures)
 
 
 def image_records(paths: list[Path], image_size: tuple[int, int]) -> tuple[list[dict], dict[Path, str]]:
