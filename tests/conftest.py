@@ -50,7 +50,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def call() -> Callable[..., str]:
-    """main() of train.py or eval.py with arguments, in this process and on one thread; returns what it printed.
+    """A script's main() with arguments, in this process and on one thread; returns what it printed.
 
     A process of its own takes seconds to import torch; it is for tests that kill it, or need several.
     """
@@ -69,6 +69,7 @@ def call() -> Callable[..., str]:
             torch.set_float32_matmul_precision(precision)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            print(said.getvalue(), end="")  # for capsys, and beside a failure
         return said.getvalue()
 
     return call

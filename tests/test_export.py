@@ -5,7 +5,6 @@ any order is right.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,6 @@ def scenes(batch: int, size: tuple[int, int]) -> list[torch.Tensor]:
     return images
 
 
-def run_main(*args) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export.py", *map(str, args)])
-        export_script.main()
-
-
 def run_onnx(path: Path) -> tuple:
     """A function of images and sizes, and the metadata."""
     session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -98,13 +91,13 @@ def run_torch(path: Path) -> tuple:
         pytest.param(("torch", False), id="torch-candidates", marks=pytest.mark.slow),
     ],
 )
-def exported(request, weights, tmp_path_factory):
+def exported(call, request, weights, tmp_path_factory):
     """Run function, metadata, and whether NMS is inside, of a file that export.py wrote."""
     kind, nms = request.param
     if kind == "onnx":
         pytest.importorskip("onnxscript")
     path = tmp_path_factory.mktemp("exported") / f"ota.{kind}"
-    run_main("--weights", weights, "--format", kind, "--out", path, *(["--nms"] if nms else []))
+    call(export_script, "--weights", weights, "--format", kind, "--out", path, *(["--nms"] if nms else []))
     return *(run_onnx if kind == "onnx" else run_torch)(path), nms
 
 
@@ -181,24 +174,24 @@ def test_nothing_found_is_rows_without_a_score(weights):
     assert boxes.shape == (2, 100, 4) and not boxes.any() and not scores.any() and (labels == -1).all()
 
 
-def test_packages_that_are_missing_are_named(weights, monkeypatch):
+def test_packages_that_are_missing_are_named(call, weights, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
-        run_main("--weights", weights)
+        call(export_script, "--weights", weights)
 
 
-def test_backbone_that_cannot_be_exported_is_named(weights, monkeypatch):
+def test_backbone_that_cannot_be_exported_is_named(call, weights, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("constraints violated")
 
     monkeypatch.setattr(torch.export, "export", fail)
     with pytest.raises(export_script.ExportError, match="cannot export test_resnet .* any size: constraints violated"):
-        run_main("--weights", weights, "--format", "torch")
+        call(export_script, "--weights", weights, "--format", "torch")
 
 
 @pytest.mark.parametrize("out", [None, "sub/x.pt2"], ids=["beside-the-weights", "out"])
-def test_where_the_file_goes(weights, tmp_path, monkeypatch, capsys, out):
+def test_where_the_file_goes(call, weights, tmp_path, monkeypatch, out):
     monkeypatch.setattr(export_script, "export_torch", lambda detector, nms: b"exported")
     wanted = tmp_path / out if out else weights.with_suffix(".pt2")
-    run_main("--weights", weights, "--format", "torch", *(["--out", wanted] if out else []))
-    assert wanted.read_bytes() == b"exported" and f"wrote {wanted}" in capsys.readouterr().out
+    said = call(export_script, "--weights", weights, "--format", "torch", *(["--out", wanted] if out else []))
+    assert wanted.read_bytes() == b"exported" and f"wrote {wanted}" in said

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +20,7 @@ from model import Detections, Detector, DetectorConfig, WeightsError, load, save
 from predict import find_images, picture_paths
 from run.settings import SettingsError
 
+CPU = ("--device", "cpu")
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
 
 
@@ -75,11 +75,6 @@ def close(one: Detections, other: Detections) -> bool:
     """But for what a convolution rounds differently in a batch."""
     pairs = zip(one[:2], other[:2], (1e-3, 1e-5), strict=True)
     return one.names == other.names and all(torch.allclose(a, b, atol=atol, rtol=0) for a, b, atol in pairs)
-
-
-def run(monkeypatch, *args) -> None:
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args), "--device", "cpu"])
-    predict_script.main()
 
 
 def test_load_gives_a_detector_that_knows_its_classes(detector):
@@ -187,10 +182,10 @@ def test_names_that_do_not_fit_the_weights_are_refused(detector, tmp_path):
         load(tmp_path / "a.safetensors")
 
 
-def test_predict_and_eval_give_the_same_detections(detector, shapes, tmp_path, monkeypatch, weights):
+def test_predict_and_eval_give_the_same_detections(call, detector, shapes, tmp_path, weights, one_thread):
     dataset = CocoDataset(find_splits(str(shapes))[1], eval_transform(detector.config.image_size))
     wanted = detect(detector, dataset, torch.device("cpu"), batch_size=2, workers=0)
-    run(monkeypatch, shapes / "val", "--weights", weights, "--score", 0, "--batch-size", 2, "--out", tmp_path)
+    call(predict_script, shapes / "val", "--weights", weights, "--score", 0, "--batch-size", 2, "--out", tmp_path, *CPU)
     found = json.loads((tmp_path / "detections.json").read_text())
     id_of = {image["file_name"]: image["id"] for image in dataset.images}
     for row in found:
@@ -199,9 +194,9 @@ def test_predict_and_eval_give_the_same_detections(detector, shapes, tmp_path, m
     assert len(found) > 100 and found == wanted
 
 
-def test_results_are_in_coco_format(weights, tmp_path, monkeypatch):
+def test_results_are_in_coco_format(call, weights, tmp_path):
     photo(tmp_path / "in" / "a.jpg")
-    run(monkeypatch, tmp_path / "in", "--weights", weights, "--score", 0.3, "--out", tmp_path / "out")
+    call(predict_script, tmp_path / "in", "--weights", weights, "--score", 0.3, "--out", tmp_path / "out", *CPU)
     truth = COCO()
     truth.dataset = {"images": [{"id": 1}], "annotations": [], "categories": [{"id": i} for i in IDS], "info": {}}
     truth.createIndex()
@@ -211,7 +206,7 @@ def test_results_are_in_coco_format(weights, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_broken_files_are_named_and_the_others_come_out(weights, tmp_path, monkeypatch, capsys):
+def test_broken_files_are_named_and_the_others_come_out(call, weights, tmp_path, capsys):
     folder = tmp_path / "in"
     for i in range(3):
         photo(folder / f"{i}.jpg", seed=i)
@@ -221,7 +216,7 @@ def test_broken_files_are_named_and_the_others_come_out(weights, tmp_path, monke
     Image.new("1", (12_000, 12_000)).save(folder / "huge.png")
     Image.new("RGB", (2000, 1)).save(folder / "narrow.png")
     with pytest.raises(SystemExit, match="5 of 8 images could not be read") as stopped:
-        run(monkeypatch, folder, folder / "nothing.jpg", "--weights", weights, "--out", tmp_path / "out")
+        call(predict_script, folder, folder / "nothing.jpg", "--weights", weights, "--out", tmp_path / "out", *CPU)
     assert isinstance(stopped.value.code, str)  # which is status 1, and the text on stderr
     said = capsys.readouterr()
     for name, why in (
@@ -275,9 +270,9 @@ def test_pictures_stay_below_out(tmp_path, monkeypatch):
     assert [str(path) for path in pictures] == wanted
 
 
-def test_long_thin_image_has_a_picture_that_can_be_written(weights, tmp_path, monkeypatch):
+def test_long_thin_image_has_a_picture_that_can_be_written(call, weights, tmp_path):
     photo(tmp_path / "in" / "thin.jpg", (4000, 60))
-    run(monkeypatch, "--weights", weights, tmp_path / "in", "--out", tmp_path / "out")
+    call(predict_script, "--weights", weights, tmp_path / "in", "--out", tmp_path / "out", *CPU)
     with Image.open(tmp_path / "out" / "thin.jpg") as picture:
         assert picture.width == 4000
 
