@@ -33,6 +33,9 @@ SMALL = (
 TORCHRUN = ["-m", "torch.distributed.run"]
 TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
 TIMES = ("images_per_s", "data_wait")
+# Wider than 64 px, so that level 6 is wider than a point: torch 2.11 and 2.14 have, with bfloat16 on some CPUs, garbage
+# for the weights' gradient of a 3 x 3 convolution with stride 2 over a single column.
+BF16_SIZES = (72, 88, 104)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,7 @@ def test_run_that_is_ended_again_and_again_continues_bit_for_bit(call, shapes, u
 
 def test_killed_run_with_every_switch_continues_bit_for_bit(call, shapes, tmp_path):
     """The moving average of the weights, passes, clipping, sizes drawn at random, batches by orientation."""
-    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", 48, 64, 80, "--bf16",
+    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", *BF16_SIZES, "--bf16",
                 "--optimizer", "sgd", "--lr", 0.05, "--fast-eval"]  # fmt: skip
     one, out = tmp_path / "one", tmp_path / "out"
     call(train, *flags_of(shapes, one, *switches, steps=14))
@@ -452,7 +455,7 @@ def test_two_agents(shapes, undisturbed_by_two, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_with_every_switch_continue_bit_for_bit(shapes, tmp_path):
     """The buffers of the averaged weights are rank 0's in an evaluation; four images a step, in two passes a rank."""
-    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", 48, 64, 80, "--bf16"]
+    switches = ["--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", *BF16_SIZES, "--bf16"]
     one, out = tmp_path / "one", tmp_path / "out"
     Run(shapes, one, *switches, launcher=TWO_RANKS).ends_well()
     run = Run(shapes, out, *switches, launcher=TWO_RANKS).until("step 18/")
