@@ -13,7 +13,7 @@ from benchmarks.scenes import Scene, make_scene, trained_predictions
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_and_ambiguous, statistics_of
 from model.assigners.claims import Image, assign_claims
-from model.assigners.paa import fit_two_gaussians
+from model.assigners.paa import fit_two_gaussians, up_to_the_densest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 GRID = PointGrid.for_image((104, 136), (8, 16, 32))
@@ -354,16 +354,20 @@ class Literal:
                 for c in (0, 1)
             ]
 
-        for _ in range(20):
+        likelihood = -math.inf
+        for _ in range(100):
+            before, likelihood = likelihood, sum(math.log(sum(joint(v))) for v in x) / len(x)
             weight = [[p / sum(joint(v)) for p in joint(v)] for v in x]
             for c in (0, 1):
                 total = sum(w[c] for w in weight)
                 mean[c] = sum(w[c] * v for w, v in zip(weight, x, strict=True)) / total
                 variance[c] = sum(w[c] * (v - mean[c]) ** 2 for w, v in zip(weight, x, strict=True)) / total + 1e-6
                 share[c] = total / len(x)
+            if abs(likelihood - before) < 1e-3:
+                break
         good = [r for r, v in enumerate(x) if joint(v)[0] >= joint(v)[1]]
-        last = max(good, key=lambda r: sum(joint(x[r])), default=-1)
-        return {candidates[r] for r in good if r <= last}
+        last = max(good, key=lambda r: sum(joint(x[r])), default=len(x))
+        return set(candidates[: last + 1])
 
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["sparse", "crowded"])
@@ -424,6 +428,17 @@ def test_more_objects_than_points():
     grid = PointGrid((32,), ((1, 2),))
     match = assign("hungarian", *make_scene(grid, (5,), C, size_px=(20, 60)), config=OTAConfig())
     assert (match.gt_index >= 0).all() and match.k.sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "positive"),
+    [([0.5, 0.9, 1.0, 1.0, 1.1, 1.8], 3), ([0.69, 1.10, 2.15], 2), ([0.7], 1), ([0.4, 0.4], 1)],
+    ids=["lowest-is-of-the-other", "few", "one", "equal"],
+)
+def test_paa_takes_all_up_to_the_densest(losses, positive):
+    """How many scikit-learn's mixture gives, used as in the paper's code."""
+    value = torch.tensor([losses, [math.inf] * len(losses)])
+    assert up_to_the_densest(value).tolist() == [[r < positive for r in range(len(losses))], [False] * len(losses)]
 
 
 def test_two_gaussians_tell_two_clusters_apart():

@@ -12,13 +12,13 @@ from .claims import Claims, Image, best_per_level
 
 CANDIDATE_IOU = 0.1
 PER_LEVEL = 9
-EM_STEPS = 20
+MOST_EM_STEPS, LEAST_EM_GAIN = 100, 1e-3  # and the variance's floor: those of scikit-learn, which the paper's code uses
 MIN_VARIANCE = 1e-6
 
 
 def paa_claims(image: Image) -> Claims:
-    """Two Gaussians fitted to the losses of an object's candidates; it claims those of the better one, up to the
-    candidate where the mixture is densest (separation scheme c of the paper's figure 3).
+    """Two Gaussians fitted to the losses of an object's candidates; it claims all up to the one of the better Gaussian
+    where the mixture is densest (separation scheme c of the paper's figure 3), or all where none is of the better.
 
     A point in the object's box is a candidate if its square anchor of 8 strides has the highest IoU of all objects with
     this one, and one of at least 0.1 or the object's best; of those, the 9 per level with the least loss. Loss: focal
@@ -35,10 +35,18 @@ def paa_claims(image: Image) -> Claims:
 
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
     value, point = (x[:, : int(candidates.sum(1).max())] for x in (value, point))
+    return Claims(torch.zeros_like(candidates).scatter_(1, point, up_to_the_densest(value)), loss)
+
+
+def up_to_the_densest(value: Tensor) -> Tensor:
+    """(m, n) bool from the ascending losses (m, n), infinite where a row has ended: the candidates of each row up to
+    the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
     density, is_better = fit_two_gaussians(value)
-    densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True) if value.shape[1] else point
-    positive = is_better & (torch.arange(value.shape[1], device=value.device) <= densest)
-    return Claims(torch.zeros_like(candidates).scatter_(1, point, positive), loss)
+    if not value.shape[1]:
+        return is_better
+    densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True)
+    densest = densest.masked_fill(~is_better.any(1, keepdim=True), value.shape[1])
+    return value.isfinite() & (torch.arange(value.shape[1], device=value.device) <= densest)
 
 
 def _focal_cost(image: Image) -> Tensor:
@@ -52,7 +60,8 @@ def fit_two_gaussians(value: Tensor) -> tuple[Tensor, Tensor]:
     """Log density (m, n) of the mixture, and whether the Gaussian that starts at a row's lowest value is likelier.
 
     value (m, n), ascending, infinite where a row has ended. Expectation maximisation from the lowest and the highest
-    value, variance 1 and equal shares, as in the paper's code; in float64. A single value is the better one's.
+    value, variance 1 and equal shares, until a step adds less than 1e-3 to the mean log likelihood of the row, as in
+    the paper's code; in float64. A single value is the better one's.
     """
     exists = value.isfinite()
     x = value.double().masked_fill(~exists, 0)[..., None]  # (m, n, 1), against two components
@@ -60,14 +69,19 @@ def fit_two_gaussians(value: Tensor) -> tuple[Tensor, Tensor]:
     low = value[:, 0].double() if value.shape[1] else high
     mean = torch.stack([low, high], 1).nan_to_num(0, 0, 0)[:, None]
     variance, share = torch.ones_like(mean), torch.full_like(mean, 0.5)
-    for step in range(EM_STEPS + 1):
+    likelihood, running = x.new_full((len(x),), -torch.inf), exists.any(1)
+    for step in range(MOST_EM_STEPS + 1):
         log_joint = share.log() - 0.5 * ((x - mean) ** 2 / variance + (2 * math.pi * variance).log())
-        if step == EM_STEPS:
+        if step == MOST_EM_STEPS or not running.any():
             break
+        before, likelihood = likelihood, log_joint.logsumexp(-1).masked_fill(~exists, 0).sum(1) / exists.sum(1)
         weight = log_joint.softmax(-1) * exists[..., None]
-        total = weight.sum(1, keepdim=True).clamp(min=10 * torch.finfo(torch.float64).eps)
-        mean = (weight * x).sum(1, keepdim=True) / total
-        variance = (weight * (x - mean) ** 2).sum(1, keepdim=True) / total + MIN_VARIANCE
-        share = total / total.sum(-1, keepdim=True)
+        total = weight.sum(1, keepdim=True) + 10 * torch.finfo(torch.float64).eps
+        new_mean = (weight * x).sum(1, keepdim=True) / total
+        new_variance = (weight * (x - new_mean) ** 2).sum(1, keepdim=True) / total + MIN_VARIANCE
+        now = running[:, None, None]  # the last step of a row counts, too
+        mean, variance = torch.where(now, new_mean, mean), torch.where(now, new_variance, variance)
+        share = torch.where(now, total / total.sum(-1, keepdim=True), share)
+        running = running & ((likelihood - before).abs() >= LEAST_EM_GAIN)
     is_better = (log_joint[..., 0] >= log_joint[..., 1]) & exists
     return log_joint.logsumexp(-1).masked_fill(~exists, -torch.inf), is_better
