@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -24,11 +25,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, DatasetError, collate, crowd_metrics, eval_transform, find_splits, resized_size
+from data import (
+    CocoDataset,
+    DatasetError,
+    collate,
+    crowd_metrics,
+    eval_transform,
+    find_splits,
+    printable,
+    resized_size,
+)
 from data.crowdhuman import BOXES
 from model import BackboneError, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import padded_side
-from run.process import ignore_interrupts, setup_distributed
+from run.process import ignore_interrupts, setup_distributed, wait_for_main
 from run.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -95,15 +105,49 @@ def faster_coco_eval() -> tuple[type, type]:
     return COCO, COCOeval_faster
 
 
+def for_evaluators(annotations: dict, results: list[dict]) -> tuple[dict, list[dict]]:
+    """Both as evaluators need them: with ids from 1 on, for ids become floats there and 0 stands for no match, and with
+    areas that fit the boxes, for an object whose area is outside of [0, 1e10] does not count.
+
+    Images and categories keep the order of their ids, so detections of equal scores keep theirs.
+    """
+    new_image, new_category = (
+        {old: new for new, old in enumerate(sorted(record["id"] for record in annotations[key]), 1)}
+        for key in ("images", "categories")
+    )
+
+    def renumbered(record: dict, **more) -> dict:
+        ids = {"image_id": new_image[record["image_id"]], "category_id": new_category[record["category_id"]]}
+        return {"bbox": record["bbox"], **ids, **more}
+
+    truth = {
+        "info": {},
+        "images": [{"id": new} for new in new_image.values()],
+        "categories": [category | {"id": new_category[category["id"]]} for category in annotations["categories"]],
+        "annotations": [
+            renumbered(record, id=number, area=_area(record), iscrowd=record["iscrowd"])
+            for number, record in enumerate(annotations["annotations"], 1)
+        ],
+    }
+    return truth, [renumbered(result, score=result["score"]) for result in results]
+
+
+def _area(record: dict) -> float:
+    """The record's own, of a segment as a rule, or the box's where there is none or where it cannot be within the box."""
+    area, (_, _, width, height) = record.get("area"), record["bbox"]
+    fits = isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1)
+    return area if fits else width * height
+
+
 def coco_metrics(annotations: dict, results: list[dict], fast: bool = False) -> dict:
     """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
     index, evaluator = faster_coco_eval() if fast else (COCO, COCOeval)
     truth = index()
-    truth.dataset = {"info": {}, **annotations}
+    truth.dataset, results = for_evaluators(annotations, results)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         # loadRes cannot take an empty list: an index without annotations is what it would give.
-        found = truth.loadRes([dict(r) for r in results]) if results else index()  # it writes into what it is given
+        found = truth.loadRes(results) if results else index()
         evaluation = evaluator(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -137,13 +181,15 @@ def evaluate(
     metrics = coco_metrics(dataset.annotations, results, fast) if is_main else {}
     if is_main and dataset.split.is_crowdhuman:
         metrics |= crowd_metrics(dataset.annotations, results)
+    wait_for_main()
     return metrics, results
 
 
 def print_table(metrics: dict) -> None:
-    width = max([5, *map(len, metrics["per_class"])])
+    rows = {printable(name): row for name, row in metrics["per_class"].items()}
+    width = max([5, *map(len, rows)])
     print(f"{'class':{width}}   boxes     AP   AP50")
-    for name, row in metrics["per_class"].items():
+    for name, row in rows.items():
         scores = "  ".join("    -" if row[k] < 0 else f"{row[k]:.3f}" for k in ("AP", "AP50"))
         print(f"{name:{width}} {row['boxes']:7d}  {scores}")
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[:6]))
@@ -160,20 +206,24 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
     here = set(zip(metadata["category_ids"], metadata["class_names"], strict=True))
     there = set(zip(dataset.category_ids, dataset.class_names, strict=True))
     return "; ".join(
-        f"only in {source}: " + ", ".join(f"{i} {name}" for i, name in sorted(only)[:5])
+        f"only in {source}: " + ", ".join(f"{i} {printable(name)}" for i, name in sorted(only)[:5])
         for source, only in ((metadata["source"], here - there), (dataset.split.annotations, there - here))
         if only
     )
 
 
 def evaluation_dataset(
-    data: str, image_size: tuple[int, int], overfit: int | None = None, box: str | None = None
+    data: str,
+    image_size: tuple[int, int],
+    overfit: int | None = None,
+    box: str | None = None,
+    known_ids: Collection[int] = (),
 ) -> CocoDataset:
     """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
-    `overfit` images with objects."""
+    `overfit` images with objects. known_ids: the category ids of the training."""
     train, val = find_splits(data, box or "fbox")
     val = None if overfit else val
-    dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit)
+    dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         if val is None and not overfit:
             print(
@@ -191,7 +241,8 @@ def load_with_data(weights: Path, data: str | None, box: str | None = None) -> t
     """
     detector, metadata = load_weights(weights)
     data = data or metadata["data"]
-    dataset = evaluation_dataset(data, detector.config.image_size, box=box or metadata.get("box"))
+    size, ids = detector.config.image_size, detector.category_ids
+    dataset = evaluation_dataset(data, size, box=box or metadata.get("box"), known_ids=ids)
     if box and not dataset.split.is_crowdhuman:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
@@ -201,10 +252,13 @@ def load_with_data(weights: Path, data: str | None, box: str | None = None) -> t
 
 
 def describe(dataset: CocoDataset) -> str:
-    return (
+    text = (
         f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: "
         f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
     )
+    if dataset.grouping:
+        text += f", category {dataset.grouping['id']} {printable(dataset.grouping['name'])}, which groups the others"
+    return text
 
 
 def main() -> None:
@@ -226,7 +280,6 @@ def main() -> None:
     detector, dataset, _ = load_with_data(weights, args.data, args.box)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
     if rank == 0:
-        print_table(metrics)
         of = [Path(args.data).resolve().name] if args.data else []
         of += [args.box] if args.box else []
         folder = Path() if is_on_hub(args.weights) else weights.parent
@@ -235,6 +288,7 @@ def main() -> None:
         (out / "detections.json").write_text(json.dumps(results))
         record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
         (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
+        print_table(metrics)
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
     if world > 1:
         dist.destroy_process_group()

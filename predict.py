@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from data import resized_size
+from data import printable, resized_size
 from data.draw import draw_detections
 from eval import batches_of_one_size, coco_results
 from images import ImageError, header_size, load_image
@@ -88,7 +88,9 @@ def picture_paths(images: list[Path], out: Path) -> list[Path]:
         pictures[next(folder / name for name in numbered if folder / name not in pictures)] = None
     taken = {path.resolve() for path in images} & {path.resolve() for path in pictures}
     if taken:
-        raise SettingsError(f"the picture of {min(taken)} would overwrite it; name another folder with --out")
+        raise SettingsError(
+            f"the picture of {printable(min(taken))} would overwrite it; name another folder with --out"
+        )
     return list(pictures)
 
 
@@ -141,7 +143,7 @@ def predict(
     pictures = dict(zip(paths, picture_paths(paths, out), strict=True))
     records, failed = image_records(paths, detector.config.image_size)
     for message in failed.values():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     batches = batches_of_one_size(records, detector.config.image_size, batch_size)
     results = []
     with tqdm(total=len(records), desc="predict", unit="image", disable=None) as bar:
@@ -149,7 +151,7 @@ def predict(
             for record, error in batch:
                 if isinstance(error, ImageError):
                     failed[record["path"]] = str(error)
-                    bar.write(str(error), file=sys.stderr)
+                    bar.write(printable(error), file=sys.stderr)
             read = [(record, image) for record, image in batch if isinstance(image, Tensor)]
             detections = detector.predict([image for _, image in read], score, batch_size)
             for (record, image), found in zip(read, detections, strict=True):

@@ -49,9 +49,12 @@ from model import (
 from model.batch import Batch, pack, padded_side
 from model.losses import mean_positives
 from run.folder import RunFolder
-from run.process import StopRequest, ignore_interrupts, setup_distributed
+from run.memory import available_bytes, step_bytes
+from run.process import StopRequest, ignore_interrupts, setup_distributed, wait_for_main
 from run.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, parse_args
 from run.trace import WARMUP_STEPS, StepTrace
+
+SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
 
 def static_sides(shortest: int, longest: int) -> tuple[int, ...]:
@@ -141,6 +144,21 @@ def backward(
     return {name: value / total for name, value in terms.items()}
 
 
+def warn_of_memory(detector: Detector, dataset: CocoDataset, args: argparse.Namespace, world: int) -> None:
+    """Before the system ends the process without a word: an estimate of a step's memory, where there is less."""
+    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
+    images = args.batch_size // (world * args.accumulate)
+    needed = step_bytes(detector, images * int(sizes.prod(1).max()), args.optimizer, args.bf16)
+    available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if needed > available:
+        print(
+            f"warning: a step of {images} images of up to {' x '.join(map(str, sizes[sizes.prod(1).argmax()]))} px needs "
+            f"some {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} are there; a smaller --image-size or "
+            "--batch-size, or --accumulate, needs less",
+            flush=True,
+        )
+
+
 class StepRecord(NamedTuple):
     """A step that the device may still be busy with; its numbers are read when the next one is under way."""
 
@@ -198,7 +216,7 @@ def main() -> None:
     if args.data == "shapes" and world > 1:  # the main rank writes a generated set, the others wait
         if is_main:
             find_splits(args.data)
-        dist.barrier()
+        wait_for_main()
     train_split, _ = find_splits(args.data, args.box or "fbox")
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
@@ -210,7 +228,13 @@ def main() -> None:
     if args.overfit and args.batch_size > len(dataset):
         say(f"--overfit: a batch is all {len(dataset)} images, not {args.batch_size}")
         args.batch_size = len(dataset)
-    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box)
+    small = dataset.share_under(SMALL_PX, args.image_size)
+    if small > SMALL_SHARE:
+        say(
+            f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
+            f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
+        )
+    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box, dataset.category_ids)
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
     if differences:
@@ -230,6 +254,8 @@ def main() -> None:
     if args.init:
         say(init_weights(detector, args.init, dataset.class_names))
     detector.use_memory_format(torch.channels_last if args.channels_last else torch.contiguous_format)
+    if is_main:
+        warn_of_memory(detector, dataset, args, world)
     ema = ModelEmaV3(detector, args.ema, use_warmup=True) if args.ema else None
     evaluated = ema.module if ema else detector
     model, sides = detector, ()
@@ -426,17 +452,17 @@ def main() -> None:
     bar.close()
 
     if is_main:
-        print_table(metrics)
         record = {
             "data": str(val_dataset.split.annotations),
             "images": len(val_dataset),
             "total_s": round(time.time() - started),
         }
+        with writing(out), eagerly(args.compile):
+            write_file(out / "metrics.json", json.dumps(record | metrics, indent=1).encode())  # complete now
+            draw_samples(evaluated.eval(), val_dataset, device, out / "samples.png")
         folder.draw()
         folder.close()
-        with writing(out), eagerly(args.compile):
-            draw_samples(evaluated.eval(), val_dataset, device, out / "samples.png")
-            write_file(out / "metrics.json", json.dumps(record | metrics, indent=1).encode())  # last: complete now
+        print_table(metrics)
         print(f"wrote {out}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
     if world > 1:
         dist.destroy_process_group()

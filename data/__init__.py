@@ -1,6 +1,6 @@
 """Annotation files in COCO layout, CrowdHuman's or Pascal VOC's (or generated shapes) to uint8 images and boxes."""
 
-from data.checks import DatasetError, check_annotations
+from data.checks import DatasetError, check_annotations, printable
 from data.coco import CocoDataset, collate
 from data.crowd_metrics import crowd_metrics
 from data.shapes import generate_shapes
@@ -18,6 +18,7 @@ __all__ = [
     "find_splits",
     "generate_shapes",
     "is_crowdhuman",
+    "printable",
     "resized_size",
     "train_transform",
 ]

@@ -6,6 +6,7 @@ raises one error that lists them by kind. A box is x, y, width, height in px, as
 
 import math
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,20 @@ from images import header_size
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
 CULPRITS_SHOWN = 5
+MOST_BOXES = 0.95  # so large a share of them says that the numbers mean something else
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
+
+
+def printable(text: object) -> str:
+    """`text` on one line of a terminal: what would act on it (control characters, line breaks, marks of direction) or
+    cannot be encoded (lone surrogates) is escaped as in Python."""
+    return "".join(repr(c)[1:-1] if _acts(c) else c for c in str(text))
+
+
+def _acts(character: str) -> bool:
+    joiner = character in "\u200c\u200d"  # many languages and emoji are written with these
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joiner
 
 
 class DatasetError(ValueError):
@@ -40,6 +53,7 @@ def check_annotations(annotations: dict, images_dir: Path, source: Path, look_at
     objects = _check_records("annotations", annotations, problems)
     _check_names(categories, problems)
     _check_boxes(objects, _ids(annotations, "categories"), _ids(annotations, "images"), images, problems)
+    _check_units(objects, problems)
     named_inside = _check_file_names(images, images_dir, problems)
     if look_at_files:
         _check_files(named_inside, images_dir, problems)
@@ -162,6 +176,18 @@ def _check_boxes(
             problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(culprit)
 
 
+def _check_units(objects: list[dict], problems: Problems) -> None:
+    """Boxes no larger than a pixel, or within the first of their image, teach nothing; where nearly all are, they are
+    in other units."""
+    ends = [(record, *record["bbox"]) for record in objects if min(record["bbox"][2:]) > 0]
+    tiny = [record for record, x, y, w, h in ends if max(w, h) <= 1 or max(x + w, y + h) <= 1]
+    if tiny and len(tiny) >= MOST_BOXES * len(ends):
+        kind = (
+            f"boxes of a pixel at most, {len(tiny) / len(ends):.0%} of all (fractions of the image's sides? They have"
+        )
+        problems[f"{kind} to be in px)"] += [f"annotation {record['id']}: {record['bbox']}" for record in tiny]
+
+
 def _object(record: dict, image: dict | None) -> str:
     file_name = f" ({image['file_name']})" if image else ""
     return f"annotation {record['id']}, image {record['image_id']}{file_name}"
@@ -236,7 +262,7 @@ def report(source: Path, problems: Problems) -> str:
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
         lines.append(f"  {kind}: {len(culprits)}")
-        lines += [f"    {culprit}" for culprit in culprits[:CULPRITS_SHOWN]]
+        lines += [f"    {printable(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         if len(culprits) > CULPRITS_SHOWN:
             lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
     return "\n".join(lines)

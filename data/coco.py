@@ -7,7 +7,7 @@ x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from itertools import chain
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from data.checks import DatasetError, check_annotations, image_path
+from data.checks import DatasetError, check_annotations, image_path, printable
 from data.splits import Split
+from data.transforms import resized_size
 from images import ImageError, load_image
 
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
@@ -30,6 +31,7 @@ class CocoDataset(torch.utils.data.Dataset):
     class_names    class c -> name
     category_ids   class c -> the file's own id, ascending
     images         id, file_name, width, height of each image, in file order
+    grouping       the category that was left out because it only groups the others, None as a rule
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
     crowd_boxes    iscrowd regions; these are no targets, but regions to ignore
@@ -42,6 +44,7 @@ class CocoDataset(torch.utils.data.Dataset):
         ignore_crowd: bool = True,
         bad_images: str = "stop",
         first: int | None = None,
+        known_ids: Collection[int] = (),
     ) -> None:
         """Raises DatasetError.
 
@@ -51,6 +54,7 @@ class CocoDataset(torch.utils.data.Dataset):
         bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" says which one it is and
         takes the next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
         first: only so many images, the first ones that have boxes
+        known_ids: category ids of a detector or of the training part, which are never left out, see `_grouping`
         """
         self.split, self.first = split, first
         self.transform = transform
@@ -61,7 +65,8 @@ class CocoDataset(torch.utils.data.Dataset):
         content = split.read(look_at_files=bad_images == "stop")
         look_at_files = bad_images == "stop" and not split.is_crowdhuman  # whose headers have just been read
         check_annotations(content, split.images, split.annotations, look_at_files)
-        content = _first_images(content, first)
+        self.grouping = _grouping(content, known_ids)
+        content = self._cut(content)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -76,13 +81,14 @@ class CocoDataset(torch.utils.data.Dataset):
         self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
         targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
         crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
-        self._pack_boxes(targets, crowds if ignore_crowd else [])
-        self.crowd_boxes = len(crowds)
+        self._pack_boxes(targets, crowds, ignore_crowd)
+        self.num_boxes = int((self._labels != IGNORE).sum())
+        self.dropped_boxes, self.crowd_boxes = len(targets) - self.num_boxes, len(crowds)
 
-    def _pack_boxes(self, targets: list[dict], ignored: list[dict]) -> None:
+    def _pack_boxes(self, targets: list[dict], crowds: list[dict], ignore_crowd: bool) -> None:
         """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1], those
         to ignore last."""
-        records = targets + ignored
+        records = targets + crowds
         image_of = {image_id: i for i, image_id in enumerate(self._image_ids.tolist())}
         class_of = {category_id: c for c, category_id in enumerate(self.category_ids)}
         owner = np.array([image_of[record["image_id"]] for record in records], np.int64)
@@ -97,31 +103,41 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
 
+        self._dropped_ids = {record["id"] for record in records} - {records[row]["id"] for row in finite[kept].tolist()}
+        if not ignore_crowd:
+            kept = kept[labels[kept] != IGNORE]
         rows = kept[np.argsort(owner[kept], kind="stable")]
         self._boxes, self._labels = boxes[rows], labels[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
-        kept_ids = {records[row]["id"] for row in finite[rows].tolist()}
-        self._dropped_ids = {record["id"] for record in targets} - kept_ids
-        self.num_boxes, self.dropped_boxes = int((self._labels != IGNORE).sum()), len(self._dropped_ids)
+
+    def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
+        """(len, 2) height and width of every image in px after it was resized for training or evaluation."""
+        sizes, which = np.unique(self._sizes, axis=0, return_inverse=True)
+        return np.array([resized_size(height, width, image_size) for height, width in sizes.tolist()])[which]
+
+    def share_under(self, side_px: float, image_size: tuple[int, int]) -> float:
+        """Share of the targets whose shorter side is under `side_px` once their images are resized."""
+        scale = self.resized_sizes(image_size) / self._sizes
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2]) * np.repeat(scale[:, ::-1], np.diff(self._offsets), axis=0)
+        return float((sides.min(1) < side_px)[self._labels != IGNORE].mean())
 
     @cached_property
     def annotations(self) -> dict:
         """The file, for pycocotools' ground truth; read again when first asked for, as COCO's polygons
         would cost every training process gigabytes.
 
-        Dropped boxes are no objects here either. pycocotools needs `area` and `iscrowd`, which some files
-        leave out or empty (width x height and 0 are filled in), and counts a detection matched to
-        annotation 0 as false (0 gets the next free id).
+        Dropped boxes are no objects here either; a record without `iscrowd` gets 0.
         """
-        content = _first_images(self.split.read(), self.first)
+        content = self._cut(self.split.read())
         records = [record for record in content["annotations"] if record["id"] not in self._dropped_ids]
-        free_id = max((record["id"] for record in records), default=0) + 1
         for record in records:
-            record["id"] = record["id"] or free_id
             record.setdefault("iscrowd", 0)
-            if not isinstance(record.get("area"), int | float):
-                record["area"] = record["bbox"][2] * record["bbox"][3]
         return content | {"annotations": records}
+
+    def _cut(self, content: dict) -> dict:
+        """A file's content without the grouping category, and with its first images only where that is wanted."""
+        categories = [category for category in content["categories"] if category != self.grouping]
+        return _first_images(content | {"categories": categories}, self.first)
 
     @property
     def tall(self) -> list[bool]:
@@ -160,10 +176,10 @@ class CocoDataset(torch.utils.data.Dataset):
         try:
             image = load_image(image_path(self.split.images, str(self._file_names[i])))
         except (DatasetError, ImageError) as error:
-            raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
+            raise DatasetError(printable(f"{self.split.annotations}, image {image_id}: {error}")) from error
         if image.shape[1:] != (height, width):
             raise DatasetError(
-                f"{self.split.annotations}, image {image_id} ({self._file_names[i]}): {width} x {height} in"
+                f"{self.split.annotations}, image {image_id} ({printable(self._file_names[i])}): {width} x {height} in"
                 f" the record, {image.shape[2]} x {image.shape[1]} in the file with its EXIF orientation applied"
             )
         return i, image
@@ -191,6 +207,17 @@ class CocoDataset(torch.utils.data.Dataset):
         raise DatasetError(
             f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
         ) from error
+
+
+def _grouping(content: dict, known_ids: Collection[int]) -> dict | None:
+    """The category that no annotation uses and that all others name as their `supercategory`, as in Roboflow's exports;
+    it would be a class that is never learned."""
+    used = {record["category_id"] for record in content["annotations"]} | set(known_ids)
+    for category in content["categories"]:
+        others = [other for other in content["categories"] if other is not category]
+        if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
+            return category
+    return None
 
 
 def _first_images(content: dict, count: int | None) -> dict:

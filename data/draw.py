@@ -12,6 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, save_image
 
+from data.checks import printable
+
 MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide them
 MAX_ENLARGED_PX = 4000  # but not beyond this, for a long thin one
 MIN_FONT_PX, FONT_SHARE = 12, 0.018  # of the geometric mean of an image's sides, so that it reads the same on a screen
@@ -39,7 +41,7 @@ def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], clas
         colors = [class_color(c) for c in labels]
         worst_first = slice(None, None, -1)
         picture = draw_bounding_boxes(picture, boxes.flip(0), colors=colors[worst_first], width=width)
-        captions = [f"{class_names[c]} {s:.2f}" for c, s in zip(labels, scores, strict=True)]
+        captions = [printable(f"{class_names[c]} {s:.2f}") for c, s in zip(labels, scores, strict=True)]
         picture = draw_captions(picture, boxes.tolist(), captions, colors, font_px)
     return picture
 

@@ -5,7 +5,6 @@ passes over). The two newest are kept, so there is always one to continue from w
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KEPT = 2
 DIGEST_BYTES = 32
@@ -35,11 +39,12 @@ def write_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | None:
@@ -74,7 +79,7 @@ def open_folder(folder: Path) -> None:
     """Creates the folder and locks it until this process ends, however it ends. Raises CheckpointError.
 
     A POSIX record lock: unlike flock's it does not pass to forked loader processes, which outlive a killed parent
-    by seconds. The descriptor stays open on purpose.
+    by seconds. The descriptor stays open on purpose. Where there are no such locks, on Windows, this is reported.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +87,10 @@ def open_folder(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error}. Name a writable folder with --out") from error
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            print(f"note: this system has no file locks; start no second run in {folder}", file=sys.stderr)
     except (BlockingIOError, PermissionError) as error:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
         os.close(lock)

@@ -1,6 +1,7 @@
 """Devices, ranks and signals."""
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,17 @@ import torch.distributed as dist
 
 from .settings import SettingsError
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the last says most: torchrun follows a SIGINT by SIGTERM
+# The last says most: torchrun follows a SIGINT by SIGTERM. Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM", "SIGINT") if hasattr(signal, name))
+DEVICES = ("cuda", "cpu", "mps")
+WAIT_S = 0.1  # between two looks at the store
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
+
+
+def print_any_text() -> None:
+    """Escape characters that the encoding of stdout lacks, as Python does on stderr, instead of raising an error."""
+    if hasattr(sys.stdout, "reconfigure"):  # not where a caller has put another object in its place
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def end_children() -> None:
@@ -41,11 +51,26 @@ def store_of_this_start() -> tuple[dist.Store, int, int]:
         store.set(f"{start}/{rank}", own)
         if store.check([f"{start}/all"]) and own in store.get(f"{start}/all").decode():
             return dist.PrefixStore(start, store), rank, world
-        time.sleep(0.05)
+        time.sleep(WAIT_S)
+
+
+_store: dist.Store | None = None
+_waits = itertools.count()
+
+
+def wait_for_main() -> None:
+    """Hold every other rank until rank 0 gets here, too. A collective would give up after the time-out of its group, of
+    some minutes, and would keep a signal from being heard."""
+    name = f"main is here {next(_waits)}"
+    if dist.is_initialized() and dist.get_rank() == 0:
+        _store.set(name, "")
+    while dist.is_initialized() and not _store.check([name]):
+        time.sleep(WAIT_S)
 
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
     """Device, rank and world size; starts the process group when torchrun has set one up."""
+    print_any_text()
     atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -53,6 +78,8 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"it has to be one of {', '.join(DEVICES)}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
@@ -60,9 +87,10 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
         ) from error
     if world > 1:
         # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
-        store, rank, world = store_of_this_start()
+        global _store
+        _store, rank, world = store_of_this_start()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world)
     return device, rank, world
 
 

@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import importlib.util
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from data import is_crowdhuman
 from data.crowdhuman import BOXES
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
+from kernels.grid import MAX_SIDE_PX
 from model import DetectorConfig
 from model.assigners import STRATEGIES
 from model.assigners.hungarian import NO_SCIPY
@@ -44,16 +47,24 @@ class SettingsError(ValueError):
     """Flags that do not fit each other, the data or the machine; the message names them."""
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes integers from `least` to `most`."""
+
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return int(text)
+
+    return number
 
 
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+positive, not_negative, side_px, seed = whole(1), whole(0), whole(1, MAX_SIDE_PX), whole(-(2**63), 2**63 - 1)
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return float(text)
 
 
 def parse_args(description: str = "") -> argparse.Namespace:
@@ -62,8 +73,8 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="shapes", help="coco, crowdhuman, shapes or a folder of any of README's forms")
     group.add_argument("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
-    group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
-    group.add_argument("--multi-scale", type=positive, nargs="+", metavar="PX",
+    group.add_argument("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
+    group.add_argument("--multi-scale", type=side_px, nargs="+", metavar="PX",
                        help="train every image at one of these shorter sides, drawn at random")  # fmt: skip
     group.add_argument("--group-aspect", action=on_off, default=True, help="batches of tall or of wide images only")
     group.add_argument("--workers", type=not_negative, help="loader processes per rank")
@@ -86,26 +97,26 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--batch-size", type=positive, help="images a step, over all ranks")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N",
                        help="take a step's images in N passes, for less memory; same gradient")  # fmt: skip
-    group.add_argument("--lr", type=float, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
+    group.add_argument("--lr", type=finite, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
     group.add_argument("--optimizer", choices=("sgd", "adamw"))
-    group.add_argument("--weight-decay", type=float)
+    group.add_argument("--weight-decay", type=finite)
     group.add_argument("--schedule", choices=("step", "cosine"), help="step: / 10 after 2/3 and 8/9 of the steps")
     group.add_argument("--warmup", type=not_negative, help="steps of linear warm-up")
-    group.add_argument("--clip-norm", type=float, metavar="NORM", help="scale the gradient down to this norm at most")
-    group.add_argument("--ema", type=float, metavar="DECAY",
+    group.add_argument("--clip-norm", type=finite, metavar="NORM", help="scale the gradient down to this norm at most")
+    group.add_argument("--ema", type=finite, metavar="DECAY",
                        help="evaluate and save a moving average of the weights; 0.9998, say")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=seed, default=0)
     group = parser.add_argument_group("assignment (defaults: the paper's, and --per-q 3 for data of your own)")
     group.add_argument("--assigner", choices=STRATEGIES, default="ota", help="strategy; the flags below are for ota")
     group.add_argument("--center-prior", choices=CENTER_PRIORS)
-    group.add_argument("--radius", type=float, help="closest: radius^2 points a level; radius: in strides")
+    group.add_argument("--radius", type=finite, help="closest: radius^2 points a level; radius: in strides")
     group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
     group.add_argument("--per-q", type=positive, help="and of at most one in PER_Q of the object's candidates")
     group.add_argument("--fixed-k", type=positive, help="the same supply for every object instead of a dynamic k")
     group.add_argument("--cls-cost", choices=CLS_COSTS)
     group.add_argument("--reg-cost", choices=REG_COSTS)
-    group.add_argument("--alpha", type=float, help="weight of the regression cost")
-    group.add_argument("--eps", type=float, help="entropic regularisation")
+    group.add_argument("--alpha", type=finite, help="weight of the regression cost")
+    group.add_argument("--eps", type=finite, help="entropic regularisation")
     group.add_argument("--iterations", type=positive, help="of Sinkhorn-Knopp")
     group.add_argument("--rescale", action=on_off, help="divide plan rows by their maximum before decoding")
     group = parser.add_argument_group("speed")
@@ -147,8 +158,10 @@ def parse_args(description: str = "") -> argparse.Namespace:
             setattr(args, name, value)
     if len(args.image_size) == 1:
         args.image_size.append(round(args.image_size[0] * 1333 / 800))
-    if len(args.image_size) != 2 or not 0 < args.image_size[0] <= args.image_size[1]:
-        parser.error(f"--image-size takes the shorter and the longest side in px, not {args.image_size}")
+    if len(args.image_size) != 2 or not args.image_size[0] <= args.image_size[1] <= MAX_SIDE_PX:
+        parser.error(
+            f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {args.image_size}"
+        )
     if args.multi_scale and max(args.multi_scale) > args.image_size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {args.image_size}")
     if args.multi_scale and args.overfit:

@@ -190,7 +190,7 @@ def test_set_without_boxes_is_refused(call, four_images, tmp_path):
 def test_zero_is_refused_by_flag(call, capsys, flag):
     with pytest.raises(SystemExit):
         call(train, flag, "0")
-    assert f"{flag}: 0 is not at least 1" in capsys.readouterr().err
+    assert f"{flag}: 0 is not between 1 and 2147483647" in capsys.readouterr().err
 
 
 def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):

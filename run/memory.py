@@ -1,0 +1,43 @@
+"""How much memory a training step needs, estimated before one is tried: a process that takes too much is killed unheard."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import Detector
+
+PROBE_PX = 256
+STATES = {"sgd": 1, "adamw": 2}  # numbers that an optimizer keeps for each parameter
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> int:
+    """Parameters, their gradients, the optimizer's state, and what the network keeps for the gradient of images with so
+    many pixels in all: that of a small image, in proportion. What the losses and convolutions take comes on top."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    training = detector.training
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):  # in eval mode no statistic changes
+        detector.eval().predict_raw(torch.zeros(1, 3, PROBE_PX, PROBE_PX, device=detector.mean.device))
+    detector.train(training)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in detector.state_dict().values()}
+    activations = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    parameters = sum(parameter.nbytes for parameter in detector.parameters())
+    return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * (2 + STATES[optimizer])
+
+
+def available_bytes(device: torch.device, ranks: int) -> float:
+    """Memory that is free on a GPU, or a rank's share of the machine's; infinite where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
+        known.append(int(limit))
+    return min(known, default=float("inf")) / ranks
