@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from images import check_range
+
 SIZE_DIVISOR = 32
 
 
@@ -39,7 +41,13 @@ def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
 
 
 def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
+    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below.
+
+    Raises ImageError where floating point on the CPU is not in 0..1; elsewhere that would wait for the device.
+    """
+    for i, image in enumerate(images):
+        if image.device.type == "cpu":
+            check_range(image, f"image {i} of the batch")
     if any(image.is_floating_point() for image in images):
         images = [image if image.is_floating_point() else image.float() / 255 for image in images]
     sizes = torch.tensor([image.shape[1:] for image in images])
