@@ -75,7 +75,8 @@ def pack(images: list[Tensor], targets: list[dict[str, Tensor]], sides: tuple[in
                for t, b in zip(targets, boxes, strict=True)]  # fmt: skip
     counts = torch.tensor([len(b) for b in boxes])
     image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
-    rows = torch.cat(boxes), torch.cat([t["labels"] for t in targets]), torch.cat(ignored), image_of_ignored
+    labels = torch.cat([boxes[0][:0, 0].long(), *(t["labels"] for t in targets)])  # integers of any type become int64
+    rows = torch.cat(boxes), labels, torch.cat(ignored), image_of_ignored
     gt_boxes, gt_labels, ignore_boxes, ignore_image = map(pad_rows, rows, (0, -1, 0, 0)) if sides else rows
     offsets = F.pad(counts.cumsum(0), (1, 0))
     return Batch(*pad_images(images, sides), gt_boxes, gt_labels, offsets, ignore_boxes, ignore_image)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -203,6 +204,27 @@ def test_tensors_given_to_the_detector_are_in_range(detector, training):
     targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
     with pytest.raises(ImageError, match="image 1 of the batch goes down to -2"):
         copy.deepcopy(detector).train(training)([torch.zeros(3, 96, 96), torch.full((3, 96, 96), -2.0)], targets)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": b} for b in (0, -1, 2.5, "8", None)]
+                         + [{"score": s} for s in (float("nan"), "0.5", None)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("images", [[], torch.zeros(3, 64, 64)], ids=["none", "one"])
+def test_settings_of_predict_are_checked(detector, images, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name} is .*, it must be a"):
+        detector.predict(images, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["norm", "frozen-norm"])
+def test_detector_of_another_float_type(detector, tmp_path, frozen, dtype):
+    """Scores as in float32 up to the rounding of 16 bits; what comes out is float32."""
+    other = Detector(replace(detector.config, frozen_norm=frozen)).eval()
+    other.load_state_dict(detector.state_dict(), strict=False)
+    path = photo(tmp_path / "a.png")
+    found, wanted = other.to(dtype).predict(path), detector.predict(path)
+    assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found.scores) > 5
+    assert (found.scores[:5] - wanted.scores[:5]).abs().max() < (1e-5 if dtype == torch.float64 else 0.02)
 
 
 def test_training_mode_predicts_nothing(detector):
