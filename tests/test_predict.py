@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torchvision.transforms.v2.functional import resize
 
 import predict as predict_script
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
-from data.draw import draw_captions, draw_detections
+from data.draw import draw_captions, draw_detections, fonts_of
 from eval import detect
 from images import ImageError, header_size, load_image, to_tensor
 from model import Detections, Detector, DetectorConfig, WeightsError, load, save_weights
@@ -370,6 +371,34 @@ def test_captions_lie_inside_the_picture_and_are_legible(size):
     blank = torch.zeros(3, 400, 500, dtype=torch.uint8)
     three = draw_captions(blank, [[480, 0, 500, 20]] * 3, ["cat 0.90", "dog 0.50", "tuba 0.40"], [(255, 0, 0)] * 3, 16)
     assert (three[0] > 0).sum() > 3 * 800  # three captions beside one another, none outside or hidden
+
+
+def test_names_are_drawn_in_a_font_that_has_them_or_as_numbers(tmp_path, monkeypatch):
+    """Here the machine has one font more than matplotlib's first, one that is broken and one that is gone."""
+    stix = Path(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    machine = [str(tmp_path / "broken.ttf"), str(tmp_path / "gone.ttf"), str(stix)]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: machine)
+    fonts_of.cache_clear()
+    names = ["cat", "\u1d81", "\U0001f6b2", "two\nlines", "\ud800"]  # d with palatal hook: not in DejaVu Sans
+    fonts = fonts_of(tuple(names))
+    assert [Path(fonts[name]).name if name in fonts else None for name in names] == [
+        "DejaVuSans.ttf", "STIXGeneral.ttf", None, None, None
+    ]  # fmt: skip
+    found = {
+        "boxes": torch.tensor([[20.0, 60, 90, 90]] * 5) + 80 * torch.arange(5)[:, None] * torch.tensor([1.0, 0] * 2)
+    }
+    found |= {"scores": torch.full((5,), 0.5), "labels": torch.arange(5)}
+    blank, none = torch.zeros(3, 400, 500, dtype=torch.uint8), torch.empty(0, 4)
+    drawn = draw_detections(blank, none, found, names)
+    assert torch.equal(drawn, draw_detections(blank, none, found, [*names[:2], "#2", "#3", "#4"]))
+    assert not torch.equal(drawn, draw_detections(blank, none, found, ["cat", *(f"#{c}" for c in range(1, 5))]))
+    fonts_of.cache_clear()
+
+
+def test_ordinary_names_look_for_no_fonts(monkeypatch):
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: pytest.fail("looked for fonts"))
+    assert len(fonts_of(("person", "Größe", "велосипед"))) == 3
 
 
 def test_nothing_found_leaves_the_picture_as_it_is():
