@@ -33,6 +33,7 @@ class OTAConfig:
     center_prior  "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
                   "radius": points inside the box, closer than radius strides to its centre along x and y
                   "none": all points inside the box
+                  An object without a candidate keeps its closest point (the authors' code: its cheapest ones).
     radius        None is 5 for "closest", 2.5 for "radius"
     cls_cost      "focal" or "bce"
     reg_cost      "iou" (-log IoU), "giou" (1 - GIoU) or "smooth_l1" (sides in strides)
