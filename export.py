@@ -3,9 +3,9 @@
     python export.py --weights runs/shapes-.../ota.safetensors --format onnx --nms      (pip install -e ".[export]")
     python export.py --weights hf://user/repo --format torch --out detector.pt2
 
-Inputs    images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, and H and W in
-          multiples of 32 from 160 to 16384 px
-          sizes (B, 2) int64: height and width of every image in its slot, px
+Inputs    images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, 0 too, and H and W
+          in multiples of 32 from 160 to 16384 px
+          sizes (B, 2) int64: height and width of every image, px, cut to its slot; 0 means no image
 Outputs   boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that
           are no detection come last, with score 0, label -1 and a box of zeros
 

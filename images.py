@@ -18,6 +18,7 @@ try:  # Deprecated since torchvision 0.29; where it is gone, Pillow gives the sa
 except ImportError:
     decode_jpeg = None
 
+LOWEST, HIGHEST = -0.45, 2.0  # of floating point pixels: bicubic resizing leaves 0..1 by at most 0.445
 MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header can claim any size
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
@@ -55,10 +56,23 @@ def to_tensor(image: ImageLike) -> Tensor:
             raise ImageError(f"a tensor has to be (3, H, W), this one is {kind}{batch}")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ImageError(f"a tensor has to be uint8 or floating point, this one is {kind}")
-        if image.is_floating_point() and image.max() > 2:  # resizing overshoots 1 a little
-            raise ImageError(f"floating point is for 0..1, this tensor goes up to {image.max():g}; divide it by 255")
+        check_range(image)
         return image.float() if image.is_floating_point() else image
     raise ImageError(f"no image: {type(image).__name__}; wanted a path, PIL image, numpy array or tensor")
+
+
+def check_range(image: Tensor, name: str = "this tensor") -> None:
+    """Raise ImageError where a floating point tensor is not in 0..1, give or take what resizing adds."""
+    if not image.is_floating_point() or not image.numel():
+        return
+    low, high = (bound.item() for bound in image.aminmax())
+    if not math.isfinite(high - low):
+        raise ImageError(f"floating point is for 0..1, {name} has pixels that are NaN or infinite")
+    if low < LOWEST:
+        remedy = "give it without its normalisation, the detector has its own"
+        raise ImageError(f"floating point is for 0..1, {name} goes down to {low:g}; {remedy}")
+    if high > HIGHEST:
+        raise ImageError(f"floating point is for 0..1, {name} goes up to {high:g}; divide it by 255")
 
 
 def load_image(path: Path) -> Tensor:
@@ -92,10 +106,12 @@ def header_size(path: Path) -> tuple[int, int]:
     """(width, height) as displayed, without decoding. Raises what Pillow raises."""
     with Image.open(path) as image:
         check_pixels(image)
-        # Pillow decodes a whole PNG to look for EXIF behind the pixels; loading it will see to that.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-        return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        # A PNG's own getexif decodes all of it to look for EXIF behind the pixels; loading it will see to that.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        # Whether an opened TIFF has the size as stored or as displayed depends on Pillow's version; the tags do not.
+        tags = getattr(image, "tag_v2", None)
+        size = (tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]) if tags else image.size
+        return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
 def _decode(image: Image.Image) -> Tensor:

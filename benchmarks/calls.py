@@ -1,7 +1,6 @@
 """The rows of the table: every way to call ota_assign that a machine offers, or in a few words why it does not."""
 
 import textwrap
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -37,24 +36,11 @@ def calls_of(scene: Scene, config: OTAConfig) -> dict[str, Call | str]:
     calls = {
         "reference": partial(plain, backend="reference") if fits else "too large here",
         "torch": partial(plain, backend="torch"),
-        "torch compiled": compiled(scene, config),
     }
     if device.type == "cuda":
         calls["triton"] = partial(plain, backend="triton") if HAS_TRITON else "triton is not installed"
         calls["triton graph"] = captured(calls["triton"]) if HAS_TRITON else "triton is not installed"
     return calls
-
-
-def compiled(scene: Scene, config: OTAConfig) -> Call | str:
-    """The torch backend through torch.compile, shapes dynamic because the pairs of every batch are others."""
-    call = partial(torch.compile(ota_assign, dynamic=True), *scene, config, backend="torch")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            call()
-    except Exception as error:  # of any kind: what compilers, or their absence, raise has no common class
-        return f"cannot be compiled here: {_in_short(error)}"
-    return call
 
 
 def captured(call: Call) -> Call | str:

@@ -2,11 +2,14 @@
 
 import colorsys
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.ft2font import FT2Font
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
@@ -18,6 +21,7 @@ MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide the
 MAX_ENLARGED_PX = 4000  # but not beyond this, for a long thin one
 MIN_FONT_PX, FONT_SHARE = 12, 0.018  # of the geometric mean of an image's sides, so that it reads the same on a screen
 
+SCORES = " .0123456789"  # besides a name, in a caption
 CAPTION_LINES = (-1, 0, 1, 2, 3, -2)  # below a box's upper edge, in order of preference
 
 
@@ -25,10 +29,34 @@ def class_color(label: int) -> tuple[int, int, int]:
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 1.0))
 
 
+def font_files() -> Iterator[str]:
+    """DejaVu Sans, which comes with matplotlib, and then the fonts of this machine."""
+    yield str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    from matplotlib.font_manager import findSystemFonts  # reads the list of all fonts
+
+    yield from sorted(findSystemFonts())
+
+
+@lru_cache(maxsize=8)
+def fonts_of(names: tuple[str, ...]) -> dict[str, str]:
+    """The first font file that has every character of a name, by name; without those that no font has."""
+    found, missing, files = {}, set(names), font_files()
+    while missing and (file := next(files, None)):
+        try:
+            characters = FT2Font(file).get_charmap().keys()
+            ImageFont.truetype(file, MIN_FONT_PX)  # a colour emoji font has one size only
+        except (OSError, RuntimeError):
+            continue
+        found |= {name: file for name in missing if characters >= set(map(ord, name + SCORES))}
+        missing -= found.keys()
+    return found
+
+
 def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Tensor:
     """uint8 (3, H, W) with true boxes (n, 4) in white and detections in a colour per class, with name and score.
 
-    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged.
+    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged. A name that no font of this
+    machine can write is drawn as its label, "#3".
     """
     scale = max(1.0, min(MIN_SIDE_PX / min(image.shape[-2:]), MAX_ENLARGED_PX / max(image.shape[-2:])))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
@@ -41,33 +69,43 @@ def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], clas
         colors = [class_color(c) for c in labels]
         worst_first = slice(None, None, -1)
         picture = draw_bounding_boxes(picture, boxes.flip(0), colors=colors[worst_first], width=width)
-        captions = [printable(f"{class_names[c]} {s:.2f}") for c, s in zip(labels, scores, strict=True)]
-        picture = draw_captions(picture, boxes.tolist(), captions, colors, font_px)
+        class_names = [printable(name) for name in class_names]
+        fonts = fonts_of(tuple(class_names))
+        names = [class_names[c] if class_names[c] in fonts else f"#{c}" for c in labels]
+        captions = [f"{name} {s:.2f}" for name, s in zip(names, scores, strict=True)]
+        files = [fonts.get(name) for name in names]
+        picture = draw_captions(picture, boxes.tolist(), captions, colors, font_px, files)
     return picture
 
 
 def draw_captions(
-    picture: Tensor, boxes: list[list[float]], captions: list[str], colors: list[tuple[int, int, int]], font_px: int
-) -> Tensor:
+    picture: Tensor, boxes: list[list[float]], captions: list[str], colors: list[tuple[int, int, int]], font_px: int,
+    files: list[str | None] | None = None,
+) -> Tensor:  # fmt: skip
     """Captions on a ground of the box's colour: above the box's upper edge or in lines below it, where the image and,
-    best first, other captions leave room; torchvision would put each on top of the object."""
+    best first, other captions leave room; torchvision would put each on top of the object.
+
+    files: the font file of every caption; None is DejaVu Sans.
+    """
     canvas = to_pil_image(picture)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), font_px)
+    files = [file or next(font_files()) for file in files or [None] * len(captions)]
+    fonts = {file: ImageFont.truetype(file, font_px) for file in set(files)}
     margin = max(2, font_px // 5)
-    height = sum(font.getmetrics()) + margin
     placed = []
-    for (x1, y1, *_), caption in zip(boxes, captions, strict=True):
-        width = round(font.getlength(caption)) + 2 * margin
+    for (x1, y1, *_), caption, file in zip(boxes, captions, files, strict=True):
+        height = sum(fonts[file].getmetrics()) + margin
+        width = round(fonts[file].getlength(caption)) + 2 * margin
         left = max(0, min(round(x1), canvas.width - width))
         tops = (round(y1) + line * (height + 1) for line in CAPTION_LINES)
         tops = [top for top in tops if 0 <= top <= canvas.height - height] or [0]
         areas = [(left, top, left + width, top + height) for top in tops]
         placed.append(next((a for a in areas if not any(overlap(a, other) for other in placed)), areas[0]))
-    for area, caption, color in list(zip(placed, captions, colors, strict=True))[::-1]:  # the best on top
+    for area, caption, color, file in list(zip(placed, captions, colors, files, strict=True))[::-1]:  # the best on top
         draw.rectangle(area, fill=color)
         brightness = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
-        draw.text((area[0] + margin, area[1]), caption, fill="black" if brightness > 110 else "white", font=font)
+        fill = "black" if brightness > 110 else "white"
+        draw.text((area[0] + margin, area[1]), caption, fill=fill, font=fonts[file])
     return pil_to_tensor(canvas)
 
 

@@ -1,4 +1,7 @@
-"""ota_assign: the one public function of label assignment, and the choice of its backend."""
+"""ota_assign: the one public function of label assignment, and the choice of its backend.
+
+The backends are one torch operator, so that torch.compile keeps a call in its graph on every device.
+"""
 
 from collections.abc import Iterable
 
@@ -18,6 +21,7 @@ try:
 except ImportError as error:
     HAS_TRITON, NO_TRITON, ota_assign_triton = False, str(error), None
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
 
 
@@ -56,8 +60,8 @@ def ota_assign(
     logits      (B, N, C)  raw class logits, before the sigmoid; N points in the order of `grid`
     boxes       (B, N, 4)  predicted boxes, x1 y1 x2 y2 in px
     gt_boxes    (G, 4)     ground truths of all images, one image after the other, in px
-    gt_labels   (G,)       int64, 0..C-1; -1 marks a row to ignore
-    gt_offsets  (B + 1,)   int, image b owns rows gt_offsets[b] to gt_offsets[b + 1]; rows after that are padding
+    gt_labels   (G,)       integers, 0..C-1; -1 marks a row to ignore
+    gt_offsets  (B + 1,)   integers: image b owns rows gt_offsets[b] to gt_offsets[b + 1]; rows after that are padding
 
     An image's result does not depend on the batch it is in. Degenerate and non-finite boxes are ignored (k = 0),
     a non-finite prediction is nobody's candidate. `backend` is "reference" (dense, literal, float64-capable),
@@ -75,14 +79,49 @@ def ota_assign(
     """
     config = config or OTAConfig()
     backend = choose_backend(backend, BACKENDS, boxes.device)
-    check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, check)
+    inputs = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, check)
+    rows, columns = zip(*grid.sizes, strict=True)
+    match = _assign(
+        *inputs, grid.strides, rows, columns, config.alpha, config.eps, config.iterations, config.top_q, config.per_q,
+        config.fixed_k, config.center_prior, config.radius, config.cls_cost, config.reg_cost, config.rescale,
+        max_pairs, backend,
+    )  # fmt: skip
+    return Assignment(*match)
+
+
+SCHEMA = (  # spelled out, for what torch infers it from differs between versions
+    "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
+    "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
+    "float radius, str cls_cost, str reg_cost, bool rescale, int? max_pairs, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+# The name says which copy of this folder it belongs to, for a process may hold two.
+@torch.library.custom_op(f"ota_triton::assign_{__package__.replace('.', '_')}", mutates_args=(), schema=SCHEMA)
+def _assign(
+    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, strides: list[int],
+    rows: list[int], columns: list[int], *settings: float | int | str | bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (logits, boxes, gt_boxes, gt_labels, gt_offsets)
+    grid = PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True)))
+    *settings, max_pairs, backend = settings
+    config = OTAConfig(*settings)
     if backend == "triton":
-        return ota_assign_triton(*inputs, grid, config, max_pairs)
+        return tuple(ota_assign_triton(*inputs, grid, config, max_pairs))
     if boxes.device.type == "mps":  # has neither float64 nor segmented reductions
         match = BACKENDS[backend](*(t.cpu() for t in inputs), grid, config)
-        return Assignment(*(t.to(boxes.device) for t in match))
-    return BACKENDS[backend](*inputs, grid, config)
+        return tuple(t.to(boxes.device) for t in match)
+    return tuple(BACKENDS[backend](*inputs, grid, config))
+
+
+@_assign.register_fake
+def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    points = boxes.shape[:2]
+    return (
+        boxes.new_empty(points, dtype=torch.int64),
+        boxes.new_empty(points, dtype=torch.float32),
+        boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32),
+    )
 
 
 def check_inputs(
@@ -93,11 +132,13 @@ def check_inputs(
     gt_offsets: Tensor,
     grid: PointGrid,
     check: bool | None = None,
-) -> None:
-    """Raises what `ota_assign` says."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five tensors, labels and offsets as int64. Raises what `ota_assign` says."""
     _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
+    gt_labels, gt_offsets = gt_labels.long(), gt_offsets.long()
     if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_values(logits, gt_boxes, gt_labels, gt_offsets)
+    return logits, boxes, gt_boxes, gt_labels, gt_offsets
 
 
 def _check_shapes(
@@ -117,8 +158,8 @@ def _check_shapes(
         if tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}")
         if name.startswith("gt_") and name != "gt_boxes":
-            if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-                raise TypeError(f"{name} is {tensor.dtype}, expected integers")
+            if tensor.dtype not in INTEGERS:
+                raise TypeError(f"{name} is {tensor.dtype}, expected integers: int64, int32, int16, int8 or uint8")
         elif not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}, expected floating point")
 

@@ -175,7 +175,8 @@ def _solve(
     points, column = torch.unique(flat_point, return_inverse=True)
     num_active = points.numel()
     active_per_image = torch.bincount(points // num_points, minlength=num_images)
-    supply_bg = num_points - torch.zeros_like(active_per_image).index_add_(0, image_of_row, k)
+    supplied = k.new_zeros(max(num_images, 1)).index_add_(0, image_of_row, k)  # by rows of no image nothing
+    supply_bg = num_points - supplied[:num_images]
     supply = torch.cat([k, supply_bg.clamp(min=0)]).double().clamp(min=EMPTY_SUPPLY)
 
     # Edges: candidate pairs, background to every active point, background to the rest of each image.
@@ -225,7 +226,8 @@ def solve(
     gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
     iou = torch.zeros(num_images * num_points, dtype=torch.float32, device=boxes.device)
     gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
-    return Assignment(gt_index.view(num_images, -1), iou.view(num_images, -1), plan.k.int()), plan
+    shape = num_images, num_points
+    return Assignment(gt_index.view(shape), iou.view(shape), plan.k.int()), plan
 
 
 def ota_assign_torch(*inputs) -> Assignment:

@@ -1,7 +1,7 @@
-"""Optimal transport assignment in Triton: find_pairs, a library sort by point, sinkhorn. Registered as a torch op.
+"""Optimal transport assignment in Triton: find_pairs, a library sort by point, sinkhorn.
 
 Nothing waits for the device, no shape depends on data and no Python loop runs over images or ground truths. So a call
-can be captured in a CUDA graph, once a first call has compiled the kernels, and torch.compile keeps it in its graph.
+can be captured in a CUDA graph, once a first call has compiled the kernels.
 """
 
 import math
@@ -15,40 +15,6 @@ from .grid import PointGrid
 from .pairs_triton import find_pairs
 from .sinkhorn_triton import sinkhorn
 
-SCHEMA = (  # spelled out, for what torch infers it from differs between versions
-    "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
-    "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
-    "float radius, str cls_cost, str reg_cost, bool rescale, int? max_pairs) -> (Tensor, Tensor, Tensor)"
-)
-
-
-# The name says which copy of this folder it belongs to, for a process may hold two.
-@torch.library.custom_op(f"ota_triton::assign_{__package__.replace('.', '_')}", mutates_args=(), schema=SCHEMA)
-def _assign(
-    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor,
-    strides: list[int], rows: list[int], columns: list[int], alpha: float, eps: float, iterations: int, top_q: int,
-    per_q: int, fixed_k: int | None, center_prior: str, radius: float, cls_cost: str, reg_cost: str, rescale: bool,
-    max_pairs: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grid = PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True)))
-    config = OTAConfig(
-        alpha, eps, iterations, top_q, per_q, fixed_k, center_prior, radius, cls_cost, reg_cost, rescale
-    )  # fmt: skip
-    with torch.cuda.device_of(boxes):
-        pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, max_pairs)
-        match, _ = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
-    return tuple(match)
-
-
-@_assign.register_fake
-def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    points = boxes.shape[:2]
-    return (
-        boxes.new_empty(points, dtype=torch.int64),
-        boxes.new_empty(points, dtype=torch.float32),
-        boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32),
-    )
-
 
 def ota_assign_triton(
     logits: Tensor,
@@ -61,13 +27,9 @@ def ota_assign_triton(
     max_pairs: int | None = None,
 ) -> Assignment:
     """The contract of `ota_assign`, on a GPU, or on a CPU in Triton's interpreter."""
-    match = _assign(
-        logits, boxes, gt_boxes, gt_labels, gt_offsets,
-        grid.strides, [rows for rows, _ in grid.sizes], [columns for _, columns in grid.sizes],
-        config.alpha, config.eps, config.iterations, config.top_q, config.per_q, config.fixed_k, config.center_prior,
-        config.radius, config.cls_cost, config.reg_cost, config.rescale, max_pairs,
-    )  # fmt: skip
-    return Assignment(*match)
+    with torch.cuda.device_of(boxes):
+        pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, max_pairs)
+        return sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)[0]
 
 
 def solve(

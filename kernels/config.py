@@ -1,7 +1,7 @@
 """What every backend of ota_assign is told, and what it returns."""
 
-import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 CENTER_PRIORS = ("closest", "radius", "none")
 CLS_COSTS = ("focal", "bce")
 REG_COSTS = ("iou", "giou", "smooth_l1")
+WHOLE = ("iterations", "top_q", "per_q", "fixed_k")  # numbers of any type that are whole, 20.0 too
+LARGEST = 2**30  # of any setting: kernels add to them in 32 bits
 DEFAULT_RADIUS = {"closest": 5, "radius": 2.5, "none": 0}
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
@@ -31,6 +33,7 @@ class OTAConfig:
     center_prior  "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
                   "radius": points inside the box, closer than radius strides to its centre along x and y
                   "none": all points inside the box
+                  An object without a candidate keeps its closest point (the authors' code: its cheapest ones).
     radius        None is 5 for "closest", 2.5 for "radius"
     cls_cost      "focal" or "bce"
     reg_cost      "iou" (-log IoU), "giou" (1 - GIoU) or "smooth_l1" (sides in strides)
@@ -53,18 +56,28 @@ class OTAConfig:
         for name, allowed in (("center_prior", CENTER_PRIORS), ("cls_cost", CLS_COSTS), ("reg_cost", REG_COSTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"OTAConfig.{name} is {getattr(self, name)!r}, choose from {', '.join(allowed)}")
+        if not isinstance(self.rescale, bool):
+            raise TypeError(f"OTAConfig.rescale is {self.rescale!r}, it must be True or False")
         if self.radius is None:
             object.__setattr__(self, "radius", DEFAULT_RADIUS[self.center_prior])
+        for name in ("alpha", "eps", "radius", *WHOLE):
+            value = getattr(self, name)
+            if value is None and name == "fixed_k":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"OTAConfig.{name} is {value!r}, it must be a number")
+            if not -LARGEST < value < LARGEST:  # NaN neither
+                raise ValueError(f"OTAConfig.{name} is {value!r:.40}, it must be a finite number below 2^30")
+            if name in WHOLE and (value < 1 or value != int(value)):
+                kind = "at least 1" if value < 1 else "a whole number"
+                raise ValueError(f"OTAConfig.{name} is {value}, it must be {kind}")
+            object.__setattr__(self, name, int(value) if name in WHOLE or isinstance(value, int) else float(value))
         if self.center_prior == "closest" and (self.radius < 1 or self.radius != int(self.radius)):
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number >= 1")
         if self.center_prior == "radius" and not 0 < self.radius < 2**14:
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
-        if not 0 < self.eps < math.inf or not 0 <= self.alpha < math.inf:
+        if not 0 < self.eps or not 0 <= self.alpha:
             raise ValueError(f"OTAConfig needs finite eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
-        for name in ("iterations", "top_q", "per_q", "fixed_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"OTAConfig.{name} is {value}, it must be at least 1")
 
 
 class Assignment(NamedTuple):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .assign import check_inputs
 from .assign_torch import solve
 from .config import OTAConfig, Plan
 from .grid import PointGrid
@@ -43,11 +44,10 @@ def assignment_statistics(
 
     All are 0 where no ground truth takes part.
     """
+    inputs = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
     if boxes.device.type == "mps":  # has no float64
-        logits, boxes, gt_boxes, gt_labels, gt_offsets = (
-            t.cpu() for t in (logits, boxes, gt_boxes, gt_labels, gt_offsets)
-        )
-    match, plan = solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+        inputs = [t.cpu() for t in inputs]
+    match, plan = solve(*inputs, grid, config)
     num_gts = (plan.k > 0).sum().clamp(min=1)
     received, largest = units_received(plan)
     num_points = max(1, len(received))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from images import check_range
+
 SIZE_DIVISOR = 32
 
 
@@ -39,7 +41,13 @@ def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
 
 
 def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
+    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below.
+
+    Raises ImageError where floating point on the CPU is not in 0..1; elsewhere that would wait for the device.
+    """
+    for i, image in enumerate(images):
+        if image.device.type == "cpu":
+            check_range(image, f"image {i} of the batch")
     if any(image.is_floating_point() for image in images):
         images = [image if image.is_floating_point() else image.float() / 255 for image in images]
     sizes = torch.tensor([image.shape[1:] for image in images])
@@ -67,7 +75,8 @@ def pack(images: list[Tensor], targets: list[dict[str, Tensor]], sides: tuple[in
                for t, b in zip(targets, boxes, strict=True)]  # fmt: skip
     counts = torch.tensor([len(b) for b in boxes])
     image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
-    rows = torch.cat(boxes), torch.cat([t["labels"] for t in targets]), torch.cat(ignored), image_of_ignored
+    labels = torch.cat([boxes[0][:0, 0].long(), *(t["labels"] for t in targets)])  # integers of any type become int64
+    rows = torch.cat(boxes), labels, torch.cat(ignored), image_of_ignored
     gt_boxes, gt_labels, ignore_boxes, ignore_image = map(pad_rows, rows, (0, -1, 0, 0)) if sides else rows
     offsets = F.pad(counts.cumsum(0), (1, 0))
     return Batch(*pad_images(images, sides), gt_boxes, gt_labels, offsets, ignore_boxes, ignore_image)

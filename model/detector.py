@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from numbers import Integral, Real
 from typing import NamedTuple, overload
 
 import torch
@@ -75,7 +76,7 @@ class Detector(nn.Module):
     """The contract of torchvision's detection models.
 
     Input: a list of images (3, H, W) RGB, uint8 in 0..255 or floating point in 0..1, of any sizes; in training
-    also a list of targets, one dict an image, with `boxes` (n, 4) float x1 y1 x2 y2 in px and `labels` (n,) int64
+    also a list of targets, one dict an image, with `boxes` (n, 4) float x1 y1 x2 y2 in px and `labels` (n,) integers
     in 0..C-1 (contiguous, no background class), and, where wanted, `ignore` (m, 4): regions such as crowds, whose
     points are no negatives.
 
@@ -84,7 +85,8 @@ class Detector(nn.Module):
     images as given. Images are resized to `config.image_size` first; one that has this size already is not touched.
 
     In training a `Batch` on the detector's device may take the place of both lists. Under torch.autocast the network
-    runs in the lower precision, the assignment and the losses in float32.
+    runs in the lower precision, the assignment and the losses in float32; so it does after half() or bfloat16(), and
+    detections are float32.
 
     `predict` takes images of any kind and is all that a user of a trained detector needs. `class_names` and
     `category_ids` are those of the annotation file, by label; load_weights sets them, a new detector has numbers.
@@ -129,18 +131,19 @@ class Detector(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
-        scale = (1 if images.is_floating_point() else 1 / 255) / self.std
+        mean, std = self.mean.float(), self.std.float()
+        scale = (1 if images.is_floating_point() else 1 / 255) / std
         rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
         inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
         images = images.to(torch.float32, memory_format=self.memory_format)
-        return torch.where(inside[:, None], torch.addcmul(-self.mean / self.std, images, scale), 0)
+        return torch.where(inside[:, None], torch.addcmul(-mean / std, images, scale), 0)
 
     def batch(self, images: list[Tensor]) -> Tensor:
         """Images of different sizes -> one normalised (B, 3, H, W), padded with zeros to multiples of 32 px."""
         return self.normalise(*(tensor.to(self.mean.device) for tensor in pad_images(images)))
 
     def predict_raw(self, batch: Tensor) -> tuple[Predictions, PointGrid]:
-        features = self.backbone(batch)
+        features = self.backbone(batch.to(self.head.scales.dtype))  # the network's, after half() or double()
         grid = PointGrid(STRIDES, tuple(tuple(level.shape[-2:]) for level in features))
         return self.head(features, points_of(grid, batch.device)), grid
 
@@ -180,8 +183,13 @@ class Detector(nn.Module):
         score: 0 gives all that the evaluation gets, which starts at `config.score_threshold`.
         batch_size: images that are read at a time; those that pad to the same size go through the network together,
         so that no detection depends on the images beside it.
-        Raises ImageError: an image cannot be read. Raises RuntimeError: the detector is in training mode.
+        Raises ImageError: an image cannot be read. Raises RuntimeError: the detector is in training mode. Raises
+        ValueError: `batch_size` is no whole number of at least 1, or `score` is no number.
         """
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+        if not isinstance(score, Real | Tensor) or score != score:  # NaN
+            raise ValueError(f"score is {score!r}, it must be a number")
         if self.training:
             raise RuntimeError("the detector is in training mode, in which it predicts nothing; call eval() first")
         if not isinstance(images, list | tuple):

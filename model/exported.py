@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from kernels import PointGrid
+from kernels.grid import MAX_SIDE_PX
 
 from .detector import Detector
 from .postprocess import move_apart
@@ -21,7 +22,8 @@ class ExportedDetector(nn.Module):
     """forward(images, sizes) -> boxes, scores, labels
 
     images   (B, 3, H, W) uint8 RGB, H and W multiples of 32 px, each image in the upper left corner of its slot
-    sizes    (B, 2) int64: height and width of every image, px; what lies outside is not looked at
+    sizes    (B, 2) int64: height and width of every image, px, at most those of its slot; what lies outside is not
+             looked at, and an image without pixels has no detection
     boxes    (B, K, 4) float32 x1 y1 x2 y2 px, clipped to the image
     scores   (B, K) float32, best first; 0 marks a row that is no detection, whose box is 0 and whose label is -1
     labels   (B, K) int64, class 0..C-1
@@ -38,9 +40,12 @@ class ExportedDetector(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.detector.config
+        height, width = images.shape[-2:]
+        sizes = torch.stack([sizes[:, 0].clamp(0, height), sizes[:, 1].clamp(0, width)], 1)
         predictions, grid = self.detector.predict_raw(self.detector.normalise(images, sizes))
         scores = (predictions.logits.sigmoid() * predictions.iou_logits.sigmoid()[..., None]).sqrt()
-        scores = torch.where(scores > config.score_threshold, scores, 0)
+        has_pixels = (sizes > 0).all(1)[:, None, None]
+        scores = torch.where(has_pixels & (scores > config.score_threshold), scores, 0)
         scores, places = best_places(scores, grid, config.topk_per_level)
         labels = places % config.num_classes
         limits = sizes.flip(1).repeat(1, 2)[:, None].float()
@@ -80,6 +85,8 @@ def suppressed(
     """Scores (B, K), 0 where greedy NMS among the boxes (B, K, 4) of an image's class takes a candidate out."""
     image, rank = (scores > 0).nonzero(as_tuple=True)
     candidates, own = boxes[image, rank], scores[image, rank]
-    apart = move_apart(candidates, image * num_classes + labels[image, rank], boxes.max())
-    kept = nms(apart, own.double(), nms_iou)
+    extent_px = boxes.new_tensor(MAX_SIDE_PX)  # boxes.max() would need an image
+    apart = move_apart(candidates, image * num_classes + labels[image, rank], extent_px)
+    # torchvision tells torch.export that nms keeps two boxes at least: two without area, worse than all others, do.
+    kept = nms(F.pad(apart, (0, 0, 0, 2)), F.pad(own.double(), (0, 2), value=-1), nms_iou)[:-2]
     return torch.zeros_like(scores).index_put((image[kept], rank[kept]), own[kept])

@@ -1,14 +1,17 @@
 """Label assignment: the backends against the float64 reference, the reference against arithmetic done by hand."""
 
 import ast
+import json
 import math
+import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from importlib import import_module
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -540,10 +543,26 @@ def test_many_images(backend):
     assert torch.equal(match.k, expected.k) and torch.equal(match.gt_index, expected.gt_index)
 
 
-def test_offsets_may_be_int32(backend):
-    scene = make_scene(GRID, (2, 1) if interpreted(backend) else (5, 2), C, seed=9)
-    narrow = scene._replace(gt_offsets=scene.gt_offsets.int())
-    assert_equal(assign(*narrow, backend=backend), assign(*scene, backend=backend))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_labels_and_offsets_of_any_integer_type(dtype, backend):
+    """300 classes: more than a byte can count."""
+    scene = make_scene(GRID, (2, 1) if interpreted(backend) else (5, 2), 300, seed=9)
+    scene = scene._replace(gt_labels=scene.gt_labels % 100)
+    scene.gt_labels[0] = 255 if dtype == torch.uint8 else -1
+    narrow = scene._replace(gt_labels=scene.gt_labels.to(dtype), gt_offsets=scene.gt_offsets.to(dtype))
+    match = assign(*scene, OTAConfig(iterations=2), backend=backend)
+    assert_equal(assign(*narrow, OTAConfig(iterations=2), backend=backend), match)
+    assert (match.k[0] > 0) == (dtype == torch.uint8)
+    statistics = [kernels.assignment_statistics(*s, OTAConfig()) for s in (scene, narrow)]
+    assert statistics[0] == statistics[1]
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["no-gt", "padding"])
+def test_no_image(rows, backend):
+    scene = scene_of([ORDINARY] * rows, offsets=[0, rows])
+    none = scene._replace(logits=scene.logits[:0], boxes=scene.boxes[:0], gt_offsets=scene.gt_offsets[:1])
+    match = assign(*none, backend=backend)
+    assert match.gt_index.shape == match.iou.shape == (0, N) and match.k.tolist() == [0] * rows
 
 
 def image_of(scene: Scene, b: int) -> Scene:
@@ -678,6 +697,12 @@ BAD_OPTIONS = {
     "per-q-0": (dict(per_q=0), "per_q is 0, it must be at least 1"),
     "q0": (dict(top_q=0), "top_q is 0, it must be at least 1"),
     "k0": (dict(fixed_k=0), "fixed_k is 0, it must be at least 1"),
+    "k-2.5": (dict(fixed_k=2.5), "OTAConfig.fixed_k is 2.5, it must be a whole number"),
+    "q-20.5": (dict(top_q=np.float32(20.5)), "OTAConfig.top_q is 20.5, it must be a whole number"),
+    "T-400-digits": (dict(iterations=10**400), "OTAConfig.iterations is 10{39}, it must be a finite number below"),
+    "eps-nan": (dict(eps=math.nan), "OTAConfig.eps is nan, it must be a finite number"),
+    "alpha-inf": (dict(alpha=math.inf), "OTAConfig.alpha is inf, it must be a finite number"),
+    "radius-nan": (dict(center_prior="none", radius=math.nan), "OTAConfig.radius is nan, it must be a finite number"),
 }
 
 
@@ -686,6 +711,24 @@ def test_bad_option(name):
     options, message = BAD_OPTIONS[name]
     with pytest.raises(ValueError, match=message):
         OTAConfig(**options)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, None, "20", [20], 20j], ids=repr)
+@pytest.mark.parametrize("name", [field.name for field in fields(OTAConfig)])
+def test_option_of_another_type(name, value):
+    if (name, value) in (("rescale", True), ("fixed_k", None), ("radius", None)) and value is not np.True_:
+        OTAConfig(**{name: value})
+        return
+    with pytest.raises((TypeError, ValueError), match=rf"OTAConfig\.{name} is {re.escape(repr(value))}"):
+        OTAConfig(**{name: value})
+
+
+@pytest.mark.parametrize("number", [20.0, np.int64(20), np.float32(20), Fraction(20)], ids=repr)
+def test_whole_numbers_of_any_type(number):
+    names = ("iterations", "top_q", "per_q", "fixed_k", "radius", "alpha", "eps")
+    config = OTAConfig(**dict.fromkeys(names, number))
+    assert config == OTAConfig(**dict.fromkeys(names, 20)) and {type(getattr(config, n)) for n in names[:4]} == {int}
+    json.dumps(asdict(config))
 
 
 BAD_INPUTS = {
@@ -697,6 +740,8 @@ BAD_INPUTS = {
     "offsets-of-B": (dict(gt_offsets=torch.tensor([0])), ValueError, "gt_offsets has shape"),
     "float-labels": (dict(gt_labels=torch.zeros(1)), TypeError, "gt_labels is torch.float32, expected integers"),
     "float-offsets": (dict(gt_offsets=torch.zeros(2)), TypeError, "gt_offsets is torch.float32, expected integers"),
+    "bool-labels": (dict(gt_labels=torch.ones(1) > 0), TypeError, "gt_labels is torch.bool, expected integers"),
+    "uint64-labels": (dict(gt_labels=torch.ones(1).to(torch.uint64)), TypeError, "gt_labels is torch.uint64, expected"),
     "int-logits": (
         dict(logits=torch.zeros(1, N, C, dtype=torch.int32)),
         TypeError,

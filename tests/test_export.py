@@ -147,6 +147,36 @@ def test_detections_on_real_images(detector, exported, name):
         assert_same_as_detector(detector, exported, [detector.resize(load_image(path))])
 
 
+SLOTS = {  # sizes given for two slots of 160 x 256, and those they stand for
+    "over-the-slot": ([[999, 2**40], [161, 200]], [[160, 256], [160, 200]]),
+    "one-empty": ([[0, 0], [139, 235]], [[0, 0], [139, 235]]),
+    "no-width-no-height": ([[100, 0], [0, 256]], [[0, 0], [0, 0]]),
+    "negative": ([[-1, -7], [160, 256]], [[0, 0], [160, 256]]),
+    "one-pixel": ([[1, 1], [0, 0]], [[1, 1], [0, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_sizes_that_do_not_fit_the_slot(exported, name):
+    """They are cut to it, and where no pixel is left there is no detection, not even in the whole batch."""
+    run, _, _ = exported
+    batch, _ = pad_images(scenes(2, (160, 256)))
+    given, meant = (torch.tensor(sizes) for sizes in SLOTS[name])
+    outputs = run(batch, given)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, run(batch, meant), strict=True))
+    boxes, scores, labels = outputs
+    assert torch.equal((scores > 0).any(1), (meant > 0).all(1))
+    assert (boxes <= meant.flip(1).repeat(1, 2)[:, None]).all() and torch.equal(labels == -1, scores == 0)
+
+
+def test_batch_without_images(exported):
+    run, _, _ = exported
+    batch, sizes = pad_images(scenes(1, (160, 256)))
+    one, none = run(batch, sizes), run(batch[:0], sizes[:0])
+    assert [x.shape for x in none] == [(0, *x.shape[1:]) for x in one]
+    assert [x.dtype for x in none] == [x.dtype for x in one]
+
+
 def test_metadata_tell_what_a_program_needs(detector, exported):
     _, metadata, nms = exported
     assert metadata.pop("preprocessing").startswith("RGB, upright, uint8 0..255")

@@ -98,6 +98,17 @@ def test_training_gives_three_losses_and_gradients_everywhere():
     assert (detector.last_assignment.gt_index >= 0).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_labels_of_any_integer_type(dtype):
+    """Images may differ in it."""
+    images, targets = random_batch([(64, 96)] * 2)
+    narrow = [targets[0] | {"labels": targets[0]["labels"].to(dtype)}, targets[1]]
+    losses = [tiny_detector().train()(images, t) for t in (targets, narrow)]
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError, match="gt_labels is torch.float32, expected integers"):
+        tiny_detector().train()(images, [targets[0] | {"labels": targets[0]["labels"].float()}, targets[1]])
+
+
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_mambaout"])
 def test_batch_without_objects_trains_on_negatives(backbone):
     detector = tiny_detector(backbone).train()

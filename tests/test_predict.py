@@ -2,20 +2,24 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools.coco import COCO
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 import predict as predict_script
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
-from data.draw import draw_captions, draw_detections
+from data.draw import draw_captions, draw_detections, fonts_of
 from eval import detect
-from images import ImageError, load_image, to_tensor
+from images import ImageError, header_size, load_image, to_tensor
 from model import Detections, Detector, DetectorConfig, WeightsError, load, save_weights
 from predict import find_images, picture_paths
 from run.settings import SettingsError
@@ -123,6 +127,44 @@ def test_exif_orientation_is_honoured(detector, tmp_path, suffix, form):
     assert upright.shape == (3, 80, 60) and same(found, detector.predict(upright))
 
 
+TURNS = {  # EXIF orientation: from the pixels (H, W, 3) as stored to those displayed
+    1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+FORMATS = {
+    "jpeg": {}, "mpo": {}, "png": {}, "webp": {}, "avif": {}, "tiff": {}, "tiff-lzw": {"compression": "tiff_lzw"},
+    "tiff-jpeg": {"compression": "jpeg"}, "png-xmp": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_size_and_pixels_in_every_orientation(tmp_path, name, orientation):
+    """Nothing is turned twice, whether Pillow turns at loading, which it does with TIFF, or not."""
+    kind = name.partition("-")[0].upper()
+    if kind not in Image.registered_extensions().values() and kind != "MPO":
+        pytest.skip(f"this Pillow writes no {kind}")
+    stored = np.zeros((48, 96, 3), np.uint8)
+    stored[:24, :48], stored[:24, 48:, 0], stored[24:, :48, 1] = 200, 250, 250
+    exif, options = Image.Exif(), FORMATS[name]
+    exif[0x0112] = orientation
+    options = options | {"exif": exif}
+    if name == "png-xmp":
+        note = PngImagePlugin.PngInfo()
+        note.add_itxt("XML:com.adobe.xmp", f'<x:xmpmeta tiff:Orientation="{orientation}"/>')
+        options = {"pnginfo": note}
+    path = tmp_path / "image"
+    Image.fromarray(stored).save(path, kind, **options)
+    with Image.open(path) as opened, Image.open(path) as loaded:
+        loaded.load()
+        tensors = load_image(path), to_tensor(opened), to_tensor(loaded)
+    assert header_size(path) == (tensors[0].shape[2], tensors[0].shape[1])
+    wanted = TURNS[orientation](stored).astype(int)
+    for tensor in tensors:
+        pixels = tensor.permute(1, 2, 0).numpy()
+        assert pixels.shape == wanted.shape and np.abs(pixels - wanted).mean() < 15
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA"])
 def test_modes_of_pil_images(mode):
     assert to_tensor(Image.new(mode, (5, 4))).shape == (3, 4, 5)
@@ -137,6 +179,9 @@ def test_modes_of_pil_images(mode):
         pytest.param(torch.zeros(4, 5, 3), r"\(3, H, W\)", id="hwc-tensor"),
         pytest.param(torch.zeros(3, 4, 5).long(), "uint8 or floating point.*int64", id="int64-tensor"),
         pytest.param(torch.full((3, 4, 5), 255.0), "goes up to 255; divide it by 255", id="float-255"),
+        pytest.param(torch.full((3, 4, 5), -1.0), "goes down to -1; give it without its norm", id="float-normalised"),
+        pytest.param(torch.full((3, 4, 5), torch.nan), "pixels that are NaN or infinite", id="float-nan"),
+        pytest.param(torch.full((3, 4, 5), -torch.inf), "pixels that are NaN or infinite", id="float-inf"),
         pytest.param(torch.zeros(3, 0, 5), r"\(3, 0, 5\)", id="empty"),
         pytest.param(torch.zeros(3, 1, 2000, dtype=torch.uint8), "2000 x 1 px is too narrow", id="narrow"),
         pytest.param(Image.new("I;16", (4, 5)), "4 x 5 cannot be read.*more than 8 bits", id="16-bit"),
@@ -147,6 +192,40 @@ def test_modes_of_pil_images(mode):
 def test_what_is_no_image_is_named(detector, image, story):
     with pytest.raises(ImageError, match=story):
         detector.predict(image)
+
+
+def test_what_resizing_adds_to_0_to_1_is_taken():
+    image = (torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    resized = resize(image, [53, 77], InterpolationMode.BICUBIC, antialias=False)
+    assert resized.min() < -0.2 and resized.max() > 1.2 and torch.equal(to_tensor(resized), resized)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_tensors_given_to_the_detector_are_in_range(detector, training):
+    targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
+    with pytest.raises(ImageError, match="image 1 of the batch goes down to -2"):
+        copy.deepcopy(detector).train(training)([torch.zeros(3, 96, 96), torch.full((3, 96, 96), -2.0)], targets)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": b} for b in (0, -1, 2.5, "8", None)]
+                         + [{"score": s} for s in (float("nan"), "0.5", None)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("images", [[], torch.zeros(3, 64, 64)], ids=["none", "one"])
+def test_settings_of_predict_are_checked(detector, images, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name} is .*, it must be a"):
+        detector.predict(images, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["norm", "frozen-norm"])
+def test_detector_of_another_float_type(detector, tmp_path, frozen, dtype):
+    """Scores as in float32 up to the rounding of 16 bits; what comes out is float32."""
+    other = Detector(replace(detector.config, frozen_norm=frozen)).eval()
+    other.load_state_dict(detector.state_dict(), strict=False)
+    path = photo(tmp_path / "a.png")
+    found, wanted = other.to(dtype).predict(path), detector.predict(path)
+    assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found.scores) > 5
+    assert (found.scores[:5] - wanted.scores[:5]).abs().max() < (1e-5 if dtype == torch.float64 else 0.02)
 
 
 def test_training_mode_predicts_nothing(detector):
@@ -292,6 +371,34 @@ def test_captions_lie_inside_the_picture_and_are_legible(size):
     blank = torch.zeros(3, 400, 500, dtype=torch.uint8)
     three = draw_captions(blank, [[480, 0, 500, 20]] * 3, ["cat 0.90", "dog 0.50", "tuba 0.40"], [(255, 0, 0)] * 3, 16)
     assert (three[0] > 0).sum() > 3 * 800  # three captions beside one another, none outside or hidden
+
+
+def test_names_are_drawn_in_a_font_that_has_them_or_as_numbers(tmp_path, monkeypatch):
+    """Here the machine has one font more than matplotlib's first, one that is broken and one that is gone."""
+    stix = Path(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    machine = [str(tmp_path / "broken.ttf"), str(tmp_path / "gone.ttf"), str(stix)]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: machine)
+    fonts_of.cache_clear()
+    names = ["cat", "\u1d81", "\U0001f6b2", "two\nlines", "\ud800"]  # d with palatal hook: not in DejaVu Sans
+    fonts = fonts_of(tuple(names))
+    assert [Path(fonts[name]).name if name in fonts else None for name in names] == [
+        "DejaVuSans.ttf", "STIXGeneral.ttf", None, None, None
+    ]  # fmt: skip
+    found = {
+        "boxes": torch.tensor([[20.0, 60, 90, 90]] * 5) + 80 * torch.arange(5)[:, None] * torch.tensor([1.0, 0] * 2)
+    }
+    found |= {"scores": torch.full((5,), 0.5), "labels": torch.arange(5)}
+    blank, none = torch.zeros(3, 400, 500, dtype=torch.uint8), torch.empty(0, 4)
+    drawn = draw_detections(blank, none, found, names)
+    assert torch.equal(drawn, draw_detections(blank, none, found, [*names[:2], "#2", "#3", "#4"]))
+    assert not torch.equal(drawn, draw_detections(blank, none, found, ["cat", *(f"#{c}" for c in range(1, 5))]))
+    fonts_of.cache_clear()
+
+
+def test_ordinary_names_look_for_no_fonts(monkeypatch):
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: pytest.fail("looked for fonts"))
+    assert len(fonts_of(("person", "Größe", "велосипед"))) == 3
 
 
 def test_nothing_found_leaves_the_picture_as_it_is():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from kernels import OTAConfig, PointGrid, ota_assign
@@ -26,11 +27,13 @@ def predictions() -> tuple:
     return class_maps, distance_maps, strides, gt_boxes, gt_labels
 
 
-def test_assignment_for_another_detector():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fullgraph"])
+def test_assignment_for_another_detector(compiled):
     names = {}
     exec(SNIPPET, names)
     class_maps, distance_maps, strides, gt_boxes, gt_labels = predictions()
-    match = names["assign"](class_maps, distance_maps, strides, gt_boxes, gt_labels)
+    assign = torch.compile(names["assign"], fullgraph=True, backend="eager") if compiled else names["assign"]
+    match = assign(class_maps, distance_maps, strides, gt_boxes, gt_labels)
 
     grid = PointGrid.for_image((72, 96), strides)
     logits = torch.cat([m.reshape(2, 3, -1) for m in class_maps], 2).transpose(1, 2)

@@ -16,6 +16,7 @@ import kernels.assign_triton
 from benchmarks.parity import EXCLUDED_SHARE, parity
 from benchmarks.scenes import WORKLOADS, Scene, make_scene, make_workload
 from kernels import Assignment, OTAConfig, PointGrid, ota_assign
+from kernels.assign import BACKENDS
 from kernels.config import EMPTY_SUPPLY
 from kernels.pairs_triton import most_pairs_per_gt
 from kernels.sinkhorn_triton import _burst
@@ -103,41 +104,33 @@ def test_factors_of_a_burst_fit_float32(growth):
     assert 1 <= _burst(growth) and growth ** _burst(growth) < 2.0**126
 
 
-def test_empty_batch():
-    scene = scene_of((2,))
-    empty = scene._replace(
-        logits=scene.logits[:0], boxes=scene.boxes[:0], gt_boxes=scene.gt_boxes[:0], gt_labels=scene.gt_labels[:0],
-        gt_offsets=scene.gt_offsets[:1],
-    )  # fmt: skip
-    match = ota_assign(*empty, backend="triton")
-    assert match.gt_index.shape == match.iou.shape == (0, GRID.num_points) and match.k.shape == (0,)
-
-
-def operator_arguments(scene: Scene, config: OTAConfig) -> tuple:
+def operator_arguments(scene: Scene, config: OTAConfig, backend: str) -> tuple:
     rows, columns = zip(*scene.grid.sizes, strict=True)
     return (
         *scene[:5], list(scene.grid.strides), list(rows), list(columns), config.alpha, config.eps, config.iterations,
         config.top_q, config.per_q, config.fixed_k, config.center_prior, float(config.radius), config.cls_cost,
-        config.reg_cost, config.rescale, None,
+        config.reg_cost, config.rescale, None, backend,
     )  # fmt: skip
 
 
-def test_operator_is_registered_as_torch_wants_it():
-    torch.library.opcheck(kernels.assign_triton._assign, operator_arguments(scene_of((2, 0, 1)), QUICK))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operator_is_registered_as_torch_wants_it(backend):
+    torch.library.opcheck(kernels.assign._assign, operator_arguments(scene_of((2, 0, 1)), QUICK, backend))
 
 
-def weighted(scene: Scene, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    match = ota_assign(scene.logits * scale, *scene[1:5], GRID, OTAConfig(iterations=3), backend="triton")
+def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    match = ota_assign(scene.logits * scale, *scene[1:5], GRID, OTAConfig(iterations=3), backend=backend)
     return match.gt_index, match.iou * 2
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=gpu)])
-def test_torch_compile_keeps_it_in_one_graph(compiler):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_compile_keeps_it_in_one_graph(backend, compiler):
     """The second scene has other numbers of images and ground truths."""
     compiled = torch.compile(weighted, fullgraph=True, backend=compiler)
     for counts in ((2, 0, 1), (3, 4)):
         scene, scale = scene_of(counts), torch.tensor(1.5, device=DEVICE)
-        for a, b in zip(compiled(scene, scale), weighted(scene, scale), strict=True):
+        for a, b in zip(compiled(scene, scale, backend), weighted(scene, scale, backend), strict=True):
             assert torch.equal(a, b)
 
 

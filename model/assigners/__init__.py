@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels.assign import check_inputs
 from kernels.assign_torch import solve
 from kernels.statistics import is_ambiguous, units_received
 
@@ -54,7 +55,7 @@ def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTA
     supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
     if strategy != "ota":
         return assign_claims(CLAIMS[strategy], *inputs)
-    match, plan = solve(*inputs, config)
+    match, plan = solve(*check_inputs(*inputs), inputs[-1], config)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
     ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous

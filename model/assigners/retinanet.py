@@ -8,9 +8,9 @@ POSITIVE_IOU, NEGATIVE_IOU = 0.5, 0.4
 def retinanet_claims(image: Image) -> Claims:
     """Points in the object's box whose square anchor of 8 strides has an IoU of at least 0.5 with the object; it claims
     those that fit it best, however badly, too (low-quality matches, as in Faster R-CNN). A point goes to the object
-    with the highest IoU; one whose best lies between 0.4 and 0.5 is neither positive nor negative. Depends on no
-    prediction. The paper has positives outside the box too, which this detector, whose boxes contain their points,
-    could not learn.
+    with the highest IoU of those that claim the point; one whose best lies between 0.4 and 0.5 is neither positive nor
+    negative. Depends on no prediction. The paper has positives outside the box too, which this detector, whose boxes
+    contain their points, could not learn.
     """
     iou, inside = image.anchor_iou(), image.inside()
     best = iou.masked_fill(~inside, 0).amax(1, keepdim=True)
