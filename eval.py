@@ -167,11 +167,15 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(
-    data: str, image_size: tuple[int, int], overfit: int | None = None, box: str | None = None
+    data: str,
+    image_size: tuple[int, int],
+    overfit: int | None = None,
+    box: str | None = None,
+    follow_links: bool = False,
 ) -> CocoDataset:
     """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
     `overfit` images with objects."""
-    train, val = find_splits(data, box or "fbox")
+    train, val = find_splits(data, box or "fbox", follow_links)
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -185,13 +189,15 @@ def evaluation_dataset(
     return dataset
 
 
-def load_with_data(weights: Path, data: str | None, box: str | None = None) -> tuple[Detector, CocoDataset, str]:
+def load_with_data(
+    weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
+) -> tuple[Detector, CocoDataset, str]:
     """The detector of a file that train.py wrote, a data set with its classes to evaluate it on, and what that is
     called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
     data = data or metadata["data"]
-    dataset = evaluation_dataset(data, detector.config.image_size, box=box or metadata.get("box"))
+    dataset = evaluation_dataset(data, detector.config.image_size, None, box or metadata.get("box"), follow_links)
     if box and not dataset.split.is_crowdhuman:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
@@ -212,6 +218,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
+    parser.add_argument("--follow-links", action="store_true", help="read files that links outside the data set name")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
@@ -223,7 +230,7 @@ def main() -> None:
         faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, dataset, _ = load_with_data(weights, args.data, args.box)
+    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
     if rank == 0:
         print_table(metrics)

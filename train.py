@@ -199,7 +199,7 @@ def main() -> None:
         if is_main:
             find_splits(args.data)
         dist.barrier()
-    train_split, _ = find_splits(args.data, args.box or "fbox")
+    train_split, _ = find_splits(args.data, args.box or "fbox", args.follow_links)
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
@@ -210,7 +210,7 @@ def main() -> None:
     if args.overfit and args.batch_size > len(dataset):
         say(f"--overfit: a batch is all {len(dataset)} images, not {args.batch_size}")
         args.batch_size = len(dataset)
-    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box)
+    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box, args.follow_links)
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
     if differences:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from data.checks import DatasetError, check_annotations, image_path
+from data.checks import DatasetError, check_annotations
+from data.files import path_inside
 from data.splits import Split
-from images import ImageError, load_image
+from images import load_image
 
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
@@ -60,7 +61,7 @@ class CocoDataset(torch.utils.data.Dataset):
             )
         content = split.read(look_at_files=bad_images == "stop")
         look_at_files = bad_images == "stop" and not split.is_crowdhuman  # whose headers have just been read
-        check_annotations(content, split.images, split.annotations, look_at_files)
+        check_annotations(content, split.images, split.annotations, look_at_files, split.follow_links)
         content = _first_images(content, first)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
@@ -158,8 +159,8 @@ class CocoDataset(torch.utils.data.Dataset):
         """i and its image. Raises DatasetError."""
         image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
         try:
-            image = load_image(image_path(self.split.images, str(self._file_names[i])))
-        except (DatasetError, ImageError) as error:
+            image = load_image(path_inside(self.split.images, str(self._file_names[i]), self.split.follow_links))
+        except (OSError, ValueError) as error:
             raise DatasetError(f"{self.split.annotations}, image {image_id}: {error}") from error
         if image.shape[1:] != (height, width):
             raise DatasetError(
