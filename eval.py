@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
-    parser.add_argument("--follow-links", action="store_true", help="read files that links outside the data set name")
+    parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")

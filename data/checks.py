@@ -184,7 +184,7 @@ def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) 
         if leaves_folder(record["file_name"]):
             problems[LEAVING].append(_image(record))
     inside = [record for name, record in first_with.items() if not leaves_folder(name)]
-    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(name)]
+    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
 
 
 def _image(record: dict) -> str:

@@ -136,7 +136,7 @@ def near_misses(names: list[str], folder: Path) -> list[str]:
 def _walk(folder: Path) -> Iterator[str]:
     """Paths of the files in `folder`, then of those beside it, relative to `folder`, with / on every system."""
     for top in (folder, folder.absolute().parent):
-        for place, folders, files in os.walk(top):
+        for place, folders, files in islice(os.walk(top), FILES_WALKED):
             if top != folder:
                 folders[:] = [name for name in folders if Path(place, name) != folder.absolute()]
             folders.sort()

@@ -127,7 +127,8 @@ def _missing_message(data: str, root: Path) -> str:
     if _is_yolo(root):
         there = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"
     elif os.path.isfile(root):
-        there = "is a file; --data takes the folder of a data set, which has one of"
+        folder = next((folder for folder in root.parents[:3] if any(_halves(folder))), None)
+        there = f"is a file; --data takes the folder of a data set{f', here {folder}' if folder else ''}, with one of"
     elif os.path.isdir(root):
         there = "has none of"
     return f'no data set for --data {data} ("coco", "crowdhuman", "shapes" or a folder): {root} {there}{layouts}'

@@ -62,7 +62,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     on_off = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="shapes", help="coco, crowdhuman, shapes or a folder of any of README's forms")
-    group.add_argument("--follow-links", action="store_true", help="read files that links outside the data set name")
+    group.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     group.add_argument("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     group.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="shorter side [longest side]")
     group.add_argument("--multi-scale", type=positive, nargs="+", metavar="PX",

@@ -123,6 +123,12 @@ def test_missing_set_lists_layouts(tmp_path, folder):
         pytest.param({"images/a.jpg": "", "labels/a.txt": "0 .5 .5 .1 .1"}, ".", "form of YOLO", id="yolo-labels"),
         pytest.param({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO", id="yolo-halves"),
         pytest.param({"a.json": "{}"}, "a.json", "a.json is a file; --data takes the folder of a data", id="json"),
+        pytest.param(
+            {"annotations/instances_val.json": ""},
+            "annotations/instances_val.json",
+            r"is a file; --data takes the folder of a data set, here \S+, with",
+            id="json-in-a-set",
+        ),
         pytest.param({"a.yaml": "x: 1"}, ".", "has none of", id="other-yaml"),
         pytest.param({}, "x" * 3000, "does not exist", id="long-name"),
     ],
