@@ -8,7 +8,7 @@ import unicodedata
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import combinations, islice, takewhile
+from itertools import combinations, islice, product, takewhile
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -98,32 +98,33 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "with upper and lower case changed": str.casefold,
     "with another extension": _without_suffix,
 }
-WAYS = [(changes, moved) for n in range(len(CHANGES) + 1) for changes in combinations(CHANGES, n) for moved in (0, 1)]
+HERE, DEEPER, BESIDE = range(3)  # in the same folder, in another inside of the image folder, in one beside it
 
 
 def near_misses(names: list[str], folder: Path) -> list[str]:
     """One line for each way in which files that are missing in `folder` would be found: how many, and an example.
 
-    A way is any of CHANGES, another folder or both, the fewest of them. Looked for in `folder` and in the folders
+    A way is any of CHANGES, another folder or both, the fewest of them. Looked for in `folder`, then in the folders
     beside it, among FILES_WALKED files at most; of files of one name, that with the most folders in common counts.
     """
     if not names:
         return []
     wanted = {_parts(name, CHANGES)[0] for name in names}
     paths = [path for path in islice(_walk(folder), FILES_WALKED) if _parts(path, CHANGES)[0] in wanted]
-    left, found = names, defaultdict(list)
-    for changes, moved in sorted(WAYS, key=lambda way: len(way[0]) + way[1]):
-        if not paths or not left:
-            break
-        there = sorted((_parts(path, changes), path) for path in paths)
+    known = {_parts(path, CHANGES)[0] for path in paths}
+    left, found = [name for name in names if _parts(name, CHANGES)[0] in known], defaultdict(list)
+    for changes, place in _ways([*left, *paths]):
+        there = sorted((_parts(path, changes), path) for path in paths if path.startswith("../") == (place == BESIDE))
+        if not there or not left:
+            continue
         names_before, left = left, []
         for name in names_before:
             parts = _parts(name, changes)
-            place = bisect_left(there, (parts,))  # the most parts in common are those before or behind
-            near = there[max(place - 1, 0) : place + 1]
-            common, other, path = max((_common(parts, other), other, path) for other, path in near)
-            if common if moved else parts == other:
-                words = [*changes, *([_moved(name, path, folder, common)] if moved else [])]
+            row = bisect_left(there, (parts,))  # no other has more parts in common than this one or that before
+            common = max(_common(parts, other) for other, _ in there[max(row - 1, 0) : row + 1])
+            other, path = there[bisect_left(there, (parts[:common],))]
+            if parts == other or (place != HERE and common):
+                words = [*changes, *([_moved(name, path, folder, common)] if place != HERE else [])]
                 found[" and ".join(words)].append(f"{path} for {name}")
             else:
                 left.append(name)
@@ -131,6 +132,17 @@ def near_misses(names: list[str], folder: Path) -> list[str]:
     ways = sorted(found.items(), key=lambda item: -len(item[1]))
     lines = [f"{len(e)} of the {len(names)} missing files would be found {way}: {e[0]}" for way, e in ways[:WAYS_SHOWN]]
     return lines + [f"and {sum(len(e) for _, e in ways[WAYS_SHOWN:])} more in other ways"] * (len(ways) > WAYS_SHOWN)
+
+
+def _ways(texts: list[str]) -> list[tuple[tuple[str, ...], int]]:
+    """Combinations of those CHANGES that change any of the texts, and of a place; of few changes first."""
+    useful = []
+    for word, change in CHANGES.items():
+        before, texts = texts, list(map(change, texts))
+        useful += [word] * (before != texts)
+    combined = (changes for count in range(len(useful) + 1) for changes in combinations(useful, count))
+    ways = product(combined, (HERE, DEEPER, BESIDE))
+    return sorted(ways, key=lambda way: (len(way[0]) + way[1], way[1]))
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -471,6 +471,7 @@ def test_links_to_nothing_are_named(tmp_path, kind, story, follow):
         pytest.param("{}", "{}.jpg", "with another extension", id="no-extension"),
         pytest.param("{}.png", "{}.jpeg", "with another extension", id="other-extension"),
         pytest.param("train/{}.jpg", "{}.jpg", "without the folder train", id="folder-dropped"),
+        pytest.param("train/a/{}.jpg", "a/{}.jpg", "without the folder train", id="first-folder-dropped"),
         pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
         pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
         pytest.param("x/a/{}.jpg", "y/a/{}.jpg", "in the folder {root}/train/y in place of x", id="other-folder"),
@@ -483,9 +484,9 @@ def test_links_to_nothing_are_named(tmp_path, kind, story, follow):
 def test_names_that_are_nearly_those_on_disk(tmp_path, name, on_disk, way):
     """Said with how many and an example, of the fewest changes; nothing is loaded under another name."""
     split = write_split(tmp_path, [image_record(i, name.format(i)) for i in (1, 2, 3)], pixels=False)
-    for i in (1, 2):
-        path = split.images / on_disk.format(i)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    beside = [] if on_disk.startswith("../") else [tmp_path / "val" / on_disk]  # where a file is the last guess
+    for path in (str(path).format(i) for path in [split.images / on_disk, *beside] for i in (1, 2)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30)).save(path)
     with pytest.raises(DatasetError) as error:
         CocoDataset(split)
