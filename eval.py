@@ -133,7 +133,7 @@ def for_evaluators(annotations: dict, results: list[dict]) -> tuple[dict, list[d
 
 
 def _area(record: dict) -> float:
-    """The record's own, of a segment as a rule, or the box's where there is none or where it cannot be within the box."""
+    """The record's own, of a segment as a rule, or the box's where there is none or one that is not within the box."""
     area, (_, _, width, height) = record.get("area"), record["bbox"]
     fits = isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1)
     return area if fits else width * height
@@ -217,11 +217,12 @@ def evaluation_dataset(
     image_size: tuple[int, int],
     overfit: int | None = None,
     box: str | None = None,
+    follow_links: bool = False,
     known_ids: Collection[int] = (),
 ) -> CocoDataset:
     """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
     `overfit` images with objects. known_ids: the category ids of the training."""
-    train, val = find_splits(data, box or "fbox")
+    train, val = find_splits(data, box or "fbox", follow_links)
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -235,14 +236,16 @@ def evaluation_dataset(
     return dataset
 
 
-def load_with_data(weights: Path, data: str | None, box: str | None = None) -> tuple[Detector, CocoDataset, str]:
+def load_with_data(
+    weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
+) -> tuple[Detector, CocoDataset, str]:
     """The detector of a file that train.py wrote, a data set with its classes to evaluate it on, and what that is
     called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
     data = data or metadata["data"]
     size, ids = detector.config.image_size, detector.category_ids
-    dataset = evaluation_dataset(data, size, box=box or metadata.get("box"), known_ids=ids)
+    dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
     if box and not dataset.split.is_crowdhuman:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
@@ -266,6 +269,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
+    parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
@@ -277,7 +281,7 @@ def main() -> None:
         faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, dataset, _ = load_with_data(weights, args.data, args.box)
+    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
     if rank == 0:
         of = [Path(args.data).resolve().name] if args.data else []

@@ -151,10 +151,11 @@ def warn_of_memory(detector: Detector, dataset: CocoDataset, args: argparse.Name
     needed = step_bytes(detector, images * int(sizes.prod(1).max()), args.optimizer, args.bf16)
     available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if needed > available:
+        height, width = sizes[sizes.prod(1).argmax()]
         print(
-            f"warning: a step of {images} images of up to {' x '.join(map(str, sizes[sizes.prod(1).argmax()]))} px needs "
-            f"some {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} are there; a smaller --image-size or "
-            "--batch-size, or --accumulate, needs less",
+            f"warning: a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of "
+            f"memory, more than the {available / 2**30:.0f} there are; a smaller --image-size or --batch-size, or "
+            "--accumulate, needs less",
             flush=True,
         )
 
@@ -217,7 +218,7 @@ def main() -> None:
         if is_main:
             find_splits(args.data)
         wait_for_main()
-    train_split, _ = find_splits(args.data, args.box or "fbox")
+    train_split, _ = find_splits(args.data, args.box or "fbox", args.follow_links)
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
@@ -234,7 +235,9 @@ def main() -> None:
             f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
             f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
         )
-    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box, dataset.category_ids)
+    val_dataset = evaluation_dataset(
+        args.data, args.image_size, args.overfit, args.box, args.follow_links, dataset.category_ids
+    )
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
     if differences:

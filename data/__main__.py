@@ -5,6 +5,8 @@ from pathlib import Path
 
 from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, generate_shapes
 
+MOST_PX = 1 << 14
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data", description=__doc__)
@@ -18,16 +20,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.root.exists():
         parser.error(f"{args.root} exists; name another folder")
-    if (
-        not 0 <= args.crowded_share <= 1
-        or not 32 <= args.size <= MOST_PX
-        or min(args.train_images, args.val_images) < 1
-    ):
+    bounded = 32 <= args.size <= MOST_PX and 0 <= args.seed < 2**63
+    if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
         parser.error(
-            f"--crowded-share lies between 0 and 1, --size between 32 and {MOST_PX} px; each part has an image"
+            f"--crowded-share lies between 0 and 1, --size between 32 and {MOST_PX} px, --seed between 0 and 2^63; each "
+            "part has an image"
         )
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed lies between 0 and 2^63, {args.seed} does not")
     generate_shapes(
         args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,
         crowded_share=args.crowded_share, one_class=args.one_class,

@@ -6,38 +6,26 @@ raises one error that lists them by kind. A box is x, y, width, height in px, as
 
 import math
 import os
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data.files import VALUE, DatasetError, leaves_folder, near_misses, path_inside, printable
 from images import header_size
 
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
-CULPRITS_SHOWN = 5
+CULPRITS_SHOWN, CULPRIT_LENGTH = 5, 400
 MOST_BOXES = 0.95  # so large a share of them says that the numbers mean something else
+LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
 
-def printable(text: object) -> str:
-    """`text` on one line of a terminal: what would act on it (control characters, line breaks, marks of direction) or
-    cannot be encoded (lone surrogates) is escaped as in Python."""
-    return "".join(repr(c)[1:-1] if _acts(c) else c for c in str(text))
-
-
-def _acts(character: str) -> bool:
-    joiner = character in "\u200c\u200d"  # many languages and emoji are written with these
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joiner
-
-
-class DatasetError(ValueError):
-    """Something is wrong with the data; the message is the whole story, meant for the user."""
-
-
-def check_annotations(annotations: dict, images_dir: Path, source: Path, look_at_files: bool = True) -> None:
+def check_annotations(
+    annotations: dict, images_dir: Path, source: Path, look_at_files: bool = True, follow_links: bool = False
+) -> None:
     """Raise one DatasetError that lists every problem of the parsed file `source`.
 
     Image files (there, readable, inside `images_dir`, of the size that the record says) are looked at
@@ -54,55 +42,48 @@ def check_annotations(annotations: dict, images_dir: Path, source: Path, look_at
     _check_names(categories, problems)
     _check_boxes(objects, _ids(annotations, "categories"), _ids(annotations, "images"), images, problems)
     _check_units(objects, problems)
-    named_inside = _check_file_names(images, images_dir, problems)
+    inside, missing = _check_file_names(images, images_dir, problems)
     if look_at_files:
-        _check_files(named_inside, images_dir, problems)
+        missing += _check_files(inside, images_dir, follow_links, problems)
     if problems:
-        raise DatasetError(report(source, problems))
-
-
-def image_path(images_dir: Path, file_name: str) -> Path:
-    """The file of a record. Raises DatasetError where it lies outside the folder, links followed."""
-    folder = images_dir.resolve()
-    path = (folder / file_name).resolve()
-    if _leaves_folder(file_name) or not path.is_relative_to(folder):
-        raise DatasetError(f"file_name {file_name!r} leaves the image folder {folder}")
-    return path
-
-
-def _leaves_folder(file_name: str) -> bool:
-    return os.path.isabs(file_name) or os.path.normpath(file_name).split(os.sep)[0] == ".."
+        raise DatasetError(report(source, problems, near_misses(missing, images_dir)))
 
 
 def _is_id(value: object) -> bool:
-    return type(value) is int
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _is_size(value: object) -> bool:
-    return type(value) in (int, float) and value > 0 and value == value // 1
+    return type(value) in (int, float) and 0 < value < 2**31 and value == value // 1
 
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+def _is_file_name(value: object) -> bool:
+    return _is_name(value) and "\0" not in value and len(value) <= 4096
+
+
+def is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(v) is float or _is_id(v) for v in value)
 
 
 # What a record must have: field -> (predicate, the wanted thing in words).
 Fields = dict[str, tuple[Callable[[object], bool], str]]
-_ID = (_is_id, "an integer")
+_ID = (_is_id, "an integer of at most 64 bits")
 _NAME = (_is_name, "a name")
+_FILE_NAME = (_is_file_name, "the name of a file")
 _SIZE = (_is_size, "a number of pixels")
+BOX = "four numbers (x, y, width, height) of at most 64 bits"
 FIELDS: dict[str, Fields] = {
     "categories": {"id": _ID, "name": _NAME},
-    "images": {"id": _ID, "file_name": _NAME, "width": _SIZE, "height": _SIZE},
+    "images": {"id": _ID, "file_name": _FILE_NAME, "width": _SIZE, "height": _SIZE},
     "annotations": {
         "id": _ID,
         "image_id": _ID,
         "category_id": _ID,
-        "bbox": (_is_box, "four numbers (x, y, width, height)"),
+        "bbox": (is_box, BOX),
     },
 }
 
@@ -134,16 +115,16 @@ def _flaw(record: object, fields: Fields) -> str | None:
         if name not in record:
             return f"{name} is missing"
         if not is_valid(record[name]):
-            return f"{name} is {record[name]!r}, not {wanted}"
+            return f"{name} is {VALUE.repr(record[name])}, not {wanted}"
     if record.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {record['iscrowd']!r}, not 0 or 1"
+        return f"iscrowd is {VALUE.repr(record['iscrowd'])}, not 0 or 1"
     return None
 
 
 def _who(record: object, row: int) -> str:
     """Whatever names the record: its own fields and its position, as any of them may be missing."""
     names = ("id", "image_id", "file_name", "name")
-    known = [f"{n} {record[n]!r}" for n in names if n in record] if isinstance(record, dict) else []
+    known = [f"{n} {VALUE.repr(record[n])}" for n in names if n in record] if isinstance(record, dict) else []
     return ", ".join([f"record {row}", *known])
 
 
@@ -182,10 +163,9 @@ def _check_units(objects: list[dict], problems: Problems) -> None:
     ends = [(record, *record["bbox"]) for record in objects if min(record["bbox"][2:]) > 0]
     tiny = [record for record, x, y, w, h in ends if max(w, h) <= 1 or max(x + w, y + h) <= 1]
     if tiny and len(tiny) >= MOST_BOXES * len(ends):
-        kind = (
-            f"boxes of a pixel at most, {len(tiny) / len(ends):.0%} of all (fractions of the image's sides? They have"
-        )
-        problems[f"{kind} to be in px)"] += [f"annotation {record['id']}: {record['bbox']}" for record in tiny]
+        share = f"{len(tiny) / len(ends):.0%} of all"
+        kind = f"boxes of a pixel at most, {share} (normalised, fractions of the image's sides? They have to be in px)"
+        problems[kind] += [f"annotation {record['id']}: {record['bbox']}" for record in tiny]
 
 
 def _object(record: dict, image: dict | None) -> str:
@@ -199,70 +179,88 @@ def _is_outside(box: list[float], width: float, height: float) -> bool:
     return (
         (x < -far or y < -far or x + w > width + far or y + h > height + far)
         and (w > 0 and h > 0)
-        and math.isfinite(x + y + w + h)
+        and all(map(math.isfinite, box))
     )
 
 
-def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> list[dict]:
-    """One record for each file name that stays in the image folder."""
+def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> tuple[list[dict], list[str]]:
+    """One record for each file name that stays in the image folder; the other names, where no file has them."""
     if not images_dir.is_dir():
         problems["missing image folder"].append(str(images_dir.absolute()))
-        return []
+        return [], []
     first_with: dict[str, dict] = {}
     for record in images:
         first = first_with.setdefault(record["file_name"], record)
         if first is not record:
             culprit = f"{record['file_name']}: images {first['id']} and {record['id']}"
             problems["file names that occur twice"].append(culprit)
-        if _leaves_folder(record["file_name"]):
-            culprit = f"image {record['id']} ({record['file_name']})"
-            problems["file names that leave the image folder"].append(culprit)
-    return [record for record in first_with.values() if not _leaves_folder(record["file_name"])]
+        if leaves_folder(record["file_name"]):
+            problems[LEAVING].append(_image(record))
+    inside = [record for name, record in first_with.items() if not leaves_folder(name)]
+    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
 
 
-def _check_files(images: list[dict], images_dir: Path, problems: Problems) -> None:
+def _image(record: dict) -> str:
+    return f"image {record['id']} ({record['file_name']})"
+
+
+def _check_files(images: list[dict], images_dir: Path, follow_links: bool, problems: Problems) -> list[str]:
+    """The names of missing files."""
     sample, coverage = images, ""
     if len(images) > ALL_FILES_UP_TO:
         sample = [images[i * len(images) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
         coverage = f" (in {FILES_SAMPLED} of {len(images)} files looked at)"
+    named = [(_image(record), record["file_name"]) for record in sample]
+    sizes, missing = read_sizes(named, images_dir, follow_links, problems, coverage)
+    for record, (width, height) in ((r, s) for r, s in zip(sample, sizes, strict=True) if s):
+        if (width, height) != (record["width"], record["height"]):
+            sizes_of = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
+            kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
+            problems[kind].append(f"{_image(record)}: {sizes_of}")
+    return missing
+
+
+def read_sizes(
+    named: list[tuple[str, str]], images_dir: Path, follow_links: bool, problems: Problems, coverage: str = ""
+) -> tuple[list[tuple[int, int] | None], list[str]]:
+    """(width, height) of images as displayed, without decoding; and the names of those that are missing.
+
+    named: who names the image, in words, and its file name. One that gives no size is None, and goes into `problems`.
+    """
     with ThreadPoolExecutor(16) as pool:
-        for found in pool.map(lambda record: _file_problem(record, images_dir), sample):
-            if found:
-                problems[found[0] + coverage].append(found[1])
+        found = list(pool.map(lambda pair: _size_or_problem(pair[1], images_dir, follow_links), named))
+    missing = []
+    for (who, file_name), (size, kind, remark) in zip(named, found, strict=True):
+        if size is None:
+            problems[kind + coverage].append(f"{who}{remark and ': '}{remark}")
+            missing += [file_name] * (not remark)
+    return [size for size, _, _ in found], missing
 
 
-def _file_problem(record: dict, images_dir: Path) -> tuple[str, str] | None:
-    """(kind, culprit) where the file of an image record is not what the record says."""
-    culprit = f"image {record['id']} ({record['file_name']})"
-    size, kind, remark = size_or_problem(record["file_name"], images_dir)
-    if size is None:
-        return kind, culprit + remark
-    width, height = size
-    if (width, height) == (record["width"], record["height"]):
-        return None
-    sizes = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
-    return "sizes that disagree with the image (its EXIF orientation applied)", f"{culprit}: {sizes}"
-
-
-def size_or_problem(file_name: str, images_dir: Path) -> tuple[tuple[int, int] | None, str, str]:
-    """(width, height) of an image as displayed, without decoding; or None, the kind of problem, and a remark on it."""
+def _size_or_problem(file_name: str, images_dir: Path, follow_links: bool) -> tuple[tuple[int, int] | None, str, str]:
+    """The size; or None, the kind of problem, and a remark on it."""
     try:
-        return header_size(image_path(images_dir, file_name)), "", ""
-    except DatasetError:
-        return None, "file names that leave the image folder", " is a link to outside"
-    except FileNotFoundError:
-        return None, f"image files missing in {images_dir.absolute()}", ""
+        return header_size(path_inside(images_dir, file_name, follow_links)), "", ""
+    except DatasetError as error:
+        return None, LEAVING, str(error)
+    except FileNotFoundError as error:  # the system's own has a number, and repeats the name
+        return None, f"image files missing in {images_dir.absolute()}", "" if error.errno else str(error)
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-        return None, "image files that cannot be read", f": {error}"
+        return None, "image files that cannot be read", getattr(error, "strerror", None) or str(error)
 
 
-def report(source: Path, problems: Problems) -> str:
-    """The message of a DatasetError: every kind of problem with its first culprits."""
+def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str:
+    """The message of a DatasetError: every kind of problem with its first culprits, then the remarks."""
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
         lines.append(f"  {kind}: {len(culprits)}")
-        lines += [f"    {printable(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
+        lines += [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         if len(culprits) > CULPRITS_SHOWN:
             lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"  {_shortened(remark)}" for remark in remarks])
+
+
+def _shortened(line: str) -> str:
+    half, line = CULPRIT_LENGTH // 2, printable(line)
+    return line if len(line) <= 3 * half else f"{line[:half]} [...] {line[-half:]}"

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from data.checks import DatasetError, check_annotations, image_path, printable
+from data.checks import DatasetError, check_annotations
+from data.files import path_inside, printable
 from data.splits import Split
 from data.transforms import resized_size
-from images import ImageError, load_image
+from images import load_image
 
 IGNORE = -1  # the label of regions that teach nothing, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
@@ -64,7 +65,7 @@ class CocoDataset(torch.utils.data.Dataset):
             )
         content = split.read(look_at_files=bad_images == "stop")
         look_at_files = bad_images == "stop" and not split.is_crowdhuman  # whose headers have just been read
-        check_annotations(content, split.images, split.annotations, look_at_files)
+        check_annotations(content, split.images, split.annotations, look_at_files, split.follow_links)
         self.grouping = _grouping(content, known_ids)
         content = self._cut(content)
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -103,7 +104,7 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
 
-        self._dropped_ids = {record["id"] for record in records} - {records[row]["id"] for row in finite[kept].tolist()}
+        self._dropped_ids = {record["id"] for record in targets} - {records[row]["id"] for row in finite[kept].tolist()}
         if not ignore_crowd:
             kept = kept[labels[kept] != IGNORE]
         rows = kept[np.argsort(owner[kept], kind="stable")]
@@ -174,8 +175,8 @@ class CocoDataset(torch.utils.data.Dataset):
         """i and its image. Raises DatasetError."""
         image_id, (height, width) = int(self._image_ids[i]), self._sizes[i].tolist()
         try:
-            image = load_image(image_path(self.split.images, str(self._file_names[i])))
-        except (DatasetError, ImageError) as error:
+            image = load_image(path_inside(self.split.images, str(self._file_names[i]), self.split.follow_links))
+        except (OSError, ValueError) as error:
             raise DatasetError(printable(f"{self.split.annotations}, image {image_id}: {error}")) from error
         if image.shape[1:] != (height, width):
             raise DatasetError(

@@ -6,15 +6,13 @@ of the whole body, which reaches as far as the hidden parts and those outside th
 of it, `hbox` of the head. Shao et al., CrowdHuman: A Benchmark for Detecting Human in a Crowd, arXiv 1805.00123.
 """
 
-import json
 import math
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import DatasetError, Problems, report, size_or_problem
+from data.checks import BOX, Problems, is_box, read_sizes, report
+from data.files import VALUE, DatasetError, json_text, near_misses, parse_json
 
 BOXES = {"fbox": "person", "vbox": "person", "hbox": "head"}  # kind of box -> name of the one class
 CATEGORY_ID = 1
@@ -27,7 +25,9 @@ class Line(NamedTuple):
     ignored: list[bool]
 
 
-def read_crowdhuman(path: Path, images_dir: Path, box: str = "fbox", look_at_files: bool = True) -> dict:
+def read_crowdhuman(
+    path: Path, images_dir: Path, box: str = "fbox", look_at_files: bool = True, follow_links: bool = False
+) -> dict:
     """The images, annotations and categories of a COCO file; an image's id is the number of its line.
 
     Regions to ignore have iscrowd 1: `mask` tags, entries whose extra.ignore is set, and, for `hbox`, those whose
@@ -38,47 +38,41 @@ def read_crowdhuman(path: Path, images_dir: Path, box: str = "fbox", look_at_fil
     """
     problems: Problems = defaultdict(list)
     lines = _read_lines(path, box, problems)
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(partial(size_or_problem, images_dir=images_dir), [line.file_name for line in lines])
+    named = [(f"line {line.number} ({line.file_name})", line.file_name) for line in lines]
+    sizes, missing = read_sizes(named, images_dir, follow_links, problems if look_at_files else defaultdict(list))
+    if problems:
+        raise DatasetError(report(path, problems, near_misses(missing if look_at_files else [], images_dir)))
     images, annotations = [], []
-    for line, (size, kind, remark) in zip(lines, found, strict=True):
-        if size is None and look_at_files:
-            problems[kind].append(f"line {line.number} ({line.file_name}){remark}")
+    for line, size in zip(lines, sizes, strict=True):
         width, height = size or _extent(line.boxes)
         images.append({"id": line.number, "file_name": line.file_name, "width": width, "height": height})
         for bbox, ignored in zip(line.boxes, line.ignored, strict=True):
             ids = {"id": len(annotations) + 1, "image_id": line.number, "category_id": CATEGORY_ID}
             annotations.append(ids | {"bbox": _clipped(bbox, width, height), "iscrowd": int(ignored)})
-    if problems:
-        raise DatasetError(report(path, problems))
     return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY_ID, "name": BOXES[box]}]}
 
 
 def _read_lines(path: Path, box: str, problems: Problems) -> list[Line]:
-    lines = []
     try:
-        with open(path, "rb") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    lines.append(_parse(number, text, box))
-                except ValueError as error:
-                    problems["malformed lines"].append(f"line {number}: {error}")
-    except OSError as error:
+        content = json_text(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read: {error}") from error
+    lines = []
+    for number, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            try:
+                lines.append(_parse(number, text, box))
+            except ValueError as error:
+                problems["malformed lines"].append(f"line {number}: {error}")
     return lines
 
 
-def _parse(number: int, text: bytes, box: str) -> Line:
+def _parse(number: int, text: str, box: str) -> Line:
     """Raises ValueError that says what is wrong with the line."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
+    record = parse_json(text)
     name = record.get("ID") if isinstance(record, dict) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(f"ID is {name!r}, not a name; wanted a record of ID and gtboxes")
+        raise ValueError(f"ID is {VALUE.repr(name)}, not a name; wanted a record of ID and gtboxes")
     entries = record.get("gtboxes")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"ID {name}: gtboxes is no list of objects")
@@ -86,9 +80,9 @@ def _parse(number: int, text: bytes, box: str) -> Line:
     for row, entry in enumerate(entries):
         tag, bbox = entry.get("tag"), entry.get(box)
         if tag not in ("person", "mask"):
-            raise ValueError(f"ID {name}, gtboxes[{row}]: tag is {tag!r}, not 'person' or 'mask'")
-        if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
-            raise ValueError(f"ID {name}, gtboxes[{row}]: {box} is {bbox!r}, not four numbers (x, y, width, height)")
+            raise ValueError(f"ID {name}, gtboxes[{row}]: tag is {VALUE.repr(tag)}, not 'person' or 'mask'")
+        if not is_box(bbox):
+            raise ValueError(f"ID {name}, gtboxes[{row}]: {box} is {VALUE.repr(bbox)}, not {BOX}")
         marks = [entry.get(key) or {} for key in ("extra", "head_attr")]
         if not all(isinstance(mark, dict) for mark in marks):
             raise ValueError(f"ID {name}, gtboxes[{row}]: extra and head_attr have to be objects")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, save_image
 
-from data.checks import printable
+from data.files import printable
 
 MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide them
 MAX_ENLARGED_PX = 4000  # but not beyond this, for a long thin one

@@ -1,4 +1,4 @@
-"""How much memory a training step needs, estimated before one is tried: a process that takes too much is killed unheard."""
+"""How much memory a training step needs, before one is tried: a process that takes too much is killed unheard."""
 
 import os
 from pathlib import Path

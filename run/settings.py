@@ -40,6 +40,7 @@ OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at th
 # What may change when a run is continued. The data set's path may, too: its annotation file is compared instead.
 FREE_FLAGS = {
     "data", "workers", "out", "resume", "save_every", "eval_every", "log_every", "device", "fast_eval", "profile",
+    "follow_links",
 }  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     on_off = argparse.BooleanOptionalAction
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="shapes", help="coco, crowdhuman, shapes or a folder of any of README's forms")
+    group.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     group.add_argument("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     group.add_argument("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
     group.add_argument("--multi-scale", type=side_px, nargs="+", metavar="PX",

@@ -84,9 +84,9 @@ def test_boxes_and_regions(tmp_path):
     assert target["ignore"].tolist() == [[20, 5, 30, 15], [5, 5, 11, 11]]
     assert dataset[1][1]["boxes"].shape == (0, 4)
     known = dataset.annotations["annotations"]
-    assert [(a["bbox"], a["iscrowd"], a["area"]) for a in known[:2]] == [
-        ([0, 5, 10, 25], 0, 250),
-        ([20, 5, 10, 10], 1, 100),
+    assert [(a["bbox"], a["iscrowd"]) for a in known[:2]] == [
+        ([0, 5, 10, 25], 0),
+        ([20, 5, 10, 10], 1),
     ]
 
 
@@ -167,6 +167,46 @@ def test_bad_images_are_skipped(tmp_path, capfd):
     assert [dataset[i][1]["image_id"] for i in range(3)] == [3, 3, 3]
     assert (dataset.images[0]["width"], dataset.images[0]["height"]) == (6, 51)
     assert "skipped bad image 1 (at most 10)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "story"),
+    [
+        pytest.param(b"[" * 100_000, "line 1: .*nested too deeply", id="deep"),
+        pytest.param(b'{"ID": ' + b"9" * 5000 + b"}", "line 1: .*a number has thousands of digits", id="5000-digits"),
+        pytest.param(b'{"ID": "a", "ID": "b", "gtboxes": []}', "line 1: .*'ID' is given twice", id="twice"),
+        pytest.param('{"ID": "自", "gtboxes": []}'.encode("gbk"), "not text in UTF-8: byte .* in line 1", id="gbk"),
+        pytest.param(b"", "the file is empty: 0 bytes", id="empty"),
+        pytest.param(b'{"ID": "a", "gtboxes": [{"tag": "person", "fbox": [1' + b"0" * 400 + b", 1, 5, 5]}]}",
+                     r"line 1: ID a, gtboxes\[0\]: fbox is \[1000.*\.\.\..*of at most 64 bits", id="401-digits"),
+        pytest.param(b'{"ID": ["a"], "gtboxes": []}', r"line 1: ID is \['a'\], not a name", id="list"),
+        pytest.param(b'{"ID": "A", "gtboxes": []}', r"1 of the 1 missing files would be found with upper", id="case"),
+        pytest.param(b'{"ID": "a\\u0000", "gtboxes": []}', r"line 1 .*embedded null", id="nul"),
+        pytest.param(b'{"ID": "' + b"a" * 5000 + b'", "gtboxes": []}', r"line 1 .*File name too long", id="long"),
+    ],
+)  # fmt: skip
+def test_odd_lines_are_one_clear_message(tmp_path, line, story):
+    split = write_crowd(tmp_path, [{"ID": "a", "gtboxes": []}])
+    split.annotations.write_bytes(line)
+    with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value) and len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_encodings_with_a_mark(tmp_path, encoding):
+    split = write_crowd(tmp_path, [{"ID": "a", "gtboxes": []}, {"ID": "b", "gtboxes": []}])
+    split.annotations.write_text(split.annotations.read_text(), encoding=encoding)
+    assert len(CocoDataset(split)) == 2
+
+
+def test_links_are_followed_when_asked_for(tmp_path):
+    split = write_crowd(tmp_path / "set", [{"ID": "a", "gtboxes": []}])
+    (split.images / "a.jpg").rename(tmp_path / "a.jpg")
+    (split.images / "a.jpg").symlink_to(tmp_path / "a.jpg")
+    with pytest.raises(DatasetError, match=r"line 1 \(a.jpg\): .*--follow-links reads it"):
+        CocoDataset(split)
+    assert CocoDataset(find_splits(str(tmp_path / "set"), follow_links=True)[1])[0][0].shape == (3, 30, 40)
 
 
 def test_id_that_occurs_twice(tmp_path):

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from data import (
     resized_size,
     train_transform,
 )
+from data.files import path_inside
 from data.shapes import CROWD_OBJECTS, SPARSE_OBJECTS
 from images import load_image
 
@@ -111,6 +113,32 @@ def test_missing_set_lists_layouts(tmp_path, folder):
     with pytest.raises(DatasetError, match=r"instances_train2017\.json(.|\n)*_annotations\.coco") as error:
         find_splits(str(tmp_path / folder))
     assert str(tmp_path / folder) in str(error.value) and "zip" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "story"),
+    [
+        pytest.param({"data.yaml": "train: ../train/images\nnames: ['a']"}, ".", "form of YOLO", id="yolo-yaml-in-it"),
+        pytest.param({"data.yaml": "names:\n  0: a"}, "data.yaml", "form of YOLO, which is not read", id="yolo-yaml"),
+        pytest.param({"images/a.jpg": "", "labels/a.txt": "0 .5 .5 .1 .1"}, ".", "form of YOLO", id="yolo-labels"),
+        pytest.param({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO", id="yolo-halves"),
+        pytest.param({"a.json": "{}"}, "a.json", "a.json is a file; --data takes the folder of a data", id="json"),
+        pytest.param(
+            {"annotations/instances_val.json": ""},
+            "annotations/instances_val.json",
+            r"is a file; --data takes the folder of a data set, here \S+, with",
+            id="json-in-a-set",
+        ),
+        pytest.param({"a.yaml": "x: 1"}, ".", "has none of", id="other-yaml"),
+        pytest.param({}, "x" * 3000, "does not exist", id="long-name"),
+    ],
+)
+def test_data_of_another_form_is_named(tmp_path, files, data, story):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DatasetError, match=story):
+        find_splits(str(tmp_path / data))
 
 
 @pytest.mark.parametrize("half", ["train", "val"])
@@ -380,8 +408,123 @@ def test_file_outside_the_folder_is_refused(tmp_path, escape):
         (split.images / name).symlink_to(outside)
     with pytest.raises(DatasetError, match="file names that leave the image folder: 1"):
         CocoDataset(split)
-    with pytest.raises(DatasetError, match="leaves the image folder"):
-        data.checks.image_path(split.images, name)
+    with pytest.raises(DatasetError, match="leaves the folder") as error:
+        path_inside(split.images, name)
+    assert ("--follow-links" in str(error.value)) == (escape == "link")
+    if escape != "link":
+        with pytest.raises(DatasetError, match="file names that leave the image folder: 1"):
+            CocoDataset(replace(split, follow_links=True))
+
+
+def link_farm(root, kind):
+    """A set whose images lie in blobs/ beside it, as Hugging Face's cache, DVC and git-annex lay them out."""
+    split = write_split(root / "set", [image_record(i, f"{i}.jpg") for i in (1, 2)], [box_record()])
+    if kind == "folder":
+        split.images.rename(root / "blobs")
+        split.images.symlink_to(root / "blobs")
+        return split
+    (root / "blobs").mkdir()
+    for i in (1, 2):
+        image = split.images / f"{i}.jpg"
+        image.rename(root / "blobs" / f"{i}")
+        image.symlink_to({"file": f"../../blobs/{i}", "broken": f"../../blobs/{i}0", "loop": f"{i}.jpg"}[kind])
+    return split
+
+
+def test_links_to_outside_are_followed_when_asked_for(tmp_path):
+    split = link_farm(tmp_path, "file")
+    said = rf"1\.jpg.*: a link to {tmp_path}/blobs/1; --follow-links reads it"
+    with pytest.raises(DatasetError, match=said):
+        CocoDataset(split)
+    train, _ = find_splits(str(tmp_path / "set"), follow_links=True)
+    dataset = CocoDataset(train)
+    assert [len(dataset[i][1]["boxes"]) for i in range(2)] == [1, 0]
+    with pytest.raises(DatasetError, match=said):  # each image is looked at again when it is loaded
+        dataset.split = split
+        dataset[0]
+
+
+def test_linked_image_folder_is_the_folder(tmp_path):
+    assert len(CocoDataset(link_farm(tmp_path, "folder"))) == 2
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["refused", "followed"])
+@pytest.mark.parametrize(("kind", "story"), [("broken", "is a link to .*/blobs/10, which is not there"),
+                                             ("loop", r"1\.jpg.*[Ss]ymbolic links")])  # fmt: skip
+def test_links_to_nothing_are_named(tmp_path, kind, story, follow):
+    split = replace(link_farm(tmp_path, kind), follow_links=follow)
+    with pytest.raises(DatasetError, match=story):
+        CocoDataset(split)
+    dataset = CocoDataset(split, bad_images="skip")
+    with pytest.raises(DatasetError, match="not one image can be used"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk", "way"),
+    [
+        pytest.param("images\\{}.jpg", "images/{}.jpg", "with / for \\", id="backslash"),
+        pytest.param("a%20{}.jpg", "a {}.jpg", "with %20 and the like decoded", id="url"),
+        pytest.param("a {}.jpg", "a%20{}.jpg", "with %20 and the like decoded", id="url-on-disk"),
+        pytest.param("é{}.jpg", "e\u0301{}.jpg", "in another Unicode form (NFC, NFD)", id="nfd"),
+        pytest.param("{}.JPG", "{}.jpg", "with upper and lower case changed", id="case"),
+        pytest.param("{}", "{}.jpg", "with another extension", id="no-extension"),
+        pytest.param("{}.png", "{}.jpeg", "with another extension", id="other-extension"),
+        pytest.param("train/{}.jpg", "{}.jpg", "without the folder train", id="folder-dropped"),
+        pytest.param("train/a/{}.jpg", "a/{}.jpg", "without the folder train", id="first-folder-dropped"),
+        pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
+        pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
+        pytest.param("x/a/{}.jpg", "y/a/{}.jpg", "in the folder {root}/train/y in place of x", id="other-folder"),
+        pytest.param("{}.jpg", "../pictures/{}.jpg", "in the folder {root}/pictures", id="beside"),
+        pytest.param("C:\\Data\\A%20{}.JPG", "sub/a {}.png", "with %20 and the like decoded and with / for \\ and with"
+                     " upper and lower case changed and with another extension and in the folder {root}/train/sub in"
+                     " place of C:/Data", id="all"),
+    ],
+)  # fmt: skip
+def test_names_that_are_nearly_those_on_disk(tmp_path, name, on_disk, way):
+    """Said with how many and an example, of the fewest changes; nothing is loaded under another name."""
+    split = write_split(tmp_path, [image_record(i, name.format(i)) for i in (1, 2, 3)], pixels=False)
+    beside = [] if on_disk.startswith("../") else [tmp_path / "val" / on_disk]  # where a file is the last guess
+    for path in (str(path).format(i) for path in [split.images / on_disk, *beside] for i in (1, 2)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30)).save(path)
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    found = f"{way.format(root=tmp_path)}: {on_disk.format(1)} for {name.format(1)}"
+    assert str(error.value).splitlines()[-1] == f"  2 of the 3 missing files would be found {found}"
+
+
+def test_files_of_one_name_in_many_folders(tmp_path):
+    """The one with the most folders in common counts, and many ways are cut short."""
+    names = [f"old/cam{i}/01.jpg" for i in range(30)]
+    split = write_split(tmp_path, [image_record(i, name) for i, name in enumerate([*names, *"abcdefg"])], pixels=False)
+    for i in range(30):
+        (split.images / f"new/cam{i}").mkdir(parents=True)
+        (split.images / f"new/cam{i}/01.jpg").touch()
+    for letter in "abcdefg":
+        (split.images / f"{letter * 2}").mkdir()
+        (split.images / f"{letter * 2}/{letter}").touch()
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    lines = str(error.value).splitlines()[-6:]
+    assert lines[0].startswith("  30 of the 37 missing files would be found in the folder")
+    assert "train/new in place of old: new/cam0/01.jpg for old/cam0/01.jpg" in lines[0]
+    assert lines[5] == "  and 3 more in other ways"
+
+
+@pytest.mark.parametrize(
+    ("name", "story"),
+    [
+        pytest.param("a" * 5000 + ".jpg", r"file_name is 'aaa.*\.\.\..*, not the name of a file", id="5000"),
+        pytest.param("a" * 300 + ".jpg", r"image files that cannot be read: 1\n.*File name too long", id="300"),
+        pytest.param("a\0.jpg", r"file_name is 'a\\x00.jpg', not the name of a file", id="nul"),
+        pytest.param("a\ud800.jpg", r"cannot be read: 1\n.*surrogates not allowed", id="surrogate"),
+    ],
+)
+def test_names_that_no_file_can_have(tmp_path, name, story):
+    with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(write_split(tmp_path, [image_record(1, name)], pixels=False))
+    assert max(map(len, str(error.value).splitlines())) < 700
 
 
 def test_every_problem_in_one_error(tmp_path):
@@ -435,6 +578,54 @@ def test_unusable_annotation_file(tmp_path, text, story):
     with pytest.raises(DatasetError, match=story) as error:
         CocoDataset(split)
     assert str(split.annotations) in str(error.value)
+
+
+def spoiled(**values):
+    """The text of a sound annotation file with some fields of its one annotation changed."""
+    record = box_record() | values
+    return json.dumps({"images": [image_record()], "annotations": [record], "categories": [{"id": 3, "name": "é"}]},
+                      ensure_ascii=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "story"),
+    [
+        pytest.param(b"", "the file is empty: 0 bytes", id="empty"),
+        pytest.param(b"\0" * 5000, "the file is empty: 5000 bytes, all of them blank or NUL", id="nul"),
+        pytest.param(b"[" * 100_000, "lists or objects are nested too deeply", id="deep"),
+        pytest.param(spoiled(extra=[]).replace("[]", "[" * 900 + "]" * 900), "", id="deep-extra"),
+        pytest.param(spoiled(bbox=[]).replace("[]", "[" * 900 + "]" * 900), r"bbox is \[\[\[.*not four", id="deep-box"),
+        pytest.param(spoiled(id=0).replace('"id": 0', '"id": ' + "9" * 5000), "thousands of digits", id="5000-digits"),
+        pytest.param(spoiled(id=1e9).replace("1000000000.0", "7, \"id\": 8"), r"'id' is given twice in \{", id="twice"),
+        pytest.param(spoiled().encode("latin-1"), r"not text in UTF-8: byte 0xe9 in line 1.*Latin-1", id="latin-1"),
+        pytest.param(spoiled().replace("é", "自行车").encode("gbk"), "not text in UTF-8.*GBK", id="gbk"),
+        pytest.param(spoiled().encode("utf-16"), "", id="utf-16"),
+        pytest.param(spoiled().encode("utf-8-sig"), "", id="bom"),
+        pytest.param(spoiled(bbox=[10**400, 1, 5, 5]), r"bbox is \[1000.*\.\.\..*most 64 bits", id="bbox-401-digits"),
+        pytest.param(spoiled(bbox=[1e308, 1, 1e308, 5]), r"more than 1 px outside", id="bbox-overflows"),
+        pytest.param(spoiled(bbox=[True, 1, 5, 5]), r"bbox is \[True, 1, 5, 5\], not four numbers", id="bbox-true"),
+        pytest.param(spoiled(id=2**63), "id is 9223372036854775808, not an integer of at most", id="id-2^63"),
+        pytest.param(spoiled(id=2**63 - 1), "", id="id-largest"),
+        pytest.param(spoiled(id=-(2**63)), "", id="id-smallest"),
+        pytest.param(spoiled(id=True), "id is True, not an integer", id="id-true"),
+        pytest.param(spoiled(id=[1]), r"id is \[1\], not an integer", id="id-list"),
+        pytest.param(spoiled(category_id=3.0), "category_id is 3.0, not an integer", id="category-3.0"),
+        pytest.param(spoiled(iscrowd=True), "", id="iscrowd-true"),
+        pytest.param(spoiled(iscrowd=None), "iscrowd is None, not 0 or 1", id="iscrowd-null"),
+        pytest.param(spoiled(iscrowd=[[1]]), r"iscrowd is \[\[1\]\], not 0 or 1", id="iscrowd-list"),
+        pytest.param(spoiled().replace('"width": 40', '"width": 1e400'), "width is inf, not a number of pix", id="inf"),
+        pytest.param(spoiled().replace('"width": 40', f'"width": {10**400}'), "width is 1000.*not a num", id="width"),
+    ],
+)  # fmt: skip
+def test_odd_values_are_one_clear_message_or_taken(tmp_path, content, story):
+    split = write_split(tmp_path)
+    split.annotations.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if not story:
+        assert len(CocoDataset(split)[0][1]["boxes"]) <= 1
+        return
+    with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value) and len(str(error.value)) < 1500
 
 
 def test_annotation_file_cut_in_half_is_named(tmp_path):

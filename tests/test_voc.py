@@ -152,6 +152,7 @@ def test_every_bad_file_is_named(tmp_path):
 def test_image_that_is_not_as_its_file_says(tmp_path):
     wrong = scene("a", size=(41, 30)), scene("b").replace("b.jpg", "c.jpg"), scene("d", ("cat", 3, 3, 60, 12, 0))
     write_voc(tmp_path, dict(zip("abd", wrong, strict=True)), train=["a", "b", "d"])
+    (tmp_path / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(DatasetError) as error:
         CocoDataset(find_splits(str(tmp_path))[0])
     said = str(error.value)
@@ -163,6 +164,140 @@ def test_lines_with_more_than_a_name(tmp_path):
     """Lists of one class have a second column, and some end with blank lines."""
     write_voc(tmp_path, {"a": scene("a", ("cat", 1, 1, 9, 9, 0))}, train=["", "a  1", ""])
     assert [image["id"] for image in CocoDataset(find_splits(str(tmp_path))[0]).images] == [2]
+
+
+@pytest.mark.parametrize(
+    "names, text, ids",
+    [
+        pytest.param(["my pic 1", "my pic 2"], "my pic 1\nmy pic 2\n", [1, 2], id="spaces"),
+        pytest.param(["my pic", "my  pic 1"], "my pic  1\r\nmy  pic 1 -1\r\n", [1, 2], id="spaces-and-flags"),
+        pytest.param(["a", "b"], "\ufeffa\n\nb\n", [1, 3], id="bom-and-blank-line"),
+        pytest.param(["a", "b", "c"], "a.jpg\nb.XML 0\nc.png\n", [1, 2, 3], id="extensions"),
+        pytest.param(["a.jpg"], "a.jpg\n", [1], id="extension-of-the-name"),
+        pytest.param(["a", "b"], "a\nb\na.jpg\na  1\n", [1, 2], id="twice"),
+        pytest.param(["é", "图"], "é\n图\n", [1, 2], id="utf-8"),
+    ],
+)
+def test_lines_of_a_list(tmp_path, names, text, ids):
+    write_voc(tmp_path, {name: scene(name) for name in names}, train=[])
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(text.encode())
+    images = write_one_class(tmp_path).images
+    assert [(image["id"], image["file_name"]) for image in images] == [
+        (number, f"{name}.jpg") for number, name in zip(ids, names, strict=True)
+    ]
+
+
+def write_one_class(root: Path) -> CocoDataset:
+    """The training part, after an object in a further list has given it a class."""
+    write_voc(root, {"class": scene("class", ("cat", 3, 3, 12, 12, 0))}, val=["class"])
+    return CocoDataset(find_splits(str(root))[0])
+
+
+@pytest.mark.parametrize(
+    "file_name, on_disk, wanted",
+    [
+        pytest.param("a", "a.jpg", "a.jpg", id="no-extension"),
+        pytest.param("old.jpg", "a.png", "a.png", id="stale"),
+        pytest.param("../images/a.jpg", "a.JPG", "a.JPG", id="path"),
+        pytest.param("/home/me/a.jpg", "a.jpeg", "a.jpeg", id="absolute"),
+        pytest.param("b.jpg", "b.jpg", "b.jpg", id="as-it-says"),
+    ],
+)
+def test_image_is_the_filename_or_called_like_the_line(tmp_path, file_name, on_disk, wanted):
+    write_voc(tmp_path, {"a": scene("a").replace("a.jpg", file_name)}, pixels=None, train=["a"])
+    Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / on_disk)
+    assert write_one_class(tmp_path).images[0]["file_name"] == wanted
+
+
+@pytest.mark.parametrize("line", ["../../outside", "/outside", "link"])
+def test_annotations_outside_the_set_are_not_read(tmp_path, line):
+    root, outside = tmp_path / "set", tmp_path / "outside.xml"
+    outside.write_text(scene("a", ("secret", 3, 3, 12, 12, 0)))
+    line = str(outside.with_suffix("")) if line == "/outside" else line
+    write_voc(root, {"a": scene("a", ("cat", 3, 3, 12, 12, 0))}, train=["a", line])
+    if line == "link":
+        (root / "Annotations" / "link.xml").symlink_to(outside)
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages" / "link.jpg")
+    for follow_links in (False, True):
+        split, _ = find_splits(str(root), follow_links=follow_links)
+        if follow_links and line == "link":
+            outside.write_text(scene("link", ("dog", 3, 3, 12, 12, 0)))
+            assert CocoDataset(split).class_names == ["cat", "dog"] and len(split.files()) == 3
+            continue
+        with pytest.raises(DatasetError, match=rf"1 problem(.|\n)*{line}.xml' leaves the folder {root}/Anno") as error:
+            CocoDataset(split)
+        assert ("--follow-links" in str(error.value)) == (line == "link") and "secret" not in str(error.value)
+
+
+def test_annotation_file_in_other_case_is_found(tmp_path):
+    write_voc(tmp_path, {"A": scene("A")}, train=["a"])
+    with pytest.raises(DatasetError, match="1 of the 1 missing files would be found with upper.*: A.xml for a.xml"):
+        CocoDataset(find_splits(str(tmp_path))[0])
+
+
+@pytest.mark.parametrize("declared, used", [("GB2312", "gbk"), ("gbk", "gbk"), ("big5", "big5"), ("EUC-JP", "euc_jp"),
+                                            ("UTF-16", "utf-16"), ("windows-1251", "windows-1251")])  # fmt: skip
+def test_encodings_of_annotation_files(tmp_path, declared, used):
+    name = {"gbk": "汽車镕", "big5": "汽車", "windows-1251": "кот"}.get(used, "猫")
+    xml = f'<?xml version="1.0" encoding="{declared}"?>' + scene("a", (name, 3, 3, 12, 12, 0))
+    write_voc(tmp_path, {"a": ""}, train=["a"])
+    (tmp_path / "Annotations" / "a.xml").write_bytes(xml.encode(used))
+    assert CocoDataset(find_splits(str(tmp_path))[0]).class_names == [name]
+
+
+LAUGHS = "".join(f"<!ENTITY a{i + 1} '{f'&a{i};' * 10}'>" for i in range(9))
+LAUGHS = f"<!DOCTYPE a [<!ENTITY a0 'x'>{LAUGHS}]><b>&a9;</b>"
+
+
+@pytest.mark.parametrize(
+    "head, story",
+    [
+        pytest.param('<?xml version="1.0" encoding="nonsense"?>', "encoding 'nonsense' is unknown or", id="unknown"),
+        pytest.param('<?xml version="1.0" encoding="base64"?>', "encoding 'base64' is unknown or", id="no-text"),
+        pytest.param('<?xml version="1.0" encoding="euc-jp"?><!--\xff-->', "'euc-jp' is unknown or not", id="wrong"),
+        pytest.param(LAUGHS, "amplification", id="billion-laughs"),
+        pytest.param('<?xml version="1.0" encoding="gbk"?>' + LAUGHS, "amplification", id="billion-laughs-in-gbk"),
+        pytest.param("<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><b>&e;</b>", "undefined entity", id="file"),
+    ],
+)  # fmt: skip
+def test_annotation_files_that_expat_refuses_are_named(tmp_path, head, story):
+    write_voc(tmp_path, {"a": ""}, train=["a"])
+    xml = tmp_path / "Annotations" / "a.xml"
+    xml.write_bytes((head + scene("a") * ("DOCTYPE" not in head)).encode("latin-1"))
+    with pytest.raises(DatasetError, match=rf"{xml} \(train.txt\): .*({story})"):
+        CocoDataset(find_splits(str(tmp_path))[0])
+
+
+@pytest.mark.parametrize(
+    "text, ignored",
+    [("", 0), ("0", 0), ("0.0", 0), ("false", 0), ("Unspecified", 0), (" 1 ", 1), ("1.0", 1), ("True", 1)],
+    ids=["empty", "0", "0.0", "false", "unspecified", "1", "1.0", "true"],
+)
+def test_forms_of_difficult(tmp_path, text, ignored):
+    write_voc(tmp_path, {"a": scene("a", ("cat", 3, 3, 12, 12, text))}, train=["a"])
+    dataset = CocoDataset(find_splits(str(tmp_path))[0])
+    assert (dataset.crowd_boxes, dataset.num_boxes) == (ignored, 1 - ignored)
+
+
+def test_flag_to_follow_links(both_forms, tmp_path, call):
+    """For training, going on and evaluation; a weights file cannot choose it."""
+    data, out = tmp_path / "voc", tmp_path / "out"
+    shutil.copytree(both_forms[1], data)
+    files = ("JPEGImages/train_000001.jpg", "Annotations/val_000001.xml", "JPEGImages/val_000001.jpg")
+    for file in files:
+        (data / file).rename(tmp_path / Path(file).name)
+        (data / file).symlink_to(tmp_path / Path(file).name)
+    flags = ["--data", data, *TINY, "--image-size", 96, "--batch-size", 4, "--steps", 1, "--out", out]
+    with pytest.raises(DatasetError, match="--follow-links"):
+        call(train, *flags)
+    call(train, *flags, "--follow-links")
+    evaluation = ["--weights", out / "ota.safetensors", *TINY[-4:], "--out", tmp_path / "again"]
+    with pytest.raises(DatasetError, match="val_000001.xml' leaves the folder .*--follow-links"):
+        call(eval_script, *evaluation)
+    call(eval_script, *evaluation, "--follow-links")
+    for file in files:
+        shutil.move(tmp_path / Path(file).name, data / file)
+    assert "is complete" in call(train, *flags)
 
 
 def test_training_and_evaluation(both_forms, tmp_path, call):
