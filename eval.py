@@ -190,7 +190,9 @@ def load_with_data(weights: Path, data: str | None, box: str | None = None) -> t
     called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
-    data = data or metadata["data"]
+    data = data or metadata.get("data")
+    if data is None:
+        raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
     dataset = evaluation_dataset(data, detector.config.image_size, box=box or metadata.get("box"))
     if box and not dataset.split.is_crowdhuman:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
