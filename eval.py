@@ -243,7 +243,9 @@ def load_with_data(
     called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
-    data = data or metadata["data"]
+    data = data or metadata.get("data")
+    if data is None:
+        raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
     size, ids = detector.config.image_size, detector.category_ids
     dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
     if box and not dataset.split.is_crowdhuman:

@@ -23,8 +23,8 @@ def main() -> None:
     bounded = 32 <= args.size <= MOST_PX and 0 <= args.seed < 2**63
     if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
         parser.error(
-            f"--crowded-share lies between 0 and 1, --size between 32 and {MOST_PX} px, --seed between 0 and 2^63; each "
-            "part has an image"
+            f"--crowded-share lies between 0 and 1, --size between 32 and {MOST_PX} px, --seed between 0 and 2^63; "
+            "each part has an image"
         )
     generate_shapes(
         args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,

@@ -1,6 +1,7 @@
 """Images -> pyramid features P3..P7: any timm backbone with features at strides 8, 16 and 32, then an FPN."""
 
 from collections import OrderedDict
+from functools import partial
 
 import timm
 import torch
@@ -12,22 +13,49 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 STRIDES = (8, 16, 32, 64, 128)
 BACKBONE_STRIDES = STRIDES[:3]
+HUB = "hf-hub:"
 
 
 class BackboneError(RuntimeError):
     """The backbone cannot be built as asked; the message names the flag that helps."""
 
 
-def create_body(name: str, pretrained: bool) -> nn.Module:
-    """timm feature extractor. Raises BackboneError for an unknown name and for weights that cannot be had."""
-    if not timm.is_model(name.split("/")[-1].split(".")[0]) and "hub:" not in name:
+def hub_model(name: str) -> tuple[str, dict]:
+    """The architecture of a model on the hub, and what its config.json says of weights and normalisation.
+
+    A weights file names the architecture alone, so the network is the one that timm builds by this name.
+    Raises BackboneError.
+    """
+    try:
+        config, architecture, changes = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
+    except Exception as error:  # of the network, the hub, the file
+        raise BackboneError(
+            f"{name!r} (--backbone) cannot be had from the hub: {type(error).__name__}: {error}"
+        ) from error
+    if changes or not timm.is_model(architecture):
+        raise BackboneError(
+            f"{name!r} (--backbone) is {architecture!r} with settings of its own, {changes}, which a weights file "
+            "cannot name; take a model without them, or one that timm has by name"
+        )
+    return architecture, {key: value for key, value in config.items() if key not in ("input_size", "fixed_input_size")}
+
+
+def create_body(name: str, pretrained: bool, overlay: dict | None = None) -> nn.Module:
+    """timm feature extractor. Raises BackboneError for an unknown name and for weights that cannot be had.
+
+    overlay: fields to replace in timm's own configuration of the pretrained weights
+    """
+    if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise BackboneError(f"timm has no backbone {name!r} (--backbone); similar: {close}")
     try:
+        create = partial(
+            timm.create_model, name, pretrained=pretrained, pretrained_cfg_overlay=overlay, features_only=True
+        )
         try:  # swin-like models take only images of their training size unless told not to; others refuse the word
-            return timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
+            return create(strict_img_size=False)
         except TypeError:
-            return timm.create_model(name, pretrained=pretrained, features_only=True)
+            return create()
     except Exception as error:
         if not pretrained:
             raise BackboneError(f"timm cannot build {name!r} as a feature extractor (--backbone): {error}") from error
@@ -87,11 +115,13 @@ class Backbone(nn.Module):
     """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
     `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
+    The attribute `name` is the architecture's, also where the argument was a model on the hub (hf-hub:user/repo).
     """
 
     def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
         super().__init__()
-        self.body = create_body(name, pretrained)
+        self.name, overlay = hub_model(name) if name.startswith(HUB) else (name, None)
+        self.body = create_body(self.name, pretrained, overlay)
         if frozen_norm:
             freeze_norms(self.body)
         info = self.body.feature_info

@@ -1,7 +1,7 @@
 """The detector: FCOS on a timm backbone, trained with optimal transport assignment."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from numbers import Integral, Real
 from typing import NamedTuple, overload
@@ -12,10 +12,12 @@ from torchvision.transforms import v2
 
 from images import ImageError, ImageLike, to_tensor
 from kernels import Assignment, OTAConfig, PointGrid
+from kernels.grid import MAX_SIDE_PX
 
 from .assigners import NEITHER, STRATEGIES, assign, statistics_of
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
+from .fields import Rule, first_flaw, number, one_of_type, whole
 from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import postprocess
@@ -26,6 +28,33 @@ _cached_points = lru_cache(maxsize=64)(PointGrid.points)
 def points_of(grid: PointGrid, device: torch.device) -> Tensor:
     """Without a launch, but for the first time; torch.compile has its own way with constants."""
     return (grid.points if torch.compiler.is_compiling() else partial(_cached_points, grid))(device)
+
+
+def _is_image_size(value: object) -> bool:
+    return isinstance(value, tuple) and [type(side) for side in value] == [int, int] and 0 < value[0] <= value[1]
+
+
+# The upper bounds are far from use: a weights file cannot ask for more.
+RULES: dict[str, Rule] = {
+    "num_classes": whole(1, 100_000),
+    "backbone": one_of_type(str, "the name of a timm model"),
+    "image_size": (
+        lambda value: _is_image_size(value) and value[1] <= MAX_SIDE_PX,
+        f"the shorter and the longest side in px, up to {MAX_SIDE_PX}",
+    ),
+    "channels": (
+        lambda value: type(value) is int and 0 < value <= 2**14 and value % GROUP_CHANNELS == 0,
+        f"a multiple of {GROUP_CHANNELS} (--channels) up to {2**14}",
+    ),
+    "head_convs": whole(0, 100),
+    "frozen_norm": one_of_type(bool, "true or false"),
+    "score_threshold": number(0, 1),
+    "topk_per_level": whole(1, 1_000_000),
+    "nms_iou": number(0, 1),
+    "max_detections": whole(1, 1_000_000),
+    "strategy": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+    "assigner": one_of_type(OTAConfig, "settings of the strategy ota"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,13 +83,8 @@ class DetectorConfig:
     assigner: OTAConfig = field(default_factory=OTAConfig)
 
     def __post_init__(self):
-        if self.num_classes < 1 or self.channels < 1 or self.channels % GROUP_CHANNELS:
-            raise ValueError(
-                f"DetectorConfig needs a class at least and channels (--channels) in multiples of {GROUP_CHANNELS}, "
-                f"not {self.num_classes} and {self.channels}"
-            )
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"DetectorConfig.strategy is {self.strategy!r}, choose from {', '.join(STRATEGIES)}")
+        if flaw := first_flaw(vars(self), RULES):
+            raise ValueError(f"DetectorConfig.{flaw}")
 
 
 class Detections(NamedTuple):
@@ -97,10 +121,10 @@ class Detector(nn.Module):
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
         super().__init__()
-        self.config = config
         self.class_names = [str(label) for label in range(config.num_classes)]
         self.category_ids = list(range(config.num_classes))
         self.backbone = Backbone(config.backbone, config.channels, pretrained, config.frozen_norm)
+        self.config = replace(config, backbone=self.backbone.name)
         self.head = Head(config.channels, config.head_convs, config.num_classes, STRIDES)
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)

@@ -74,7 +74,8 @@ class RunFolder:
         """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
         self.save_weights(detector, step, metrics)
         best = self.path / "best.safetensors"
-        best_ap = read_metadata(best)["training"]["metrics"]["AP"] if best.exists() else -math.inf
+        before = read_metadata(best).get("training", {}).get("metrics") or {} if best.exists() else {}
+        best_ap = before.get("AP", -math.inf)
         if metrics["AP"] > best_ap:
             self.save_weights(detector, step, metrics, best.name)
         self.write_line({"step": step, "split": split, **metrics})

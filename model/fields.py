@@ -1,0 +1,39 @@
+"""Rules for the fields of a configuration: the type first, then the range, so that no value of any type raises."""
+
+import reprlib
+from collections.abc import Callable, Mapping
+
+Rule = tuple[Callable[[object], bool], str]  # predicate, the wanted thing in words
+MISSING = ...  # the value of a field that is not there
+
+
+def whole(low: int, high: int) -> Rule:
+    return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
+
+
+def number(low: float, high: float) -> Rule:
+    """NaN lies in no range."""
+    return (
+        lambda value: type(value) in (int, float) and low <= value <= high,
+        f"a number from {low:g} to {high:g}",
+    )
+
+
+def one_of_type(kind: type, words: str) -> Rule:
+    return lambda value: isinstance(value, kind), words
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda value: value is MISSING or rule[0](value), rule[1]
+
+
+def first_flaw(values: object, rules: dict[str, Rule]) -> str | None:
+    """Say what is wrong with the first field that breaks its rule. A name "a.b" means field b of the mapping in a."""
+    for name, (is_valid, wanted) in rules.items():
+        value = values
+        for key in name.split("."):
+            value = value.get(key, MISSING) if isinstance(value, Mapping) else MISSING
+        if not is_valid(value):
+            found = "missing" if value is MISSING else reprlib.repr(value)
+            return f"{name} is {found}, not {wanted}"
+    return None

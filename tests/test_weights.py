@@ -1,0 +1,352 @@
+"""Weights files from others: whatever a file holds, it loads and predicts, or one WeightsError names what is wrong."""
+
+import copy
+import json
+import random
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import model.weights
+from eval import load_with_data
+from kernels import OTAConfig
+from model import BackboneError, Detector, DetectorConfig, WeightsError, load, load_weights, save_weights
+from run.folder import RunFolder
+
+CLASSES = {"class_names": ["cat", "traffic light"], "category_ids": [3, 7]}
+TRAINING = {"data": "shapes", "box": None, "training": {"step": 9, "metrics": {"AP": 0.5}}}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny_detector(backbone: str = "test_resnet") -> Detector:
+    torch.manual_seed(0)
+    return Detector(DetectorConfig(2, backbone, (64, 107), channels=8, head_convs=1)).eval()
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Metadata and tensors of a file that train.py could have written."""
+    path = tmp_path_factory.mktemp("valid") / "ota.safetensors"
+    save_weights(path, tiny_detector(), CLASSES | TRAINING)
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["ota"]), {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.fixture
+def write(tmp_path, valid):
+    """Write a file whose metadata, a text or an object, or tensors are replaced; returns its path."""
+
+    def write(metadata=None, tensors=None):
+        metadata = valid[0] if metadata is None else metadata
+        text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+        save_file(valid[1] if tensors is None else tensors, tmp_path / "x.safetensors", {"ota": text})
+        return tmp_path / "x.safetensors"
+
+    return write
+
+
+def replaced(metadata: dict, name: str, value: object) -> dict:
+    """A copy with another value at "a.b"."""
+    metadata = copy.deepcopy(metadata)
+    *parents, last = name.split(".")
+    inner = metadata
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    return metadata
+
+
+# By chance
+
+ODD = [
+    None, True, False, 0, -1, 1, 2.5, -0.0, float("nan"), float("inf"), -1e30, 2**31, 2**63, 10**30, 10**400, "", "ab",
+    "7", "\ud800\x1b[2J", [], [1], [0, 0], ["a", "a"], [float("nan")] * 3, [0.0] * 3, [[]], {}, {"a": 1},
+]  # fmt: skip
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Paths of everything inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in inner for found in [(*path, key), *places(item, (*path, key))]]
+
+
+def spoil_metadata(metadata: dict, rng: random.Random) -> tuple[dict, tuple]:
+    """A copy with one thing taken out, put in or replaced, and the place of that."""
+    metadata = copy.deepcopy(metadata)
+    path = rng.choice(places(metadata))
+    parent = metadata
+    for key in path[:-1]:
+        parent = parent[key]
+    how = rng.choice(["delete", "add", "replace", "replace", "replace", "replace"])
+    if how == "delete":
+        del parent[path[-1]]
+    elif how == "replace":
+        parent[path[-1]] = rng.choice(ODD)
+    elif isinstance(parent, dict):
+        path = (*path[:-1], "surprise")
+        parent["surprise"] = rng.choice(ODD)
+    else:
+        parent.append(rng.choice(ODD))
+    return metadata, path
+
+
+def spoil_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> tuple[dict, str]:
+    name = rng.choice(sorted(tensors))
+    old = tensors[name]
+    value = torch.full_like(old, 0)
+    others = {
+        "missing": {},
+        "extra": {name: old, f"{name}.x": value},
+        "shape": {name: torch.zeros(*old.shape, 2)},
+        "dtype": {name: old.to(rng.choice([torch.int32, torch.uint8, torch.float16, torch.float64, torch.bool]))},
+        "not-finite": {name: old.float() + rng.choice([float("nan"), float("inf")])},
+        "empty": {name: old.new_zeros(0)},
+    }
+    return {n: t for n, t in tensors.items() if n != name} | rng.choice(list(others.values())), name
+
+
+def test_300_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(valid, write):
+    rng, refused, image = random.Random(15), 0, torch.rand(3, 40, 64, generator=torch.Generator().manual_seed(0))
+    for number in range(300):
+        metadata, tensors = valid
+        if number % 6:
+            metadata, place = spoil_metadata(metadata, rng)
+            names = [key for key in place if isinstance(key, str)][-1:]
+        else:
+            tensors, name = spoil_tensors(tensors, rng)
+            place, names = (name,), [name]
+        try:
+            detector = load(write(metadata, tensors))
+        except WeightsError as error:
+            refused += 1
+            text = str(error)
+            own = place[:2] == ("architecture", "assigner") and "architecture.assigner" in text
+            assert own or "does not fit" in text or any(name in text for name in names), (number, place, text)
+            assert len(text) < 500 and "\n" not in text and text.isprintable(), (number, text)
+            continue
+        found = detector.predict(image)
+        assert found.boxes.isfinite().all() and found.scores.isfinite().all(), (number, place)
+        assert {*found.names} <= {*detector.class_names} and len({*detector.class_names}) == 2, (number, place)
+    assert 150 < refused < 290
+
+
+# By name
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        pytest.param("architecture.channels", 33, "channels is 33, not a multiple of 8", id="channels-33"),
+        pytest.param("architecture.channels", True, "channels is True", id="channels-bool"),
+        pytest.param("architecture.head_convs", 10**5, "head_convs is 100000", id="1e5-convolutions"),
+        pytest.param("architecture.num_classes", 10**9, "num_classes is 1000000000", id="1e9-classes"),
+        pytest.param("architecture.num_classes", 2.0, "num_classes is 2.0", id="classes-float"),
+        pytest.param("architecture.score_threshold", None, "score_threshold is None", id="threshold-null"),
+        pytest.param("architecture.score_threshold", float("nan"), "score_threshold is nan", id="threshold-nan"),
+        pytest.param("architecture.nms_iou", 1.5, "nms_iou is 1.5, not a number from 0 to 1", id="iou-over-1"),
+        pytest.param("architecture.topk_per_level", 0, "topk_per_level is 0", id="topk-0"),
+        pytest.param("architecture.max_detections", "100", "max_detections is '100'", id="max-detections-text"),
+        pytest.param("architecture.image_size", "ab", "image_size is 'ab'", id="image-size-text"),
+        pytest.param("architecture.image_size", [107, 64], r"image_size is \(107, 64\)", id="image-size-reversed"),
+        pytest.param("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384", id="image-size-huge"),
+        pytest.param("architecture.frozen_norm", 1, "frozen_norm is 1, not true or false", id="frozen-norm-1"),
+        pytest.param("architecture.strategy", [], r"strategy is \[\], not one of ota", id="strategy-list"),
+        pytest.param("architecture.backbone", 5, "backbone is 5", id="backbone-number"),
+        pytest.param("architecture.surprise", 5, "architecture has the unknown field 'surprise'", id="unknown-field"),
+        pytest.param("architecture.assigner", [], r"assigner is \[\], not an object", id="assigner-list"),
+        pytest.param("architecture.assigner.top_q", "x", "architecture.assigner: ", id="assigner-text"),
+        pytest.param("architecture.assigner.radius", float("inf"), "architecture.assigner: ", id="assigner-infinite"),
+        pytest.param("normalisation", None, "normalisation is None, not an object", id="normalisation-null"),
+        pytest.param("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001", id="std-0"),
+        pytest.param("normalisation.mean", [0.1, 0.1], "normalisation.mean is .* not three", id="mean-of-two"),
+        pytest.param("class_names", "ab", "class_names is 'ab', not a list", id="names-text"),
+        pytest.param("class_names", None, "class_names is None", id="names-null"),
+        pytest.param("class_names", ["a", "a"], "class_names is .* distinct", id="names-twice"),
+        pytest.param("class_names", ["a", " "], "class_names is", id="names-blank"),
+        pytest.param("class_names", ["a"], "1 class_names for 2 classes", id="names-too-few"),
+        pytest.param("category_ids", ["1", "2"], "category_ids is .* whole numbers", id="ids-text"),
+        pytest.param("category_ids", [1, True], "category_ids is", id="ids-bool"),
+        pytest.param("data", 5, "data is 5", id="data-number"),
+        pytest.param("training", [], r"training is \[\]", id="training-list"),
+        pytest.param("training.metrics", {"AP": "0.5"}, "training.metrics.AP is '0.5'", id="ap-text"),
+        pytest.param("format", "ota-triton/2", "format is 'ota-triton/2', not 'ota-triton/1'", id="format"),
+    ],
+)
+def test_a_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
+    with pytest.raises(WeightsError, match=message):
+        load(write(replaced(valid[0], field, value)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(DEEP, "recursion"), ("9" * 5000, "digits"), ("[]", "format is missing"), ("{", "line 1"), ("", "line 1")],
+    ids=["deep", "5000-digits", "list", "no-json", "empty"],
+)
+def test_metadata_that_are_no_object_are_refused(write, text, message):
+    with pytest.raises(WeightsError, match=f"metadata that this version cannot read: .*{message}"):
+        load(write(text))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, r"1 tensors differ, 'head.cls.weight' first: missing there, \[2, 8, 3, 3\] float needed"),
+        ({"head.cls.weight": torch.zeros(2, 8, 3)}, r"\[2, 8, 3\] float there"),
+        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).int()}, r"\[2, 8, 3, 3\] I32 there"),
+        ({"head.cls.weight": torch.full((2, 8, 3, 3), torch.nan)}, "'head.cls.weight' that are NaN"),
+        ({"head.cls.weight": torch.full((2, 8, 3, 3), 1e300, dtype=torch.float64)}, "'head.cls.weight' that are NaN"),
+    ],
+    ids=["missing", "shape", "integers", "nan", "infinite-in-float32"],
+)
+def test_a_tensor_that_does_not_fit_is_named(valid, write, change, message):
+    tensors = {name: tensor for name, tensor in valid[1].items() if name != "head.cls.weight"}
+    with pytest.raises(WeightsError, match=message):
+        load(write(tensors=tensors | change))
+
+
+def test_a_negative_variance_is_refused(valid, write):
+    name = next(name for name in valid[1] if name.endswith("running_var"))
+    with pytest.raises(WeightsError, match=f"{name}.*negative variance"):
+        load(write(tensors=valid[1] | {name: -valid[1][name]}))
+
+
+# Network and memory
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "hf-hub:someone/repo", "hf_hub:someone/repo", "HF-HUB:someone/resnet18", "local-dir:/tmp/resnet18",
+        "https://example.com/resnet18", "someone/resnet18", "/tmp/resnet18", "resnet18.hf-hub:someone/repo",
+        "resnet18.hub:a/resnet18", "resnet18.no_such_tag", "resnet18/", "no_such_model", "",
+    ],
+)  # fmt: skip
+def test_a_file_chooses_no_address(valid, write, monkeypatch, backbone):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
+    with pytest.raises(WeightsError, match="architecture.*backbone|architecture.*resnet18"):
+        load(write(replaced(valid[0], "architecture.backbone", backbone)))
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 2**14, "head_convs": 100},
+        {"num_classes": 100_000},
+        {"backbone": "convnext_xxlarge"},
+        {"backbone": "eva02_enormous_patch14_clip_224"},
+    ],
+    ids=["head", "classes", "backbone", "backbone-without-the-strides"],
+)
+def test_a_file_chooses_no_memory(valid, write, monkeypatch, changes):
+    """Only the network of the first comparison, which takes no memory, is built."""
+    built = []
+    monkeypatch.setattr(model.weights, "Detector", lambda config: built.append(config) or Detector(config))
+    metadata = valid[0] | {"architecture": valid[0]["architecture"] | changes}
+    started = time.perf_counter()
+    with pytest.raises(WeightsError, match="does not fit|has features at strides"):
+        load(write(metadata))
+    assert len(built) == 1 and time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_convnext", "regnety_002", "mobilenetv3_small_050", "efficientformerv2_s0"]
+)
+@torch.no_grad()
+def test_every_kind_of_backbone_is_compared_and_comes_back(tmp_path, name):
+    """Buffers that no file holds, such as the indices of attention biases, included."""
+    detector = tiny_detector(name)
+    save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
+    with model.weights._Weightless():
+        weightless = tiny_detector(name)
+    assert all(p.is_meta for p in weightless.parameters())
+    loaded, batch = load(tmp_path / "ota.safetensors"), torch.rand(1, 3, 224, 224)
+    assert torch.equal(loaded.predict_raw(batch)[0].logits, detector.predict_raw(batch)[0].logits)
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(buffers[n], value) for n, value in detector.named_buffers())
+
+
+# What people write
+
+
+def test_files_of_before_load(valid, write):
+    """Those of the first version: fewer fields of the architecture, and nothing of the training."""
+    metadata = {name: valid[0][name] for name in ("format", "architecture", "normalisation")}
+    newer = ("frozen_norm", "strategy")
+    metadata["architecture"] = {n: v for n, v in metadata["architecture"].items() if n not in newer}
+    del metadata["architecture"]["assigner"]["per_q"]
+    detector, found = load_weights(write(metadata))
+    assert detector.config == DetectorConfig(2, "test_resnet", (64, 107), 8, 1)
+    assert found["class_names"] == detector.class_names == ["0", "1"]
+
+
+def test_weights_in_half_precision_load(valid, write):
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in valid[1].items()}
+    weight = load(write(tensors=halves)).head.cls.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight.half(), halves["head.cls.weight"])
+
+
+def hub(monkeypatch, changes: dict) -> None:
+    """A hub whose one repository holds a test_resnet with a normalisation of its own."""
+    config = {"source": "hf-hub", "hf_hub_id": "someone/repo", "mean": (0.25,) * 3, "input_size": (3, 999, 999)}
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: (config, "test_resnet", changes))
+    weights = timm.create_model("test_resnet").state_dict() | tiny_detector().backbone.body.state_dict()
+
+    def read(repository, *_, **__):
+        assert repository == "someone/repo"
+        return dict(weights)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", read)
+
+
+def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture(tmp_path, monkeypatch):
+    hub(monkeypatch, {})
+    torch.manual_seed(1)
+    config = DetectorConfig(2, "hf-hub:someone/repo", (64, 107), channels=8, head_convs=1)
+    detector = Detector(config, pretrained=True).eval()
+    expected = tiny_detector().backbone.body.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in detector.backbone.body.state_dict().items())
+    save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
+    monkeypatch.undo()
+    loaded = load(tmp_path / "ota.safetensors")
+    assert loaded.config == detector.config and loaded.config.backbone == "test_resnet"
+    assert loaded.mean.flatten().tolist() == [0.25] * 3
+
+
+def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
+    hub(monkeypatch, {"act_layer": "gelu"})
+    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with settings of its own.*gelu"):
+        Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
+
+
+# Those who read the metadata
+
+
+def test_evaluation_of_weights_without_a_data_set_names_the_flag(valid, write):
+    path = write({name: value for name, value in valid[0].items() if name != "data"})
+    with pytest.raises(WeightsError, match="name the data set with --data"):
+        load_with_data(path, None)
+
+
+def test_best_weights_without_metrics_are_replaced(tmp_path):
+    folder = RunFolder(tmp_path, {}, {}, CLASSES, 100, 0, [])
+    folder.save_weights(tiny_detector(), 5, None, "best.safetensors")
+    folder.write_evaluation(tiny_detector(), 9, {"AP": 0.25, "AP50": 0.5}, "val")
+    folder.close()
+    assert load_weights(tmp_path / "best.safetensors")[1]["training"]["metrics"]["AP"] == 0.25
+
+
+@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"assigner": None}], ids=str)
+def test_training_gets_the_same_checks(settings):
+    with pytest.raises(ValueError, match=f"DetectorConfig.{next(iter(settings))} is"):
+        DetectorConfig(**{"num_classes": 2, "assigner": OTAConfig()} | settings)
