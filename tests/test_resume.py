@@ -530,6 +530,23 @@ def test_signal_in_an_evaluation(shapes, undisturbed, tmp_path):
     assert_same_run(out, undisturbed)
 
 
+SLOW_METRICS = """
+import datetime, time
+import torch.distributed as dist
+import eval
+start, metrics = dist.init_process_group, eval.coco_metrics
+dist.init_process_group = lambda *args, **more: start(*args, **more, timeout=datetime.timedelta(seconds=6))
+eval.coco_metrics = lambda *args: (time.sleep(10), metrics(*args))[1]
+"""
+
+
+def test_evaluation_that_outlasts_the_time_limit_of_the_ranks(shapes, tmp_path):
+    """Rank 0 computes the metrics alone; the other waits, and both go on."""
+    out = tmp_path / "out"
+    run = Run(shapes, out, "--eval-every", 1, launcher=TWO_RANKS, before=SLOW_METRICS, steps=7).ends_well()
+    assert [line["step"] for line in log_of(out) if "AP" in line] == [5, 7], run.said
+
+
 SPOILT_WEIGHTS = """
 updates, update = [], torch.optim.AdamW.step
 def spoil(self):
