@@ -29,6 +29,7 @@ from kernels.grid import MAX_SIDE_PX
 from model import BackboneError, Detector, WeightsError, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.exported import ExportedDetector, suppressed
+from run.process import print_any_text
 from run.settings import SettingsError
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: beside the weights, or here for weights of the hub")
     args = parser.parse_args()
 
+    print_any_text()
     weights = local_file(args.weights)
     detector = load(weights)
     folder = Path() if is_on_hub(args.weights) else weights.parent

@@ -391,7 +391,7 @@ def test_names_are_drawn_in_a_font_that_has_them_or_as_numbers(tmp_path, monkeyp
     found |= {"scores": torch.full((5,), 0.5), "labels": torch.arange(5)}
     blank, none = torch.zeros(3, 400, 500, dtype=torch.uint8), torch.empty(0, 4)
     drawn = draw_detections(blank, none, found, names)
-    assert torch.equal(drawn, draw_detections(blank, none, found, [*names[:2], "#2", "#3", "#4"]))
+    assert torch.equal(drawn, draw_detections(blank, none, found, [*names[:2], "#2", r"two\nlines", r"\ud800"]))
     assert not torch.equal(drawn, draw_detections(blank, none, found, ["cat", *(f"#{c}" for c in range(1, 5))]))
     fonts_of.cache_clear()
 
