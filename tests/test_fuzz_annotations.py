@@ -1,5 +1,6 @@
 """Annotation files spoiled at random: each is read into sound images and boxes, or ends in one DatasetError."""
 
+import copy
 import json
 import math
 import random
@@ -69,7 +70,7 @@ def spoil(content: dict, rng: random.Random) -> bytes:
         key = rng.choice(["images", "annotations", "annotations", "categories"])
         records = content.get(key)
         if not isinstance(records, list) or not records or rng.random() < 0.05:
-            content[rng.choice([*content, "licenses"])] = rng.choice(VALUES)
+            content[rng.choice([*content, "licenses"])] = _any(VALUES, rng)
             continue
         row, fault = rng.randrange(len(records)), rng.choice(["drop", "twice", "record", "shift", *["field"] * 9])
         if fault == "drop":
@@ -79,7 +80,7 @@ def spoil(content: dict, rng: random.Random) -> bytes:
         elif fault == "shift":
             _shift_ids(content, key, rng.choice(SHIFTS))
         elif fault == "record" or not isinstance(records[row], dict) or not records[row]:
-            records[row] = rng.choice(VALUES)
+            records[row] = _any(VALUES, rng)
         else:
             _spoil_field(records, row, rng)
     text = json.dumps(content, ensure_ascii=rng.random() < 0.5)
@@ -101,6 +102,11 @@ def spoil(content: dict, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def _any(values: list, rng: random.Random) -> object:
+    """A copy of one, as what is spoiled twice is changed in place."""
+    return copy.deepcopy(rng.choice(values))
+
+
 def _shift_ids(content: dict, key: str, shift: int) -> None:
     """Of all records under a key, and where they are referred to."""
     reference = {"images": "image_id", "categories": "category_id"}.get(key)
@@ -113,7 +119,7 @@ def _shift_ids(content: dict, key: str, shift: int) -> None:
 def _spoil_field(records: list, row: int, rng: random.Random) -> None:
     """Of one record, or of all that have it, as an export's fault is."""
     field, way = rng.choice(list(records[row])), rng.random()
-    value = rng.choice(PLAUSIBLE.get(field, VALUES) if rng.random() < 0.6 else VALUES)
+    value = _any(PLAUSIBLE.get(field, VALUES) if rng.random() < 0.6 else VALUES, rng)
     for record in records if way < 0.15 else records[row : row + 1]:
         if not isinstance(record, dict) or field not in record:
             continue
