@@ -534,9 +534,9 @@ SLOW_METRICS = """
 import datetime, time
 import torch.distributed as dist
 import eval
-start, metrics = dist.init_process_group, eval.coco_metrics
+start, metrics, delays_s = dist.init_process_group, eval.coco_metrics, iter((10, 0))
 dist.init_process_group = lambda *args, **more: start(*args, **more, timeout=datetime.timedelta(seconds=6))
-eval.coco_metrics = lambda *args: (time.sleep(10), metrics(*args))[1]
+eval.coco_metrics = lambda *args: (time.sleep(next(delays_s)), metrics(*args))[1]
 """
 
 
