@@ -186,10 +186,10 @@ def evaluate(
 
 
 def print_table(metrics: dict) -> None:
-    rows = {printable(name): row for name, row in metrics["per_class"].items()}
-    width = max([5, *map(len, rows)])
+    rows = [(printable(name), row) for name, row in metrics["per_class"].items()]
+    width = max([5, *(len(name) for name, _ in rows)])
     print(f"{'class':{width}}   boxes     AP   AP50")
-    for name, row in rows.items():
+    for name, row in rows:
         scores = "  ".join("    -" if row[k] < 0 else f"{row[k]:.3f}" for k in ("AP", "AP50"))
         print(f"{name:{width}} {row['boxes']:7d}  {scores}")
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[:6]))

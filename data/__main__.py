@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, generate_shapes
-
-MOST_PX = 1 << 14
+from kernels.grid import MAX_SIDE_PX
 
 
 def main() -> None:
@@ -20,10 +19,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.root.exists():
         parser.error(f"{args.root} exists; name another folder")
-    bounded = 32 <= args.size <= MOST_PX and 0 <= args.seed < 2**63
+    bounded = 32 <= args.size <= MAX_SIDE_PX and 0 <= args.seed < 2**63
     if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
         parser.error(
-            f"--crowded-share lies between 0 and 1, --size between 32 and {MOST_PX} px, --seed between 0 and 2^63; "
+            f"--crowded-share lies between 0 and 1, --size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; "
             "each part has an image"
         )
     generate_shapes(

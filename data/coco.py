@@ -82,14 +82,13 @@ class CocoDataset(torch.utils.data.Dataset):
         self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
         targets = [record for record in content["annotations"] if not record.get("iscrowd", 0)]
         crowds = [record for record in content["annotations"] if record.get("iscrowd", 0)]
-        self._pack_boxes(targets, crowds, ignore_crowd)
-        self.num_boxes = int((self._labels != IGNORE).sum())
-        self.dropped_boxes, self.crowd_boxes = len(targets) - self.num_boxes, len(crowds)
+        self._pack_boxes(targets, crowds if ignore_crowd else [])
+        self.crowd_boxes = len(crowds)
 
-    def _pack_boxes(self, targets: list[dict], crowds: list[dict], ignore_crowd: bool) -> None:
+    def _pack_boxes(self, targets: list[dict], ignored: list[dict]) -> None:
         """Boxes of all images, one image after the other; image i owns rows _offsets[i] to _offsets[i+1], those
         to ignore last."""
-        records = targets + crowds
+        records = targets + ignored
         image_of = {image_id: i for i, image_id in enumerate(self._image_ids.tolist())}
         class_of = {category_id: c for c, category_id in enumerate(self.category_ids)}
         owner = np.array([image_of[record["image_id"]] for record in records], np.int64)
@@ -104,12 +103,12 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes = boxes.clip(0, np.stack([width, height, width, height], 1)).astype(np.float32)
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
 
-        self._dropped_ids = {record["id"] for record in targets} - {records[row]["id"] for row in finite[kept].tolist()}
-        if not ignore_crowd:
-            kept = kept[labels[kept] != IGNORE]
         rows = kept[np.argsort(owner[kept], kind="stable")]
         self._boxes, self._labels = boxes[rows], labels[rows]
         self._offsets = np.searchsorted(owner[rows], np.arange(len(self.images) + 1))
+        kept_ids = {records[row]["id"] for row in finite[rows].tolist()}
+        self._dropped_ids = {record["id"] for record in targets} - kept_ids
+        self.num_boxes, self.dropped_boxes = int((self._labels != IGNORE).sum()), len(self._dropped_ids)
 
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """(len, 2) height and width of every image in px after it was resized for training or evaluation."""
