@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from data import (
     CocoDataset,
-    DatasetError,
     collate,
     crowd_metrics,
     eval_transform,
@@ -36,10 +35,11 @@ from data import (
     resized_size,
 )
 from data.crowdhuman import BOXES
-from model import BackboneError, Detector, WeightsError, is_on_hub, load_weights, local_file
+from errors import UserError
+from model import Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import padded_side
-from run.process import ignore_interrupts, setup_distributed, wait_for_main
-from run.settings import SettingsError, not_negative, positive
+from training.process import ignore_interrupts, setup_distributed, wait_for_main
+from training.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -303,5 +303,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, DatasetError, WeightsError, BackboneError) as error:
+    except UserError as error:
         sys.exit(f"eval.py: {error}")

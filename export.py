@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
+from errors import UserError
 from kernels.grid import MAX_SIDE_PX
-from model import BackboneError, Detector, WeightsError, is_on_hub, load, local_file, write_file
+from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.exported import ExportedDetector, suppressed
-from run.process import print_any_text
-from run.settings import SettingsError
+from training.process import print_any_text
+from training.settings import SettingsError
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
@@ -49,7 +50,7 @@ suppress_op = torch.library.custom_op("ota_triton::suppressed", suppressed, muta
 suppress_op.register_fake(lambda boxes, scores, *_: torch.empty_like(scores))
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError):
     """torch cannot export this network."""
 
 
@@ -149,5 +150,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, WeightsError, BackboneError, ExportError) as error:
+    except UserError as error:
         sys.exit(f"export.py: {error}")

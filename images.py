@@ -1,6 +1,6 @@
 """Image files, and what else Python has for an image, to RGB tensors: the same for training, evaluation, prediction.
 
-Depends on nothing of this repository.
+Depends on nothing of this repository but its error class.
 """
 
 import math
@@ -13,6 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from errors import UserError
+
 try:  # Deprecated since torchvision 0.29; where it is gone, Pillow gives the same pixels a seventh slower.
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
@@ -24,7 +26,7 @@ MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header ca
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image cannot be read or is of no known form; the message names it."""
 
 

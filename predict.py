@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from data import printable, resized_size
 from data.draw import draw_detections
+from errors import UserError
 from eval import batches_of_one_size, coco_results
 from images import ImageError, header_size, load_image
-from model import BackboneError, Detector, WeightsError, load, write_file
-from run.process import setup_distributed
-from run.settings import SettingsError, positive
+from model import Detector, load, write_file
+from training.process import setup_distributed
+from training.settings import SettingsError, positive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images in folders; and written as they are
 JPEG_QUALITY = 92
@@ -195,5 +196,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, WeightsError, BackboneError) as error:
+    except UserError as error:
         sys.exit(f"predict.py: {error}")

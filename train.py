@@ -1,4 +1,4 @@
-"""Train the detector with optimal transport assignment. One file, top to bottom; flags and recipes: run/settings.py.
+"""Train the detector with optimal transport assignment. One file, top to bottom; flags: training/settings.py.
 
     python train.py                                        generated shapes, minutes on a CPU
     torchrun --nproc_per_node 8 train.py --data coco       the COCO recipe of the paper
@@ -30,29 +30,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from benchmarks import environment
 from data import CocoDataset, DatasetError, collate, find_splits, train_transform
 from data.draw import draw_detections, save_contact_sheet
 from data.order import SeededDataset, batches_from, seed_of
+from errors import UserError
 from eval import class_differences, describe, evaluate, evaluation_dataset, faster_coco_eval, print_table
 from kernels.assign import HAS_TRITON
 from model import (
-    BackboneError,
-    CheckpointError,
     Detector,
-    WeightsError,
     init_weights,
-    previous_checkpoint,
     write_file,
-    writing,
 )
 from model.batch import Batch, pack, padded_side
 from model.losses import mean_positives
-from run.folder import RunFolder
-from run.memory import available_bytes, step_bytes
-from run.process import StopRequest, ignore_interrupts, setup_distributed, wait_for_main
-from run.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, parse_args
-from run.trace import WARMUP_STEPS, StepTrace
+from training.checkpoint import previous_checkpoint, writing
+from training.environment import environment
+from training.folder import RunFolder
+from training.memory import available_bytes, step_bytes
+from training.process import StopRequest, ignore_interrupts, setup_distributed, wait_for_main
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, parse_args
+from training.trace import WARMUP_STEPS, StepTrace
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
@@ -474,5 +471,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, DatasetError, BackboneError, CheckpointError, WeightsError, FloatingPointError) as error:
+    except (UserError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

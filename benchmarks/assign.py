@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import environment
 from benchmarks.calls import DENSE_LIMITS, Call, calls_of
 from benchmarks.floor import Floor, Rates, floor_of, measure_rates
 from benchmarks.measure import Row, measure
-from benchmarks.parity import EXCLUDED_SHARE, Parity, parity
-from benchmarks.scenes import WORKLOADS, Scene, make_workload
 from kernels import OTAConfig
+from tests.support.parity import EXCLUDED_SHARE, Parity, parity
+from tests.support.scenes import WORKLOADS, Scene, make_workload
+from training.environment import environment
 
 CPU_IMAGES = {"coco": 2, "crowd": 2, "aerial": 4}
 GPU_WORKLOADS = ("coco", "crowd", "aerial")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.scenes import Scene
 from kernels import Assignment, OTAConfig, ota_assign
 from kernels.assign import HAS_TRITON
+from tests.support.scenes import Scene
 
 Call = Callable[[], Assignment]
 

@@ -33,14 +33,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import kernels
-from benchmarks import environment
-from benchmarks.scenes import Scene, make_scene
 from kernels import OTAConfig, PointGrid
 from kernels.box_loss_triton import box_gradient, box_sums
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from kernels.focal_triton import focal_gradient, focal_sum
 from kernels.pairs_triton import find_pairs
 from kernels.sinkhorn_triton import sinkhorn
+from tests.support.scenes import Scene, make_scene
+from training.environment import environment
 
 
 class Target(NamedTuple):

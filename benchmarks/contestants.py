@@ -27,10 +27,10 @@ from torchvision.models.detection.fcos import FCOS
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import train
-from benchmarks.scenes import COCO_SIZES_PX, COCO_STRIDES, WORKLOADS, ragged_counts, random_boxes
 from kernels import PointGrid
 from model import Detector, DetectorConfig, assigners, detector
 from model.batch import Batch, pack
+from tests.support.scenes import COCO_SIZES_PX, COCO_STRIDES, WORKLOADS, ragged_counts, random_boxes
 
 COCO = WORKLOADS["coco"]
 CHANNELS = 256

@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from benchmarks import environment
 from data import eval_transform, find_splits
 from images import load_image
+from training.environment import environment
 
 GENERATED = ((640, 480), (1280, 960))  # width, height in px
 SHORTER_SIDES = (800, 480, 320)

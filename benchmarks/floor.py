@@ -15,10 +15,10 @@ from statistics import median
 import torch
 
 from benchmarks.measure import MIB, time_ms
-from benchmarks.scenes import Scene
 from kernels import OTAConfig
 from kernels.assign import HAS_TRITON
 from kernels.assign_torch import solve
+from tests.support.scenes import Scene
 
 COPY_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
 INDEX_BYTES, IOU_BYTES, K_BYTES = 8, 4, 4

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from benchmarks import environment
 from benchmarks.calls import captured
 from benchmarks.floor import measure_rates
 from benchmarks.measure import MIB, Row, measure
 from kernels import focal_loss
 from kernels.assign import HAS_TRITON
+from training.environment import environment
 
 POINTS, CLASSES, GROUND_TRUTHS = 22_400, 80, 117
 CLASS_PRIOR_LOGIT = -4.6  # 0.01, where training starts

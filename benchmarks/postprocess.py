@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from benchmarks import environment
 from benchmarks.measure import measure
 from kernels import PointGrid
 from model.head import CLASS_PRIOR, Predictions
 from model.postprocess import postprocess
+from training.environment import environment
 
 IMAGE_SIZE = (800, 1344)
 IMAGES, CLASSES, CANDIDATES = (8, 16), (80, 1), (50, 300, 2000, None)

@@ -22,10 +22,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks import environment
 from benchmarks.contestants import CONTESTANTS, Case, Contestant, Sanity, check, make_batch, pyramid_difference
 from benchmarks.measure import MIB, host_syncs, launches, peak_mib, time_ms
 from model.batch import Batch
+from training.environment import environment
 
 CASES = {
     "cuda": {"resnet50": Case("resnet50", (800, 1344), 16), "resnet18": Case("resnet18", (320, 320), 32)},

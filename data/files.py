@@ -12,6 +12,8 @@ from itertools import combinations, islice, product, takewhile
 from pathlib import Path
 from urllib.parse import unquote
 
+from errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FILES_WALKED, WAYS_SHOWN = 200_000, 5
 
@@ -31,7 +33,7 @@ def _acts(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not joiner
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """Something is wrong with the data; the message is the whole story, meant for the user."""
 
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from errors import UserError
+
 STRIDES = (8, 16, 32, 64, 128)
 BACKBONE_STRIDES = STRIDES[:3]
 HUB = "hf-hub:"
 
 
-class BackboneError(RuntimeError):
+class BackboneError(UserError):
     """The backbone cannot be built as asked; the message names the flag that helps."""
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.overrides import TorchFunctionMode
 
+from errors import UserError
 from kernels import OTAConfig
 
 from .backbone import BackboneError
-from .checkpoint import write_file
 from .detector import Detector, DetectorConfig
 from .fields import Rule, first_flaw, number, one_of_type, optional
 
@@ -24,6 +25,25 @@ FORMAT = "ota-triton/1"
 HUB = "hf://"
 HUB_FILE = "ota.safetensors"
 FLOATS = ("F32", "F16", "BF16", "F64")  # as safetensors calls them; any is taken for any other
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Temporary file, sync, rename, sync of the folder: after a crash `path` holds the old bytes or all of the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _distinct(is_valid: Callable[[object], bool], words: str) -> Rule:
@@ -62,7 +82,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """The file is no detector of this project; the message names the file and the reason."""
 
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 import kernels
-from benchmarks.parity import EXCLUDED_SHARE, ambiguous_points, parity
-from benchmarks.scenes import Scene, make_scene, trained_predictions
 from kernels import Assignment, OTAConfig, PointGrid, ota_assign
 from kernels.assign_reference import assign_image, decode, sinkhorn
 from kernels.assign_torch import ota_assign_torch, solve
 from kernels.grid import valid_rows
+from tests.support.parity import EXCLUDED_SHARE, ambiguous_points, parity
+from tests.support.scenes import Scene, make_scene, trained_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 ON_GPU = pytest.mark.gpu if torch.cuda.is_available() else ()

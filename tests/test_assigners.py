@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.scenes import Scene, make_scene, trained_predictions
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_and_ambiguous, statistics_of
 from model.assigners.claims import Image, assign_claims
 from model.assigners.paa import fit_two_gaussians, up_to_the_densest
+from tests.support.scenes import Scene, make_scene, trained_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 GRID = PointGrid.for_image((104, 136), (8, 16, 32))

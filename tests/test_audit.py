@@ -9,16 +9,16 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from benchmarks import audit as audit_script
-from benchmarks.audit import Audit, audit_image, background_cost, count_labels
-from benchmarks.exact import NoPlanError, exact_labels, exact_pairs
-from benchmarks.scenes import Scene, make_scene, trained_predictions
 from kernels import OTAConfig, PointGrid
 from kernels.assign_reference import assign_image, decode
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import units_received
-from run.settings import SettingsError
+from studies import audit as audit_script
+from studies.audit import Audit, audit_image, background_cost, count_labels
+from studies.exact import NoPlanError, exact_labels, exact_pairs
+from tests.support.scenes import Scene, make_scene, trained_predictions
+from training.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = PointGrid.for_image((104, 136), (8, 16, 32))

@@ -1,4 +1,4 @@
-"""benchmarks.compare: contestants, crowded images, the table; slow: two strategies trained and compared."""
+"""studies.compare: contestants, crowded images, the table; slow: two strategies trained and compared."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import COLUMNS, STUDIES, crowded_images, flags_of, print_table, summary
 from data import generate_shapes
+from studies.compare import COLUMNS, STUDIES, crowded_images, flags_of, print_table, summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def test_summary_and_table(capsys):
 def test_two_strategies_side_by_side(tmp_path):
     generate_shapes(tmp_path / "shapes", train_images=8, val_images=4, size_px=64)
     flags = ["--image-size", "64", "--batch-size", "4", "--steps", "3", "--backbone", "test_resnet", "--no-pretrained"]
-    command = [sys.executable, "-m", "benchmarks.compare", "--data", str(tmp_path / "shapes"), "--seeds", "0", "1"]
+    command = [sys.executable, "-m", "studies.compare", "--data", str(tmp_path / "shapes"), "--seeds", "0", "1"]
     command += ["--assigners", "ota:radius=3", "fcos", "--out", str(tmp_path / "out"), "--", *flags, "--channels", "16"]
     for _ in range(2):  # the second time nothing is left to be trained
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_crowd_metrics import slow_metrics
-from test_train import TINY, run
 
 import eval as eval_script
 import train
@@ -18,7 +16,9 @@ from data import CocoDataset, DatasetError, Split, collate, find_splits, generat
 from kernels import PointGrid
 from model import load_weights
 from model.losses import points_inside
-from run.settings import SettingsError, detector_config, parse_args
+from tests.test_crowd_metrics import slow_metrics
+from tests.test_train import TINY, run
+from training.settings import SettingsError, detector_config, parse_args
 
 CROWD_RECIPE = {
     "image_size": [800, 1400], "steps": 30_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01,

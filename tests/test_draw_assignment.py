@@ -5,17 +5,17 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from benchmarks import draw_assignment
-from benchmarks.draw_assignment import COLORS, colors_of, generated_crowd
-from benchmarks.predictions import Predictor, find_image
-from benchmarks.scenes import make_scene
-from benchmarks.toy import toy_scene
 from data import CocoDataset, DatasetError, find_splits, generate_shapes
 from kernels import OTAConfig, PointGrid, assignment_statistics, ota_assign
 from model import Detector, DetectorConfig, WeightsError
 from model.assigners import STRATEGIES, assign_and_ambiguous
 from model.weights import save_weights
-from run.settings import SettingsError
+from studies import draw_assignment
+from studies.draw_assignment import COLORS, colors_of, generated_crowd
+from studies.predictions import Predictor, find_image
+from studies.toy import toy_scene
+from tests.support.scenes import make_scene
+from training.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

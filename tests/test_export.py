@@ -18,7 +18,7 @@ from images import load_image
 from model import Detector, DetectorConfig, load, save_weights
 from model.batch import pad_images
 from model.exported import ExportedDetector, suppressed
-from run.settings import SettingsError
+from training.settings import SettingsError
 
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
 IMAGE_SIZE = (160, 256)

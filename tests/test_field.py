@@ -15,8 +15,8 @@ import train
 from data import CocoDataset, DatasetError, find_splits, generate_shapes, printable
 from eval import METRICS, coco_metrics, evaluation_dataset
 from model import Detector, DetectorConfig
-from run import memory
-from run.settings import SettingsError
+from training import memory
+from training.settings import SettingsError
 
 ROOT = Path(__file__).parent.parent
 SMALL = (

@@ -22,7 +22,7 @@ from eval import detect
 from images import ImageError, header_size, load_image, to_tensor
 from model import Detections, Detector, DetectorConfig, WeightsError, load, save_weights
 from predict import find_images, picture_paths
-from run.settings import SettingsError
+from training.settings import SettingsError
 
 CPU = ("--device", "cpu")
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]

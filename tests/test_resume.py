@@ -22,7 +22,7 @@ from data import generate_shapes
 from data.order import SeededDataset, batches_from
 from eval import SettingsError
 from model import load_weights
-from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30

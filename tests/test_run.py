@@ -18,16 +18,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import model.assigners
-import run.folder
 import train
-from benchmarks.scenes import make_scene
+import training.folder
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from data.order import batches_from
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
 from model import Detector, DetectorConfig, WeightsError, init_weights, save_weights
 from model.batch import pack, pad_rows, padded_side
-from run.folder import RunFolder
+from tests.support.scenes import make_scene
+from training.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -334,7 +334,7 @@ def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     line = {"loss": 1.0, "cls": 0.5, "box": 0.3, "iou": 0.2, "positives_per_gt": 3.0, "mean_k": 4.0}
     folder.write_line({"step": 1} | line)
     assert not (tmp_path / "out" / "curves.png").exists()
-    monkeypatch.setattr(run.folder, "REDRAW_S", -1)
+    monkeypatch.setattr(training.folder, "REDRAW_S", -1)
     folder.write_line({"step": 2} | line)
     Image.open(tmp_path / "out" / "curves.png").load()
 
@@ -436,7 +436,7 @@ def test_compiled_network_learns_like_the_eager_one(shapes, tmp_path):
 
 LOADER_SCRIPT = """
 from torch.utils.data import DataLoader
-from run.process import ignore_interrupts, setup_distributed
+from training.process import ignore_interrupts, setup_distributed
 
 def main():
     setup_distributed("cpu")

@@ -17,7 +17,8 @@ import eval as eval_script
 import train
 from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes
 from eval import batches_of_one_size, coco_metrics
-from model import BackboneError, CheckpointError, DetectorConfig, WeightsError, load_weights
+from model import BackboneError, DetectorConfig, WeightsError, load_weights
+from training.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu", "--workers", "0"]

@@ -14,9 +14,9 @@ import kernels
 import train
 from benchmarks import train_step
 from benchmarks.contestants import CONTESTANTS, MERGED_PHASES, PHASES, Case, Sanity, make_batch, targets_of
-from benchmarks.scenes import WORKLOADS, make_workload
 from model import assigners, detector
 from model.batch import pack
+from tests.support.scenes import WORKLOADS, make_workload
 
 TINY = Case("resnet18", (64, 64), 2)
 

@@ -13,13 +13,13 @@ import torch
 pytest.importorskip("triton")
 
 import kernels.assign_triton
-from benchmarks.parity import EXCLUDED_SHARE, parity
-from benchmarks.scenes import WORKLOADS, Scene, make_scene, make_workload
 from kernels import Assignment, OTAConfig, PointGrid, ota_assign
 from kernels.assign import BACKENDS
 from kernels.config import EMPTY_SUPPLY
 from kernels.pairs_triton import most_pairs_per_gt
 from kernels.sinkhorn_triton import _burst
+from tests.support.parity import EXCLUDED_SHARE, parity
+from tests.support.scenes import WORKLOADS, Scene, make_scene, make_workload
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +136,7 @@ def test_torch_compile_keeps_it_in_one_graph(backend, compiler):
 
 def test_cpu_tensors_without_the_interpreter():
     code = (
-        "import torch; from benchmarks.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
+        "import torch; from tests.support.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
         "ota_assign(*make_scene(PointGrid((8,), ((4, 4),)), (1,), 2), backend='triton')"
     )
     result = run_python(code)
@@ -147,7 +147,7 @@ def test_kernels_without_triton():
     """The other backends work, and are the default; asking for this one says what is missing."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from benchmarks.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
+        "import torch; from tests.support.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
         "scene = make_scene(PointGrid((8,), ((4, 4),)), (1,), 2)\n"
         "assert int(ota_assign(*scene).k) > 0\n"
         "ota_assign(*scene, backend='triton')"
@@ -242,7 +242,7 @@ def test_cuda_graph_with_changed_inputs(center_prior):
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 def test_no_address_out_of_bounds():
     code = (
-        "from benchmarks.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
+        "from tests.support.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
         "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
         "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
     )

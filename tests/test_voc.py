@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_train import TINY
 
 import eval as eval_script
 import train
 from data import CocoDataset, DatasetError, find_splits, generate_shapes
 from eval import coco_metrics
+from tests.test_train import TINY
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><difficult>{difficult}</difficult>
 <bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox>

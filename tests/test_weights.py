@@ -16,7 +16,7 @@ import model.weights
 from eval import load_with_data
 from kernels import OTAConfig
 from model import BackboneError, Detector, DetectorConfig, WeightsError, load, load_weights, save_weights
-from run.folder import RunFolder
+from training.folder import RunFolder
 
 CLASSES = {"class_names": ["cat", "traffic light"], "category_ids": [3, 7]}
 TRAINING = {"data": "shapes", "box": None, "training": {"step": 9, "metrics": {"AP": 0.5}}}

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
 from kernels.config import Plan
-from run.settings import SettingsError
+from training.settings import SettingsError
 
 INFEASIBLE = 2  # scipy's status
 WHOLE_TOLERANCE = 1e-6
 
 
-class NoPlanError(ValueError):
+class NoPlanError(UserError):
     """The ground truths together supply more units than their candidate points can take."""
 
 

@@ -1,7 +1,7 @@
 """Assignment strategies side by side: the same network, initial weights, data order and schedule, another assigner.
 
-    python -m benchmarks.compare --data shapes --assigners ota fcos atss --seeds 0 1 2 --out runs/compare
-    python -m benchmarks.compare --study radius --data DIR --out runs/radius -- --epochs 12 --image-size 240
+    python -m studies.compare --data shapes --assigners ota fcos atss --seeds 0 1 2 --out runs/compare
+    python -m studies.compare --study radius --data DIR --out runs/radius -- --epochs 12 --image-size 240
 
 Each contestant is a name of --assigner, or ota with settings: ota:radius=3,top_q=10. Every run is one of train.py with
 the flags after `--`, in a folder of its own in --out; a command that is started again leaves out what is complete.
@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torchvision.ops import box_iou
 
-from benchmarks import environment
-from benchmarks.predictions import Predictor
 from eval import coco_metrics, evaluate
 from kernels import OTAConfig
 from model.assigners import STRATEGIES, assign_and_ambiguous
+from studies.predictions import Predictor
+from training.environment import environment
 
 CROWDED_IOU = 0.3
 FLAGS = {field: f"--{field.replace('_', '-')}" for field in OTAConfig.__dataclass_fields__}
@@ -193,7 +193,7 @@ def main() -> None:
     table = {contestant: summary(rows[contestant]) for contestant in contestants}
     print_table(table)
     record = {
-        "command": f"python -m benchmarks.compare {' '.join(sys.argv[1:])}", **environment(torch.device("cpu")),
+        "command": f"python -m studies.compare {' '.join(sys.argv[1:])}", **environment(torch.device("cpu")),
         "seeds": args.seeds, "table": table, "rows": rows,
     }  # fmt: skip
     (args.out / "compare.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
+from model import write_file
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -24,27 +27,8 @@ KEPT = 2
 DIGEST_BYTES = 32
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """The run's folder cannot be read, written or used now; the message names it and the remedy."""
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Temporary file, sync, rename, sync of the folder: after a crash `path` holds the old bytes or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | None:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.scenes import Scene
 from kernels import Assignment, OTAConfig, ota_assign
 from kernels.assign_reference import assign_image, sum_of_best
 from kernels.assign_torch import solve as solve_torch
 from kernels.config import Plan
 from kernels.grid import valid_rows
+from tests.support.scenes import Scene
 
 # The numeric contract, against the float64 reference on the same rounded inputs.
 COST_TOLERANCE = 1e-5

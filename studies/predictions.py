@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.scenes import Scene
 from data import CocoDataset, DatasetError
 from eval import load_with_data
 from kernels import OTAConfig
 from model.batch import pack
+from tests.support.scenes import Scene
 
 
 class Predictor:

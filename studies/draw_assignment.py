@@ -1,9 +1,9 @@
 """Pictures of label assignment: a transport plan, and which points each strategy gives to which object.
 
-    python -m benchmarks.draw_assignment [--weights FILE [--data DIR] [--image INDEX|NAME]] [--strategies ota ...]
+    python -m studies.draw_assignment [--weights FILE [--data DIR] [--image INDEX|NAME]] [--strategies ota ...]
                                          [--out DIR]
 
-Writes plan.png, three overlapping objects (benchmarks/toy.py): per level, the units that each object and background
+Writes plan.png, three overlapping objects (studies/toy.py): per level, the units that each object and background
 send to every point, and the labels decoded from them (the paper's figure 2); and levels.png, one image: strategies
 below one another, levels of the pyramid side by side. The image is one of a data set under the predictions of a
 detector that train.py wrote (by default the one with the most objects), or, without --weights, a generated crowd under
@@ -21,19 +21,19 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import adjust_saturation
 
-from benchmarks.predictions import Predictor, find_image
-from benchmarks.scenes import Scene, trained_predictions
-from benchmarks.toy import toy_scene
 from data import DatasetError
 from data.shapes import CLASSES
 from data.shapes import Scene as Shapes
+from errors import UserError
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
 from kernels.statistics import AMBIGUOUS_SHARE
-from model import WeightsError
 from model.assigners import STRATEGIES, assign_and_ambiguous
 from model.backbone import STRIDES
-from run.settings import SettingsError
+from studies.predictions import Predictor, find_image
+from studies.toy import toy_scene
+from tests.support.scenes import Scene, trained_predictions
+from training.settings import SettingsError
 
 CROWD_PX, CROWD_SEED = 256, 12
 # Far apart in hue and lightness, also for most who do not see red and green apart (after Okabe and Ito, and Tol).
@@ -229,5 +229,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, DatasetError, WeightsError) as error:
-        sys.exit(f"benchmarks.draw_assignment: {error}")
+    except UserError as error:
+        sys.exit(f"studies.draw_assignment: {error}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data import is_crowdhuman
 from data.crowdhuman import BOXES
+from errors import UserError
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from kernels.grid import MAX_SIDE_PX
@@ -44,7 +45,7 @@ FREE_FLAGS = {
 }  # fmt: skip
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """Flags that do not fit each other, the data or the machine; the message names them."""
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks.scenes import PRIOR_LOGIT, Scene
 from kernels import PointGrid
+from tests.support.scenes import PRIOR_LOGIT, Scene
 
 SIZE_PX = 128
 STRIDES = (8, 16, 32)

@@ -1,10 +1,10 @@
 """How far Sinkhorn is from the exact optimum: labels and costs, over eps and iterations, beside a linear program.
 
-    python -m benchmarks.audit [--weights FILE [--data DIR] | --workload single|coco|crowd] [--images N] [--out DIR]
+    python -m studies.audit [--weights FILE [--data DIR] | --workload single|coco|crowd] [--images N] [--out DIR]
 
 On the predictions of a detector that train.py wrote, with its own settings of the assignment but for eps and
-iterations; without --weights on synthetic ones (benchmarks/scenes.py). Needs scipy. Both solve the same problem with
-the same float32 costs, in float64; benchmarks/exact.py is the linear program. Sums are over the images, points are
+iterations; without --weights on synthetic ones (tests/support/scenes.py). Needs scipy. Both solve the same problem with
+the same float32 costs, in float64; studies/exact.py is the linear program. Sums are over the images, points are
 candidate points; c_bg is the cost of a point's background label, D that of a pair relative to it.
 
     exact cost     sum_j c_bg,j + sum of D over the pairs of the exact plan
@@ -31,18 +31,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.exact import NoPlanError, exact_labels, exact_pairs, highs
-from benchmarks.predictions import Predictor
-from benchmarks.scenes import WORKLOADS, Scene, make_workload
-from data import DatasetError
+from errors import UserError
 from kernels import OTAConfig
 from kernels.assign_reference import classification_loss
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import units_received
-from model import WeightsError
-from run.settings import SettingsError, positive
+from studies.exact import NoPlanError, exact_labels, exact_pairs, highs
+from studies.predictions import Predictor
+from tests.support.scenes import WORKLOADS, Scene, make_workload
+from training.environment import environment
+from training.settings import SettingsError, positive
 
 EPS = (1.0, 0.1, 0.01)
 ITERATIONS = (10, 50, 100, 300, 1000)
@@ -254,5 +253,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (SettingsError, DatasetError, WeightsError) as error:
-        sys.exit(f"benchmarks.audit: {error}")
+    except UserError as error:
+        sys.exit(f"studies.audit: {error}")

@@ -9,7 +9,9 @@ import torch
 from tqdm import tqdm
 
 from data.draw import draw_curves
-from model import Detector, read_metadata, save_checkpoint, save_weights, write_file, writing
+from model import Detector, read_metadata, save_weights, write_file
+
+from .checkpoint import save_checkpoint, writing
 
 REDRAW_S = 60  # between two drawings of the curves, which take a second
 

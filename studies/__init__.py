@@ -1,0 +1,1 @@
+"""The laboratory: strategies compared, exact plans, pictures of assignments."""
