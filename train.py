@@ -11,7 +11,6 @@ and checkpoints: the same command with the same --out continues a run that was e
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -215,11 +214,11 @@ def main() -> None:
         if is_main:
             find_splits(args.data)
         wait_for_main()
-    train_split, _ = find_splits(args.data, args.box or "fbox", args.follow_links)
+    train_split, _ = find_splits(args.data, args.box, args.follow_links)
     if train_split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
-    dataset = CocoDataset(train_split, transform, args.ignore_crowd, args.bad_images, args.overfit)
+    dataset = CocoDataset(train_split, transform, args.bad_images, args.overfit)
     say(f"training on {train_split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
         raise DatasetError(f"{train_split.annotations} has no boxes to learn from: {describe(dataset)}")
@@ -285,11 +284,7 @@ def main() -> None:
     }
     checkpoint, finished, identity = None, False, {}
     if is_main:
-        digest = hashlib.sha256()
-        for path in train_split.files():
-            with open(path, "rb") as file:
-                hashlib.file_digest(file, lambda: digest)  # goes on where the file before ended
-        identity = {"annotation file (SHA-256)": digest.hexdigest()[:16], "images": len(dataset)}
+        identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
         identity |= {f"--{k.replace('_', '-')}": v for k, v in settings["args"].items() if k not in FREE_FLAGS}
         checkpoint = previous_checkpoint(out, identity, args.resume)
         finished = checkpoint is not None and checkpoint["step"] == steps and (out / "metrics.json").exists()
@@ -334,8 +329,7 @@ def main() -> None:
 
     loader = DataLoader(
         SeededDataset(dataset, args.seed), num_workers=workers, pin_memory=device.type == "cuda",
-        batch_sampler=batches_from(start, steps, len(dataset), args.batch_size, args.seed, rank, world,
-                                   dataset.tall if args.group_aspect else None),
+        batch_sampler=batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world),
         collate_fn=partial(pack_passes, passes=args.accumulate, sides=sides), worker_init_fn=ignore_interrupts,
     )  # fmt: skip
     batches = iter(loader)

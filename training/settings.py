@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from data import is_crowdhuman
-from data.crowdhuman import BOXES
+from data import BOXES, find_form
 from errors import UserError
 from kernels import OTAConfig
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
@@ -79,9 +78,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     group.add_argument("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
     group.add_argument("--multi-scale", type=side_px, nargs="+", metavar="PX",
                        help="train every image at one of these shorter sides, drawn at random")  # fmt: skip
-    group.add_argument("--group-aspect", action=on_off, default=True, help="batches of tall or of wide images only")
     group.add_argument("--workers", type=not_negative, help="loader processes per rank")
-    group.add_argument("--ignore-crowd", action=on_off, default=True, help="iscrowd regions are no negatives")
     group.add_argument("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
     group.add_argument("--overfit", type=positive, metavar="K",
                        help="learn the first K images by heart, in 500 steps and without augmentation")  # fmt: skip
@@ -147,10 +144,10 @@ def parse_args(description: str = "") -> argparse.Namespace:
         given = [field.name for field in dataclasses.fields(OTAConfig) if getattr(args, field.name) is not None]
         if given:
             parser.error(f"--{given[0].replace('_', '-')} is a setting of --assigner ota, not of {args.assigner}")
-    known = "crowdhuman" if is_crowdhuman(args.data) else args.data
-    if args.box and known != "crowdhuman":
+    form = find_form(args.data)
+    if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
-    recipe = RECIPES.get(known, OWN) | (OVERFIT if args.overfit else {})
+    recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
     recipe["frozen_norm"] = recipe["pretrained"] if args.pretrained is None else args.pretrained
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
