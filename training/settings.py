@@ -182,7 +182,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
     """Raises SettingsError."""
-    assigner = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
+    ota = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
     try:
         return DetectorConfig(
             num_classes=num_classes,
@@ -192,8 +192,8 @@ def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfi
             head_convs=args.head_convs,
             max_detections=args.max_detections,
             frozen_norm=args.frozen_norm,
-            strategy=args.assigner,
-            assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),
+            assigner=args.assigner,
+            ota=OTAConfig(**{name: value for name, value in ota.items() if value is not None}),
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error
