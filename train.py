@@ -35,7 +35,6 @@ from data.draw import draw_detections, save_contact_sheet
 from data.order import SeededDataset, batches_from, seed_of
 from errors import UserError
 from eval import class_differences, describe, evaluate, evaluation_dataset, faster_coco_eval, print_table
-from kernels.assign import HAS_TRITON
 from model import (
     Detector,
     init_weights,
@@ -93,16 +92,6 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
                              lr=args.lr, weight_decay=args.weight_decay, fused=fused)  # fmt: skip
 
 
-def compile_detector(detector: Detector, mode: str) -> str:
-    """torch.compile for all up to the losses where the assignment is an operator, else the network; says which."""
-    if HAS_TRITON and detector.mean.device.type == "cuda" and detector.config.strategy == "ota":
-        detector.losses = torch.compile(detector.losses, dynamic=False, mode=mode)
-        return "backbone, neck and head, assignment and losses"
-    for part in (detector.backbone, detector.head):
-        part.compile(dynamic=False, mode=mode)
-    return "backbone, neck and head"
-
-
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     """Linear scaling with the batch, linear warm-up, then steps (/ 10 at 2/3 and 8/9) or half a cosine."""
     peak = args.lr * args.batch_size / LR_BATCH
@@ -115,30 +104,30 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
 def backward(
     model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool, measure: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of a step, in as many passes as there are batches; returns the loss terms, on the device.
+    """Gradients of a step, in as many passes as there are batches; returns the loss terms on the device, and, with
+    `measure`, the statistics of the last pass's assignment.
 
     A loss is a sum over the positives of its batch. With several passes the sums' gradients are added up and divided
     by the positives of all, so that they are those of one pass over all images, but for batch norm.
-    `measure` has the assignment of the last pass measured.
     """
     device_type, total, terms = detector.mean.device.type, 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        detector.measure_assignment = measure and last
         with contextlib.nullcontext() if last or model is detector else model.no_sync():
             with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
-                losses = model(batch)
+                losses, assignment, predictions = model(batch)
+            statistics = detector.statistics(predictions, batch) if measure and last else {}
             if len(batches) == 1:
                 sum(losses.values()).backward()
-                return {name: value.detach() for name, value in losses.items()}
-            positives = mean_positives(detector.last_assignment)
+                return {name: value.detach() for name, value in losses.items()} | statistics
+            positives = mean_positives(assignment)
             sums = {name: value * positives.clamp(min=1) for name, value in losses.items()}
             sum(sums.values()).backward()
         total = total + positives
         terms = {name: value.detach() + terms.get(name, 0.0) for name, value in sums.items()}
     total = total.clamp(min=1)
     torch._foreach_div_([p.grad for p in detector.parameters() if p.grad is not None], total)
-    return {name: value / total for name, value in terms.items()}
+    return {name: value / total for name, value in terms.items()} | statistics
 
 
 def warn_of_memory(detector: Detector, dataset: CocoDataset, args: argparse.Namespace, world: int) -> None:
@@ -263,7 +252,7 @@ def main() -> None:
         sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
         torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
         torch.backends.cudnn.benchmark = True
-        parts = compile_detector(detector, args.compile)
+        parts = detector.compile_training(args.compile)
         say(f"torch.compile takes {parts}, anew for each padded image size; sides are {', '.join(map(str, sides))} px")
     if world > 1:
         model = DistributedDataParallel(detector, device_ids=[device.index] if device.type == "cuda" else None)
@@ -427,7 +416,6 @@ def main() -> None:
         window_steps += 1
         line = None
         if logging and is_main:
-            values |= {name: value.to(device) for name, value in detector.last_statistics.items()}
             seconds = time.perf_counter() - window_start
             line = {
                 "step": done, "epoch": round(done / epoch_steps, 3), "lr": lr,

@@ -184,8 +184,17 @@ def ours(case: Case, batch: Batch, bf16: bool) -> Iterator[Contestant]:
     model.backbone.body.load_state_dict(weights.body.state_dict())
     model.backbone.neck.load_state_dict(weights.fpn.state_dict())
     contestant, batches, marks = Contestant(model, batch.images.device), [batch], ExitStack()
-    contestant.backward = lambda: train.backward(model, model, batches, bf16)
-    contestant.matched = lambda: model.last_assignment.gt_index
+    latest = []
+
+    def step(call: Callable) -> Callable:
+        def remember(batch: Batch) -> tuple:
+            latest[:] = call(batch)
+            return tuple(latest)
+
+        return lambda: train.backward(remember, model, batches, bf16)
+
+    contestant.backward = step(model)
+    contestant.matched = lambda: latest[1].gt_index
     contestant.pyramid = lambda: model.backbone(model.normalise(batch.images[:1], batch.sizes[:1]))
 
     def compile() -> None:
@@ -193,10 +202,9 @@ def ours(case: Case, batch: Batch, bf16: bool) -> Iterator[Contestant]:
         padded = pack(list(batch.images), targets_of(batch), tuple(sorted(case.image_size)))
         batches[0] = padded.to(batch.images.device)._replace(images=batch.images)  # not in memory twice
         batches[0].mark_ragged()
-        train.compile_detector(model, "default")
-        if "losses" in vars(model):  # one region, in which no moment can be marked
+        if "losses" in model.compile_training("default"):  # one region, in which no moment can be marked
             marks.close()
-            model.losses = contestant.marking(model.losses, before=False, after=True)
+            contestant.backward = step(contestant.marking(model, before=False, after=True))
             contestant.phases = MERGED_PHASES
 
     contestant.compile = compile

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from images import ImageError, ImageLike, to_tensor
 from kernels import Assignment, OTAConfig, PointGrid
+from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
 from .assigners import NEITHER, STRATEGIES, assign, statistics_of
@@ -52,8 +53,8 @@ RULES: dict[str, Rule] = {
     "topk_per_level": whole(1, 1_000_000),
     "nms_iou": number(0, 1),
     "max_detections": whole(1, 1_000_000),
-    "strategy": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
-    "assigner": one_of_type(OTAConfig, "settings of the strategy ota"),
+    "assigner": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+    "ota": one_of_type(OTAConfig, "settings of the assigner ota"),
 }
 
 
@@ -65,8 +66,8 @@ class DetectorConfig:
     channels        width of neck and head, a multiple of 8
     head_convs      convolutions per tower
     frozen_norm     the backbone's batch norms are constants
-    strategy        of label assignment, see model/assigners
-    assigner        settings of the strategy "ota"
+    assigner        name of the label assignment, see model/assigners
+    ota             settings of the assigner "ota"
     """
 
     num_classes: int
@@ -79,8 +80,8 @@ class DetectorConfig:
     topk_per_level: int = 1000
     nms_iou: float = 0.6
     max_detections: int = 100
-    strategy: str = "ota"
-    assigner: OTAConfig = field(default_factory=OTAConfig)
+    assigner: str = "ota"
+    ota: OTAConfig = field(default_factory=OTAConfig)
 
     def __post_init__(self):
         if flaw := first_flaw(vars(self), RULES):
@@ -104,7 +105,8 @@ class Detector(nn.Module):
     in 0..C-1 (contiguous, no background class), and, where wanted, `ignore` (m, 4): regions such as crowds, whose
     points are no negatives.
 
-    Output in training: a dict of scalar losses `cls`, `box`, `iou`, to be summed. Images are taken as they are.
+    Output in training: a dict of scalar losses `cls`, `box`, `iou`, to be summed, the Assignment and the Predictions
+    that it was made from, detached. Images are taken as they are.
     Output in evaluation: a list of dicts `boxes` (n, 4), `scores` (n,), `labels` (n,), best first, in px of the
     images as given. Images are resized to `config.image_size` first; one that has this size already is not touched.
 
@@ -114,9 +116,6 @@ class Detector(nn.Module):
 
     `predict` takes images of any kind and is all that a user of a trained detector needs. `class_names` and
     `category_ids` are those of the annotation file, by label; load_weights sets them, a new detector has numbers.
-
-    `last_assignment` keeps the labels of the latest training batch, and, where `measure_assignment` is set, which
-    waits for the device, `last_statistics` what model.assigners.statistics_of says about it.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
@@ -131,7 +130,6 @@ class Detector(nn.Module):
         shorter, longest = config.image_size
         size, max_size = ([shorter], longest) if shorter < longest else (None, longest)
         self.resize = v2.Resize(size, max_size=max_size, antialias=True)
-        self.last_assignment, self.last_statistics, self.measure_assignment = None, {}, False
         self.use_memory_format(torch.channels_last)
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
@@ -146,12 +144,7 @@ class Detector(nn.Module):
             if targets is None or len(targets) != len(images):
                 raise ValueError("a training step needs one target (boxes, labels) per image")
             images = pack(images, targets).to(self.mean.device)
-        losses, predictions, self.last_assignment = self.losses(images)
-        if self.measure_assignment:
-            grid = PointGrid.for_image(tuple(images.images.shape[-2:]), STRIDES)
-            inputs = self.assigner_inputs(predictions, images, grid)
-            self.last_statistics = statistics_of(self.config.strategy, *inputs, config=self.config.assigner)
-        return losses
+        return self.losses(images)
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
         """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
@@ -171,24 +164,43 @@ class Detector(nn.Module):
         grid = PointGrid(STRIDES, tuple(tuple(level.shape[-2:]) for level in features))
         return self.head(features, points_of(grid, batch.device)), grid
 
-    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Predictions, Assignment]:
-        """The loss terms, and what they were made of: a function that torch.compile can take whole."""
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Assignment, Predictions]:
         predictions, grid = self.predict_raw(self.normalise(batch.images, batch.sizes))
         device = predictions.boxes.device
         with torch.autocast(device.type, enabled=False):
-            inputs = self.assigner_inputs(predictions, batch, grid)
-            assignment = assign(self.config.strategy, *inputs, config=self.config.assigner)
-            ignored = None if self.config.strategy == "ota" else assignment.gt_index == NEITHER
+            detached = Predictions(*(tensor.detach() for tensor in predictions))
+            inputs = self.assigner_inputs(detached, batch, grid)
+            assignment = assign(self.config.assigner, *inputs, config=self.config.ota)
+            ignored = None if self.config.assigner == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
                 points = points_of(grid, device)
                 inside = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
                 ignored = inside if ignored is None else ignored | inside
             losses = detection_losses(predictions, assignment, batch.gt_boxes, batch.gt_labels, ignored)
-        return losses, predictions, assignment
+        return losses, assignment, detached
 
     def assigner_inputs(self, predictions: Predictions, batch: Batch, grid: PointGrid) -> tuple:
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
-        return predictions.logits.detach(), predictions.boxes.detach(), *truth, grid
+        return predictions.logits, predictions.boxes, *truth, grid
+
+    def statistics(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
+        """Numbers about the assignment of a training batch, see model.assigners.statistics_of; waits for the device."""
+        grid = PointGrid.for_image(tuple(batch.images.shape[-2:]), STRIDES)
+        inputs = self.assigner_inputs(predictions, batch, grid)
+        numbers = statistics_of(self.config.assigner, *inputs, config=self.config.ota)
+        return {name: value.to(self.mean.device) for name, value in numbers.items()}
+
+    def compile_training(self, mode: str) -> str:
+        """Compile a training step in place: all of it where the assignment is an operator, else the network alone.
+
+        Returns what is compiled, in words. `mode` is torch.compile's.
+        """
+        if HAS_TRITON and self.mean.device.type == "cuda" and self.config.assigner == "ota":
+            self.compile(dynamic=False, mode=mode)
+            return "backbone, neck and head, assignment and losses"
+        for part in (self.backbone, self.head):
+            part.compile(dynamic=False, mode=mode)
+        return "backbone, neck and head"
 
     @overload
     def predict(self, images: ImageLike, score: float = 0.0, batch_size: int = 8) -> Detections: ...

@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
         lambda value: isinstance(value, str) and timm.is_model(value),
         f"a model that timm {timm.__version__} has by name",
     ),
-    "architecture.assigner": OBJECT,
+    "architecture.ota": OBJECT,
     "architecture.image_size": one_of_type(list, "a list of two sides"),
     "normalisation": OBJECT,
     "normalisation.mean": _three(-1000, 1000),
@@ -157,12 +157,15 @@ def _metadata(path: Path, file: safe_open) -> tuple[dict, DetectorConfig]:
         raise WeightsError(f"{path} holds tensors but no detector of this project: train.py writes what is needed")
     try:
         metadata = json.loads(header)
+        architecture = metadata.get("architecture") if isinstance(metadata, dict) else None
+        if isinstance(architecture, dict) and isinstance(architecture.get("assigner"), dict):  # names of before
+            architecture |= {"ota": architecture["assigner"], "assigner": architecture.pop("strategy", "ota")}
         if flaw := first_flaw(metadata, RULES):
             raise ValueError(flaw)
         architecture = metadata["architecture"]
-        assigner = _build(OTAConfig, "architecture.assigner", architecture["assigner"])
+        ota = _build(OTAConfig, "architecture.ota", architecture["ota"])
         image_size = tuple(architecture["image_size"])
-        config = _build(DetectorConfig, "architecture", architecture | {"assigner": assigner, "image_size": image_size})
+        config = _build(DetectorConfig, "architecture", architecture | {"ota": ota, "image_size": image_size})
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, a number of thousands of digits
         raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
     return metadata, config

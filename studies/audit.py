@@ -223,7 +223,7 @@ def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[
     predictor = Predictor(args.weights, args.data)
     picks = range(min(args.images, len(predictor.dataset)))
     scenes = ((predictor.dataset.images[i]["file_name"], predictor.scene(i)[1]) for i in picks)
-    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.assigner, scenes
+    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.ota, scenes
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -88,7 +88,7 @@ def picture_of(args: argparse.Namespace) -> Picture:
     if not len(scene.gt_boxes):
         raise DatasetError(f"{predictor.dataset.images[index]['file_name']} (--image) has no objects to assign to")
     title = f"{predictor.dataset.images[index]['file_name']} of {Path(predictor.data).name}, {args.weights.name}"
-    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.assigner)
+    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.ota)
 
 
 def draw_boxes(axis, boxes: Tensor, colors: list[str], width: float = 1.5) -> None:

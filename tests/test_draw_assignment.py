@@ -37,7 +37,7 @@ def dataset(shapes) -> CocoDataset:
 def weights(shapes, dataset, tmp_path_factory):
     """A detector that has learned nothing."""
     torch.manual_seed(0)
-    config = DetectorConfig(5, "test_resnet", (96, 160), channels=64, head_convs=0, assigner=OTAConfig(radius=3))
+    config = DetectorConfig(5, "test_resnet", (96, 160), channels=64, head_convs=0, ota=OTAConfig(radius=3))
     path = tmp_path_factory.mktemp("weights") / "ota.safetensors"
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     save_weights(path, Detector(config), classes | {"data": str(shapes)})
@@ -92,7 +92,7 @@ def test_pictures_of_a_detector(weights, tmp_path):
 def test_predictions_are_of_the_image_as_the_detector_sees_it(weights):
     predictor = Predictor(weights)
     image, scene = predictor.scene(1)
-    assert predictor.assigner.radius == 3 and image.shape == (3, 96, 96)
+    assert predictor.ota.radius == 3 and image.shape == (3, 96, 96)
     boxes, scores = scene.boxes, scene.logits.sigmoid()
     assert boxes.shape == (1, scene.grid.num_points, 4) and scores.shape == (1, scene.grid.num_points, 5)
     assert len(scene.gt_boxes) == int(scene.gt_offsets[-1]) == len(predictor.dataset[1][1]["boxes"])

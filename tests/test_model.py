@@ -91,11 +91,11 @@ def test_images_are_normalised_with_the_backbones_own_statistics():
 
 def test_training_gives_three_losses_and_gradients_everywhere():
     detector = tiny_detector().train()
-    losses = detector(*random_batch([(90, 130), (64, 100)]))
+    losses, assignment, predictions = detector(*random_batch([(90, 130), (64, 100)]))
     assert set(losses) == {"cls", "box", "iou"}
     sum(losses.values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
-    assert (detector.last_assignment.gt_index >= 0).any()
+    assert (assignment.gt_index >= 0).any() and not any(tensor.requires_grad for tensor in predictions)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
@@ -112,7 +112,7 @@ def test_labels_of_any_integer_type(dtype):
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_mambaout"])
 def test_batch_without_objects_trains_on_negatives(backbone):
     detector = tiny_detector(backbone).train()
-    losses = detector(*random_batch([(64, 64), (64, 96)], boxes_per_image=0))
+    losses, *_ = detector(*random_batch([(64, 64), (64, 96)], boxes_per_image=0))
     assert losses["cls"] > 0 and losses["box"] == 0 and losses["iou"] == 0
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in detector.parameters())
@@ -190,11 +190,11 @@ def test_regions_to_ignore_change_the_negatives_only():
     for norm in detector.modules():  # the same statistics in every call
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.eval()
-    plain = detector(images, targets)
-    empty = detector(images, [t | {"ignore": torch.zeros(0, 4)} for t in targets])
+    plain = detector(images, targets)[0]
+    empty = detector(images, [t | {"ignore": torch.zeros(0, 4)} for t in targets])[0]
     assert all(torch.equal(plain[name], empty[name]) for name in plain)
     whole = [targets[0] | {"ignore": torch.tensor([[0.0, 0, 130, 90], [5, 5, 6, 6]])}, targets[1]]
-    ignoring = detector(images, whole)
+    ignoring = detector(images, whole)[0]
     assert ignoring["cls"] < plain["cls"]
     assert all(torch.equal(plain[name], ignoring[name]) for name in ("box", "iou"))
 
@@ -438,7 +438,7 @@ def test_waits_for_a_gpu_do_not_grow_with_the_images():
 
 @torch.no_grad()
 def test_weights_come_back_as_saved(tmp_path):
-    detector = tiny_detector(assigner=OTAConfig(center_prior="radius", top_q=7)).eval()
+    detector = tiny_detector(ota=OTAConfig(center_prior="radius", top_q=7)).eval()
     save_weights(tmp_path / "ota.safetensors", detector, {"class_names": ["a", "b", "c"]})
     loaded, metadata = load_weights(tmp_path / "ota.safetensors")
     assert loaded.config == detector.config and metadata["class_names"] == ["a", "b", "c"]
@@ -459,7 +459,7 @@ def test_frozen_norms_and_the_head_stay_in_bfloat16(name):
             module.register_forward_hook(lambda _, __, output: types.add(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         predictions, _ = detector.predict_raw(detector.batch(random_batch([(64, 96)])[0]))
-        losses = detector(*random_batch([(64, 96)]))
+        losses, *_ = detector(*random_batch([(64, 96)]))
     assert types == {torch.bfloat16}
     assert predictions.logits.dtype == torch.bfloat16 and predictions.boxes.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in losses.values())
@@ -533,7 +533,7 @@ def test_unusable_weights_are_named(tmp_path, kind):
 
 
 def gradients(detector, images, targets) -> list[torch.Tensor]:
-    sum(detector(images, targets).values()).backward()
+    sum(detector(images, targets)[0].values()).backward()
     return [p.grad for p in detector.parameters()]
 
 

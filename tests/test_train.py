@@ -76,7 +76,7 @@ def test_run_folder_holds_what_is_promised(trained, four_images):
     assert metadata["class_names"] == find_dataset(four_images).class_names
     assert metadata["category_ids"] == [1, 2, 3, 4, 5]
     assert metadata["architecture"]["image_size"] == [128, 213]
-    assert metadata["architecture"]["assigner"]["top_q"] == 10
+    assert metadata["architecture"]["ota"]["top_q"] == 10
     assert metadata["training"]["step"] == 250
 
 
@@ -196,7 +196,7 @@ def test_zero_is_refused_by_flag(call, capsys, flag):
 
 def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--center-prior", "radius"])
-    assert train.detector_config(train.parse_args(), 5).assigner.radius == 2.5
+    assert train.detector_config(train.parse_args(), 5).ota.radius == 2.5
 
 
 def test_train_refuses_a_folder_with_another_run(call, four_images, trained):

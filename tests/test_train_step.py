@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import kernels
-import train
 from benchmarks import train_step
 from benchmarks.contestants import CONTESTANTS, MERGED_PHASES, PHASES, Case, Sanity, make_batch, targets_of
-from model import assigners, detector
+from model import Detector, assigners, detector
 from model.batch import pack
 from tests.support.scenes import WORKLOADS, make_workload
 
@@ -75,10 +74,10 @@ def test_compiled_as_a_whole_the_parts_up_to_the_losses_are_told_together(monkey
     seen = []
 
     def compile_whole(model, mode):
-        losses = model.losses
-        model.losses = lambda batch: seen.append(batch) or losses(batch)
+        model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+        return "network and losses"
 
-    monkeypatch.setattr(train, "compile_detector", compile_whole)
+    monkeypatch.setattr(Detector, "compile_training", compile_whole)
     batch = make_batch(TINY)
     with CONTESTANTS["ours"](TINY, batch, False) as contestant:
         contestant.compile()
@@ -95,26 +94,22 @@ def test_compiled_as_a_whole_the_parts_up_to_the_losses_are_told_together(monkey
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("has_triton", [True, False], ids=["triton", "no-triton"])
-@pytest.mark.parametrize("strategy", ["ota", "atss"])
-def test_what_is_compiled(strategy, device, has_triton, monkeypatch):
+@pytest.mark.parametrize("assigner", ["ota", "atss"])
+def test_what_is_compiled(assigner, device, has_triton, monkeypatch):
     def part(name: str) -> SimpleNamespace:
         return SimpleNamespace(compile=lambda **settings: compiled.append((name, settings)))
 
-    compiled, losses = [], object()
-    model = SimpleNamespace(
-        mean=SimpleNamespace(device=torch.device(device)), config=SimpleNamespace(strategy=strategy), losses=losses,
-        backbone=part("backbone"), head=part("head"),
-    )  # fmt: skip
-    monkeypatch.setattr(train, "HAS_TRITON", has_triton)
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: (function, settings))
+    compiled = []
+    model = part("detector")
+    model.mean, model.config = SimpleNamespace(device=torch.device(device)), SimpleNamespace(assigner=assigner)
+    model.backbone, model.head = part("backbone"), part("head")
+    monkeypatch.setattr(detector, "HAS_TRITON", has_triton)
     settings = {"dynamic": False, "mode": "reduce-overhead"}
-    parts = train.compile_detector(model, "reduce-overhead")
-    if device == "cuda" and has_triton and strategy == "ota":
-        assert model.losses == (losses, settings) and not compiled
-        assert parts == "backbone, neck and head, assignment and losses"
+    parts = Detector.compile_training(model, "reduce-overhead")
+    if device == "cuda" and has_triton and assigner == "ota":
+        assert compiled == [("detector", settings)] and parts == "backbone, neck and head, assignment and losses"
     else:
-        assert model.losses is losses and compiled == [("backbone", settings), ("head", settings)]
-        assert parts == "backbone, neck and head"
+        assert compiled == [("backbone", settings), ("head", settings)] and parts == "backbone, neck and head"
 
 
 @pytest.mark.slow

@@ -157,12 +157,12 @@ DEEP = "[" * 100_000
         pytest.param("architecture.image_size", [107, 64], r"image_size is \(107, 64\)", id="image-size-reversed"),
         pytest.param("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384", id="image-size-huge"),
         pytest.param("architecture.frozen_norm", 1, "frozen_norm is 1, not true or false", id="frozen-norm-1"),
-        pytest.param("architecture.strategy", [], r"strategy is \[\], not one of ota", id="strategy-list"),
+        pytest.param("architecture.assigner", [], r"assigner is \[\], not one of ota", id="assigner-list"),
         pytest.param("architecture.backbone", 5, "backbone is 5", id="backbone-number"),
         pytest.param("architecture.surprise", 5, "architecture has the unknown field 'surprise'", id="unknown-field"),
-        pytest.param("architecture.assigner", [], r"assigner is \[\], not an object", id="assigner-list"),
-        pytest.param("architecture.assigner.top_q", "x", "architecture.assigner: ", id="assigner-text"),
-        pytest.param("architecture.assigner.radius", float("inf"), "architecture.assigner: ", id="assigner-infinite"),
+        pytest.param("architecture.ota", [], r"ota is \[\], not an object", id="ota-list"),
+        pytest.param("architecture.ota.top_q", "x", "architecture.ota: ", id="ota-text"),
+        pytest.param("architecture.ota.radius", float("inf"), "architecture.ota: ", id="ota-infinite"),
         pytest.param("normalisation", None, "normalisation is None, not an object", id="normalisation-null"),
         pytest.param("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001", id="std-0"),
         pytest.param("normalisation.mean", [0.1, 0.1], "normalisation.mean is .* not three", id="mean-of-two"),
@@ -281,9 +281,11 @@ def test_every_kind_of_backbone_is_compared_and_comes_back(tmp_path, name):
 def test_files_of_before_load(valid, write):
     """Those of the first version: fewer fields of the architecture, and nothing of the training."""
     metadata = {name: valid[0][name] for name in ("format", "architecture", "normalisation")}
-    newer = ("frozen_norm", "strategy")
-    metadata["architecture"] = {n: v for n, v in metadata["architecture"].items() if n not in newer}
-    del metadata["architecture"]["assigner"]["per_q"]
+    newer = ("frozen_norm", "assigner", "ota")
+    architecture = {n: v for n, v in metadata["architecture"].items() if n not in newer}
+    ota = metadata["architecture"]["ota"]
+    del ota["per_q"]
+    metadata["architecture"] = architecture | {"assigner": ota}  # "ota" was called "assigner", "assigner" "strategy"
     detector, found = load_weights(write(metadata))
     assert detector.config == DetectorConfig(2, "test_resnet", (64, 107), 8, 1)
     assert found["class_names"] == detector.class_names == ["0", "1"]
@@ -345,7 +347,7 @@ def test_best_weights_without_metrics_are_replaced(tmp_path):
     assert load_weights(tmp_path / "best.safetensors")[1]["training"]["metrics"]["AP"] == 0.25
 
 
-@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"assigner": None}], ids=str)
+@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"ota": None}], ids=str)
 def test_training_gets_the_same_checks(settings):
     with pytest.raises(ValueError, match=f"DetectorConfig.{next(iter(settings))} is"):
-        DetectorConfig(**{"num_classes": 2, "assigner": OTAConfig()} | settings)
+        DetectorConfig(**{"num_classes": 2, "ota": OTAConfig()} | settings)
