@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
 
 from errors import UserError
-from model import write_file
+from model import Detector, write_file
 
 try:
     import fcntl
@@ -137,3 +139,26 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def resume(
+    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, bool]:
+    """Return the checkpoint that a run continues from, restored, None for a new run; and whether its metrics.json exists.
+
+    Raises CheckpointError.
+    """
+    received = [None, False]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        received = [previous_checkpoint(folder, identity), (folder / "metrics.json").exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(received)
+    checkpoint, complete = received
+    if checkpoint:
+        detector.load_state_dict(checkpoint["model"])
+        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = present["fused"]  # the device's, which may be another now
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:  # its counter is the step
+            ema.module.load_state_dict(checkpoint["ema"])
+    return checkpoint, complete

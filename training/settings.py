@@ -5,8 +5,11 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from data import is_crowdhuman
 from data.crowdhuman import BOXES
@@ -176,6 +179,8 @@ def parse_args(description: str = "") -> argparse.Namespace:
         if getattr(args, name, None) is None:
             setattr(args, name, value)
 
+    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
     if len(args.image_size) == 1:
         args.image_size.append(round(args.image_size[0] * 1333 / 800))
     if len(args.image_size) != 2 or not args.image_size[0] <= args.image_size[1] <= MAX_SIDE_PX:
@@ -188,6 +193,21 @@ def parse_args(description: str = "") -> argparse.Namespace:
     if args.compile == "reduce-overhead" and args.accumulate > 1:
         parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
     return args
+
+
+def fit_to_data_and_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
+    """Fill in --bf16 and --workers, and reduce the batch of --overfit. Raises SettingsError: --batch-size does not fit."""
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.workers is None:
+        args.workers = min(4, max(1, (os.cpu_count() or 1) // world))
+    if args.overfit:
+        args.batch_size = min(args.batch_size, images)
+    if args.batch_size % (world * args.accumulate) or args.batch_size > images:
+        raise SettingsError(
+            f"--batch-size {args.batch_size} must divide by {world} ranks x {args.accumulate} passes (--accumulate) "
+            f"and not pass the {images} images"
+        )
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
