@@ -223,11 +223,11 @@ def evaluate_now(
     return metrics
 
 
-def log_line(done: int, window: list[dict], statistics: dict[str, Tensor], images: int, seconds: float) -> dict:
+def log_values(window: list[dict[str, float]], statistics: dict[str, Tensor]) -> dict[str, float]:
     """Losses are means over the window, the other numbers are the latest step's."""
     means = {name: sum(row[name] for row in window) / len(window) for name in ("cls", "box", "iou")}
     latest = window[-1] | {name: value.item() for name, value in statistics.items()}
-    return {"step": done, "images_per_s": images / seconds, "loss": sum(means.values())} | latest | means
+    return {"loss": sum(means.values())} | latest | means
 
 
 def main() -> None:
@@ -324,10 +324,10 @@ def main() -> None:
             window += read_losses(pending, list(values), dataset.split.annotations)
             pending.clear()
         if logging and is_main:
-            seconds = time.perf_counter() - clock
-            statistics = detector.statistics(predictions, passes[-1])
-            line = log_line(done, window, statistics, (done - logged) * args.batch_size, seconds)
-            line |= {"epoch": done / epoch_steps, "lr": optimizer.param_groups[0]["lr"], "data_wait": waited / seconds}
+            seconds, lr = time.perf_counter() - clock, optimizer.param_groups[0]["lr"]
+            line = {"step": done, "epoch": round(done / epoch_steps, 3), "lr": lr}
+            line |= {"images_per_s": (done - logged) * args.batch_size / seconds, "data_wait": waited / seconds}
+            line |= log_values(window, detector.statistics(predictions, passes[-1]))
             folder.write_step(line, bar, seconds_left=(steps - done) * seconds / (done - logged))
         if logging:
             window, logged, clock, waited = [], done, time.perf_counter(), 0.0

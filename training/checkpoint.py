@@ -33,7 +33,7 @@ class CheckpointError(UserError):
     """The run's folder cannot be read, written or used now; the message names it and the remedy."""
 
 
-def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | None:
+def previous_checkpoint(folder: Path, identity: dict) -> dict | None:
     """Takes the folder for this process; what the run is to continue from, None for a new run.
 
     `identity` has the settings that decide a run's result, as JSON has them. Raises CheckpointError: the folder
@@ -45,8 +45,6 @@ def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | Non
         if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
             raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
         return None
-    if resume == "never":
-        raise CheckpointError(f"{folder} holds a run already; name another folder with --out, or drop --resume never")
     before = json.loads(checkpoint["identity"])
     differences = [
         f"\n  {name}: {before.get(name, 'unknown')} there, {identity.get(name, 'unknown')} now"
@@ -144,7 +142,7 @@ def _newest_first(folder: Path) -> list[Path]:
 def resume(
     folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
 ) -> tuple[dict | None, bool]:
-    """Return the checkpoint that a run continues from, restored, None for a new run; and whether its metrics.json exists.
+    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
 
     Raises CheckpointError.
     """
