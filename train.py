@@ -42,15 +42,7 @@ from training.environment import environment
 from training.folder import RunFolder
 from training.memory import memory_warning
 from training.process import StopRequest, ignore_interrupts, setup_distributed
-from training.settings import (
-    FREE_FLAGS,
-    LR_BATCH,
-    RECIPES,
-    SettingsError,
-    detector_config,
-    fit_to_data_and_machine,
-    parse_args,
-)
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
 from training.trace import WARMUP_STEPS, start_trace
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
@@ -238,7 +230,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     dataset, val_dataset = load_data(args)
-    fit_to_data_and_machine(args, len(dataset), device, world)
+    fit_to_machine(args, len(dataset), device, world)
     epoch_steps = len(dataset) // args.batch_size
     steps, evaluation_steps = args.steps or args.epochs * epoch_steps, args.eval_every * epoch_steps
 

@@ -195,7 +195,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     return args
 
 
-def fit_to_data_and_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
+def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
     """Fill in --bf16 and --workers, and reduce the batch of --overfit. Raises SettingsError."""
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
