@@ -362,7 +362,7 @@ def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture
 
 def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
     hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with settings of its own.*gelu"):
+    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
         Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
 
 
