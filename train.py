@@ -257,11 +257,9 @@ def main() -> None:
     end = start + WARMUP_STEPS + args.profile if args.profile else steps
     if end > steps:
         raise SettingsError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
-    say(
-        f"{steps} steps of {args.batch_size} images on {world} x {device.type} in "
-        f"{'bfloat16' if args.bf16 else 'float32'}; learning rate {args.lr * args.batch_size / LR_BATCH:g} = "
-        f"{args.lr:g} x {args.batch_size} / {LR_BATCH}"
-    )
+    rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
+    place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
+    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
@@ -296,6 +294,8 @@ def main() -> None:
             group["lr"] = learning_rate(step, steps, args)
         torch.manual_seed(seed_of(args.seed, "step", step, rank))
         passes = [batch.to(device) for batch in passes]
+        for batch in passes if args.compile else ():
+            batch.mark_ragged()
         values, predictions = backward(model, detector, passes, args.bf16)
         if args.clip_norm:
             values["grad_norm"] = nn.utils.clip_grad_norm_(detector.parameters(), args.clip_norm)
