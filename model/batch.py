@@ -38,6 +38,12 @@ def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
     return next((s for s in sides if s >= side), -(-side // SIZE_DIVISOR) * SIZE_DIVISOR)
 
 
+def static_sides(shortest: int, longest: int) -> tuple[int, ...]:
+    """Sides that images are padded to for torch.compile, px: from the shortest to the longest, a third of it apart."""
+    intervals = max(1, round(3 * (longest - shortest) / shortest))
+    return tuple(sorted({padded_side(shortest + (longest - shortest) * i // intervals) for i in range(intervals + 1)}))
+
+
 def pad_images(images: Sequence[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
     """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
     if any(image.is_floating_point() for image in images):
