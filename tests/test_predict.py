@@ -177,7 +177,7 @@ def test_modes_of_pil_images(mode):
         pytest.param(np.zeros((4, 5, 3)), r"\(4, 5, 3\) float64", id="float-array"),
         pytest.param(torch.zeros(1, 3, 4, 5), r"list\(batch\)", id="batch"),
         pytest.param(torch.zeros(4, 5, 3), r"\(3, H, W\)", id="hwc-tensor"),
-        pytest.param(torch.zeros(3, 4, 5).long(), "uint8 or floating point.*int64", id="int64-tensor"),
+        pytest.param(torch.zeros(3, 4, 5).long(), "uint8, or floating point.*int64", id="int64-tensor"),
         pytest.param(torch.full((3, 4, 5), 255.0), r"in 0\.\.1 .*, not torch.float32 from 255 to 255", id="float-255"),
         pytest.param(torch.full((3, 4, 5), -1.0), "without the normalisation.* from -1 to -1", id="float-normalised"),
         pytest.param(torch.full((3, 4, 5), torch.nan), "from nan to nan", id="float-nan"),
