@@ -16,7 +16,7 @@ to be read and compared: image by image, dense (m, N), and the host may wait for
 import torch
 from torch import Tensor
 
-from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, Inputs, OTAConfig, PointGrid, assignment_statistics, ota_assign
 from kernels.assign import check_inputs
 from kernels.assign_torch import solve
 from kernels.statistics import is_ambiguous, units_received
@@ -55,7 +55,7 @@ def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTA
     supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
     if strategy != "ota":
         return assign_claims(CLAIMS[strategy], *inputs)
-    match, plan = solve(*check_inputs(*inputs), inputs[-1], config)
+    match, plan = solve(check_inputs(Inputs(*inputs)), config)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
     ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous
@@ -66,7 +66,7 @@ def statistics_of(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig)
     """Numbers for the log, float32 scalars; see `kernels.assignment_statistics`. Other strategies than "ota" have no
     `residual`, and `ambiguous` is the share of their claimed points that several objects claim."""
     if strategy == "ota":
-        return assignment_statistics(*inputs, config)
+        return assignment_statistics(Inputs(*inputs), config)
     match, ambiguous = assign_claims(CLAIMS[strategy], *inputs)
     positives = (match.gt_index >= 0).sum().float()
     num_gts = (inputs[3] >= 0).sum().clamp(min=1)

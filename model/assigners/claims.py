@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Assignment, PointGrid
+from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
 from kernels.assign_reference import iou_and_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
@@ -91,7 +91,7 @@ def assign_claims(
     grid: PointGrid,
 ) -> tuple[Assignment, Tensor]:
     """The inputs and the contract of `ota_assign`; also the points (B, N) that more than one object claims."""
-    *_, gt_labels, gt_offsets = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
+    *_, gt_labels, gt_offsets, _ = check_inputs(Inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid))
     num_images, num_points, num_classes = logits.shape
     device = boxes.device
     gt_index = torch.full((num_images, num_points), -1, device=device)
