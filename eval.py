@@ -219,7 +219,7 @@ def main() -> None:
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers)
     if rank == 0:
-        names = [Path(args.data).resolve().name] * bool(args.data) + [args.box] * bool(args.box)
+        names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]
         on_hub = is_on_hub(args.weights)
         folder = Path() if on_hub else weights.parent
         out = args.out or folder / ("-".join(["eval", *names]) if names or on_hub else "")
