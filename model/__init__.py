@@ -9,7 +9,6 @@ from .weights import (
     load,
     load_weights,
     local_file,
-    read_metadata,
     save_weights,
     write_file,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "load",
     "load_weights",
     "local_file",
-    "read_metadata",
     "save_weights",
     "write_file",
 ]
