@@ -23,7 +23,6 @@ from .fields import Rule, first_flaw, number, one_of_type, optional
 FORMAT = "ota-triton/1"
 HUB = "hf://"
 HUB_FILE = "ota.safetensors"
-FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' names; any of them is taken for any other
 
 
 class WeightsError(UserError):
@@ -89,10 +88,9 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
 
 
 def load(weights: str | Path) -> Detector:
-    """Return a trained detector in evaluation mode, on the CPU, with its class names, for `Detector.predict`.
+    """Return a trained detector in evaluation mode, on the CPU, for `Detector.predict`. Raises WeightsError.
 
     weights: a file that train.py wrote, or `hf://user/repo`, `hf://user/repo/file` on the Hugging Face hub.
-    Raises WeightsError.
     """
     return load_weights(local_file(weights))[0]
 
@@ -121,26 +119,28 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     """Return the detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError.
 
     Tensors are compared by name, shape and type before the network is built, so a file takes no more memory than the
-    weights in it.
+    weights in it. Any floating type is taken for any other.
     """
     if not Path(path).is_file():
         raise WeightsError(f"there is no weights file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("ota")
-            if header is None:
-                raise WeightsError(f"{path} holds tensors, but no detector of this project, as train.py writes it")
-            metadata, config = _parse(header)
-            with _Weightless():
-                needed = Detector(config).state_dict()
-            needed = {n: f"{list(t.shape)} {'float' if t.is_floating_point() else 'I64'}" for n, t in needed.items()}
-            stored = {n: (t.get_shape(), t.get_dtype()) for n in file.keys() for t in [file.get_slice(n)]}
-            stored = {n: f"{shape} {'float' if kind in FLOATS else kind}" for n, (shape, kind) in stored.items()}
-            tensors = {name: file.get_tensor(name) for name in needed} if stored == needed else {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is no safetensors file, or it is truncated: {error}") from error
+    if header is None:
+        raise WeightsError(f"{path} holds tensors, but no detector of this project, as train.py writes it")
+    try:
+        metadata, config = _parse(header)
+        with _Weightless():
+            expected = Detector(config).state_dict()
     except (ValueError, RecursionError, BackboneError) as error:  # ValueError: also a number of thousands of digits
         raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
+    stored, needed = (
+        {name: f"{list(t.shape)} {'float' if t.is_floating_point() else t.dtype}" for name, t in state.items()}
+        for state in (tensors, expected)
+    )
     if differences := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
         first = differences[0]
         raise WeightsError(
@@ -205,14 +205,14 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     """
     other, metadata = load_weights(path)
     for name in ("backbone", "channels", "head_convs"):
-        if getattr(other.config, name) != getattr(detector.config, name):
-            values = f"{getattr(other.config, name)}, not {getattr(detector.config, name)}"
-            raise WeightsError(f"{path} (--init) is another network: {name} is {values}")
+        theirs, ours = (getattr(config, name) for config in (other.config, detector.config))
+        if theirs != ours:
+            raise WeightsError(f"{path} (--init) is another network: {name} is {theirs}, not {ours}")
     same_classes = metadata["class_names"] == class_names
     weights = {n: t for n, t in other.state_dict().items() if same_classes or not n.startswith("head.cls.")}
     detector.load_state_dict(weights, strict=False)  # frozen norms count no batches
-    for name in ("mean", "std"):
-        getattr(detector, name).copy_(getattr(other, name))
+    detector.mean.copy_(other.mean)
+    detector.std.copy_(other.std)
     if same_classes:
         return f"weights from {path}, which has the same {len(class_names)} classes"
     classes = f"its {len(metadata['class_names'])} classes are not these {len(class_names)}"
