@@ -34,11 +34,10 @@ from triton.backends.compiler import GPUTarget
 
 import kernels
 from kernels import OTAConfig, PointGrid
+from kernels.assign_triton import ota_assign_triton
 from kernels.box_loss_triton import box_gradient, box_sums
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from kernels.focal_triton import focal_gradient, focal_sum
-from kernels.pairs_triton import find_pairs
-from kernels.sinkhorn_triton import sinkhorn
 from tests.support.scenes import Scene, make_scene
 from training.environment import environment
 
@@ -106,8 +105,7 @@ class Binary(Order):
 
 
 def assign(scene: Scene, config: OTAConfig) -> None:
-    pairs = find_pairs(*scene, config, None)
-    sinkhorn(pairs, scene.boxes, scene.gt_boxes, scene.gt_offsets, config)
+    ota_assign_triton(scene, config)
 
 
 def losses(scene: Scene, gt_index: Tensor, ignored: Tensor | None) -> None:

@@ -58,7 +58,7 @@ def measure_rates(device: torch.device) -> Rates:
 
 
 def floor_of(scene: Scene, config: OTAConfig, rates: Rates) -> Floor:
-    _, plan = solve(*scene, config)
+    _, plan = solve(scene, config)
     pairs, points = plan.gt.numel(), plan.points.numel()
     num_images, num_points = scene.boxes.shape[:2]
     moved = pairs * scene.logits.itemsize + points * 4 * scene.boxes.itemsize
