@@ -267,7 +267,7 @@ def test_init_takes_everything_where_the_classes_are_the_same(tmp_path, frozen):
     detector = tiny_detector("resnet10t", frozen_norm=frozen)
     detector.head.cls.weight.data.fill_(7.0)
     said = init_weights(detector, tmp_path / "a.safetensors", ["a", "b", "c"])
-    assert "3 classes are these" in said and detector.mean.flatten().tolist() == pytest.approx([0.3] * 3)
+    assert "same 3 classes" in said and detector.mean.flatten().tolist() == pytest.approx([0.3] * 3)
     theirs = source.state_dict()
     assert all(torch.equal(v, theirs[n]) for n, v in detector.state_dict().items() if n in theirs)
 
@@ -286,7 +286,7 @@ def test_init_starts_the_class_layer_afresh_for_other_classes(tmp_path):
 
 def test_init_from_another_network_is_refused(tmp_path):
     save_weights(tmp_path / "a.safetensors", tiny_detector(), {"class_names": ["a", "b", "c"]})
-    with pytest.raises(WeightsError, match="another network: channels 32 there, 64 here"):
+    with pytest.raises(WeightsError, match="another network: channels is 32, not 64"):
         init_weights(tiny_detector(channels=64), tmp_path / "a.safetensors", ["a", "b", "c"])
 
 
