@@ -20,16 +20,18 @@ import importlib.util
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from errors import UserError
 from kernels.grid import MAX_SIDE_PX
 from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
-from model.exported import ExportedDetector, suppressed
+from model.postprocess import suppressed
 from training.process import print_any_text
 from training.settings import SettingsError
 
@@ -52,6 +54,19 @@ suppress_op.register_fake(lambda boxes, scores, *_: torch.empty_like(scores))
 
 class ExportError(UserError):
     """torch cannot export this network."""
+
+
+class ExportedDetector(nn.Module):
+    """Inputs and outputs as above; `suppress` carries out NMS, see model.postprocess.suppressed. None leaves it out."""
+
+    def __init__(self, detector: Detector, suppress: Callable[..., Tensor] | None = None):
+        super().__init__()
+        self.detector, self.suppress = detector.to(memory_format=torch.contiguous_format), suppress
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        sizes = torch.stack([sizes[:, 0].clamp(0, height), sizes[:, 1].clamp(0, width)], 1)
+        return self.detector.detect_padded(images, sizes, self.suppress)
 
 
 def export_program(detector: Detector, suppress=None) -> ExportedProgram:

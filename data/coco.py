@@ -5,6 +5,7 @@ Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and
 x1 y1 x2 y2 in px; the file's ids and names stay at hand for the output.
 """
 
+import hashlib
 import multiprocessing
 import sys
 from collections.abc import Callable, Collection
@@ -109,6 +110,17 @@ class CocoDataset(torch.utils.data.Dataset):
         kept_ids = {records[row]["id"] for row in finite[rows].tolist()}
         self._dropped_ids = {record["id"] for record in targets} - kept_ids
         self.num_boxes, self.dropped_boxes = int((self._labels != IGNORE).sum()), len(self._dropped_ids)
+
+    @property
+    def classes(self) -> dict[str, list]:
+        return {"class_names": self.class_names, "category_ids": self.category_ids}
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.split.files():
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """(len, 2) height and width of every image in px after it was resized for training or evaluation."""

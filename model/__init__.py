@@ -1,7 +1,8 @@
 """The detector: images -> raw predictions -> losses or detections."""
 
 from .backbone import BackboneError
-from .detector import Detections, Detector, DetectorConfig
+from .detector import Detector, DetectorConfig
+from .postprocess import Detections
 from .weights import (
     WeightsError,
     init_weights,

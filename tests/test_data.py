@@ -25,7 +25,6 @@ from torchvision.ops import box_iou
 
 import data.coco
 import data.splits
-import images
 from benchmarks.decode import mean_difference, pipelines, write_jpegs
 from data import (
     CocoDataset,
@@ -42,7 +41,6 @@ from data import (
 from data.files import path_inside
 from data.shapes import CROWD_OBJECTS, SPARSE_OBJECTS
 from eval import coco_metrics
-from images import load_image
 
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 LAYOUTS = {
@@ -246,29 +244,10 @@ def test_colour_modes(tmp_path, mode, colour, suffix, wanted):
     assert (image[:, 15, 20].int() - torch.tensor(wanted)).abs().max() <= 2
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}], ids=["420", "444", "progressive"])
-def test_jpeg_has_the_pixels_that_pillow_gives(tmp_path, mode, options):
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8))
-    path = tmp_path / "a.jpg"
-    coarse.resize((131, 97), Image.Resampling.BICUBIC).convert(mode).save(path, quality=85, **options)
-    wanted = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    difference = np.abs(load_image(path).permute(1, 2, 0).numpy() - wanted)
-    assert difference.max() <= 1 and difference.mean() < 0.01
-
-
 @pytest.mark.parametrize("shorter", [60, 150], ids=["smaller", "larger"])
 def test_resized_pixels_are_those_of_the_plain_pipeline(tmp_path, shorter):
     paths = write_jpegs(tmp_path / "set", 160, 120, 2)
     assert mean_difference(paths, pipelines((shorter, 2 * shorter))) < 0.01
-
-
-def test_jpeg_needs_no_torchvision(tmp_path, monkeypatch):
-    Image.effect_noise((131, 97), 80).convert("RGB").save(tmp_path / "a.jpg")
-    image = load_image(tmp_path / "a.jpg")
-    monkeypatch.setattr(images, "decode_jpeg", None)
-    assert image.stride() == (1, 3 * 131, 3) and torch.equal(load_image(tmp_path / "a.jpg"), image)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

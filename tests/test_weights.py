@@ -1,10 +1,12 @@
 """Weights files from others: whatever a file holds, it loads and predicts, or one WeightsError names what is wrong."""
 
 import copy
+import gzip
 import json
 import random
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -291,6 +293,40 @@ def test_files_of_before_load(valid, write):
     assert found["class_names"] == detector.class_names == ["0", "1"]
 
 
+# The first 8 of the 20 detections of commit c1da3ae, and their labels.
+DETECTIONS_OF_C1DA3AE = [
+    [10.877, 12.795, 57.357, 52.111, 0.90364, 0],
+    [70.628, 31.838, 107.865, 90.296, 0.89026, 1],
+    [110.82, 6.343, 140.392, 39.503, 0.82744, 2],
+    [91.618, 16.045, 133.026, 60.816, 0.47242, 2],
+    [70.628, 31.838, 107.865, 90.296, 0.35638, 2],
+    [108.266, 7.023, 140.589, 39.363, 0.32792, 1],
+    [91.618, 16.045, 133.026, 60.816, 0.32353, 1],
+    [104.692, 8.809, 148.913, 52.902, 0.31708, 2],
+]
+
+
+def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
+    """A pruned test_efficientnet with frozen norms, trained on rectangles by SimOTA and saved by that commit."""
+    path = tmp_path / "ota.safetensors"
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "c1da3ae.safetensors.gz").read_bytes()))
+    detector, metadata = load_weights(path)
+    ota = OTAConfig(center_prior="radius", radius=2.0, top_q=10, per_q=3)
+    assert detector.config == DetectorConfig(
+        3, "test_efficientnet", (64, 96), 8, 1, True, 0.1, nms_iou=0.5, max_detections=20, assigner="simota", ota=ota
+    )
+    assert metadata["data"] == "rectangles" and metadata["box"] is None and metadata["training"]["step"] == 1000
+    assert detector.class_names == ["red", "green", "blue"] and detector.category_ids == [1, 5, 9]
+    image = torch.full((3, 100, 150), 110, dtype=torch.uint8)
+    for channel, (x1, y1, x2, y2) in enumerate([(10, 12, 58, 52), (70, 30, 110, 90), (112, 8, 140, 40)]):
+        image[:, y1:y2, x1:x2] = 20
+        image[channel, y1:y2, x1:x2] = 230
+    result, expected = detector.predict(image), torch.tensor(DETECTIONS_OF_C1DA3AE)
+    torch.testing.assert_close(result.boxes[:8], expected[:, :4], rtol=0, atol=0.02)
+    torch.testing.assert_close(result.scores[:8], expected[:, 4], rtol=0, atol=1e-4)
+    assert result.labels[:8].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
+
+
 def test_weights_in_half_precision_load(valid, write):
     halves = {n: t.half() if t.is_floating_point() else t for n, t in valid[1].items()}
     weight = load(write(tensors=halves)).head.cls.weight
@@ -326,7 +362,7 @@ def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture
 
 def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
     hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with settings of its own.*gelu"):
+    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
         Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
 
 
