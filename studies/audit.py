@@ -129,7 +129,7 @@ def count_labels(total: Labels, labels: Tensor, exact: Tensor, plan: Plan, cost_
 
 def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
     """Add one image, B = 1. One whose ground truths supply more than their points take is named and left out."""
-    plan = solve(*scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
+    plan = solve(scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
     try:
         pairs = exact_pairs(plan)
     except NoPlanError:
@@ -144,7 +144,7 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
     for row in audit.rows:
         for decoding, rescale in DECODINGS.items():
             setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
-            match, plan = solve(*scene, setting)
+            match, plan = solve(scene, setting)
             labels = match.gt_index.flatten()[plan.points]
             count_labels(row.decoded[decoding], labels, exact, plan, float(cost_bg.sum()))
         received = units_received(plan)[0]

@@ -168,7 +168,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     grid, count = scene.grid, len(scene.gt_boxes)
-    plan = solve(*scene, config)[1]
+    plan = solve(scene, config)[1]
     match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()

@@ -49,8 +49,8 @@ def test_labels_are_those_of_ota_assign_and_ambiguity_that_of_the_log():
     match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
     expected = ota_assign(*scene, config, backend="torch")
     assert all(torch.equal(one, other) for one, other in zip(match, expected, strict=True))
-    points = sum(len(draw_assignment.solve(*image, config)[1].points) for image in scene.images())
-    share = assignment_statistics(*scene, config)["ambiguous"]
+    points = sum(len(draw_assignment.solve(image, config)[1].points) for image in scene.images())
+    share = assignment_statistics(scene, config)["ambiguous"]
     assert ambiguous.shape == match.gt_index.shape and not ambiguous[1].any()
     assert int(ambiguous.sum()) == round(float(share) * points) > 0
 
@@ -69,7 +69,7 @@ def test_more_boxes_than_colours_have_a_colour_each():
 def test_objects_of_the_toy_scene_contend():
     """Some point is sent units by two objects, and is ambiguous."""
     scene, config = toy_scene(), OTAConfig()
-    plan = draw_assignment.solve(*scene, config)[1]
+    plan = draw_assignment.solve(scene, config)[1]
     sent = torch.zeros(3, scene.grid.num_points, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     contended = (sent > 0.05).sum(0) > 1

@@ -16,7 +16,7 @@ written to be read and compared: image by image, dense (m, N), and the host may 
 import torch
 from torch import Tensor
 
-from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, Inputs, OTAConfig, PointGrid, assignment_statistics, ota_assign
 from kernels.assign import check_inputs
 from kernels.assign_torch import solve
 from kernels.statistics import is_ambiguous, units_received
@@ -52,7 +52,7 @@ def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTA
     largest supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
     if strategy != "ota":
         return assign_claims(CLAIMS[strategy], *inputs)
-    match, plan = solve(*check_inputs(*inputs), inputs[-1], config)
+    match, plan = solve(check_inputs(Inputs(*inputs)), config)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
     ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous
@@ -65,7 +65,7 @@ def statistics_of(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig)
     Strategies other than OTA have no `residual`; their `ambiguous` is the share of claimed points that several claim.
     """
     if strategy == "ota":
-        return assignment_statistics(*inputs, config)
+        return assignment_statistics(Inputs(*inputs), config)
     match, ambiguous = assign_claims(CLAIMS[strategy], *inputs)
     positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs[3] >= 0).sum().clamp(min=1)
     return {

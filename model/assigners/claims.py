@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Assignment, PointGrid
+from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
 from kernels.assign_reference import iou_and_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
@@ -82,8 +82,7 @@ def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) 
 
 def assign_claims(strategy: Callable[[ImageInputs], Claims], *inputs: Tensor | PointGrid) -> tuple[Assignment, Tensor]:
     """Return the assignment, under the contract of `ota_assign`, and the points (B, N) that several objects claim."""
-    logits, boxes, gt_boxes, gt_labels, gt_offsets = check_inputs(*inputs)
-    grid = inputs[-1]
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = check_inputs(Inputs(*inputs))
     gt_index = boxes.new_full(boxes.shape[:2], -1, dtype=torch.int64)
     iou, ambiguous = torch.zeros_like(gt_index, dtype=torch.float32), torch.zeros_like(gt_index, dtype=torch.bool)
     k = boxes.new_zeros(len(gt_boxes), dtype=torch.int32)
