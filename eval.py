@@ -21,73 +21,55 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (
-    BOXES,
-    CocoDataset,
-    collate,
-    eval_transform,
-    find_splits,
-    printable,
-    resized_size,
-)
+from data import BOXES, CocoDataset, collate, eval_transform, find_splits, printable
 from errors import UserError
-from model import Detector, WeightsError, is_on_hub, load_weights, local_file
-from model.batch import padded_side
+from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
+from model.batch import Batch, pack, padded_side
 from training.process import ignore_interrupts, setup_distributed, wait_for_main
 from training.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def batches_of_one_size(images: list[dict], image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
-    """Indices of images that pad to the same size, so that no detection depends on the images beside it.
-
-    images: records with `height` and `width` in px.
-    """
+def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch_size: int) -> list[list[int]]:
+    """Indices of images that pad to the same size, so that no detection depends on the other images of a batch."""
     groups = defaultdict(list)
-    for i, image in enumerate(images):
-        height, width = resized_size(image["height"], image["width"], image_size)
+    for i, (height, width) in enumerate(dataset.resized_sizes(image_size).tolist()):
         groups[padded_side(height), padded_side(width)].append(i)
     return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
 
 
-def coco_results(image_id: int, boxes: Tensor, scores: Tensor, labels: Tensor, category_ids: list[int]) -> list[dict]:
-    """Detections of an image in COCO result format. boxes (n, 4) x1 y1 x2 y2 px, scores (n,), labels (n,)."""
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[int(label)],
-            "bbox": [round(x, 3) for x in box],
-            "score": score,
-        }
-        for box, score, label in zip(sides.tolist(), scores.tolist(), labels.tolist(), strict=True)
-    ]
+def pack_samples(samples: list) -> tuple[Batch, list[dict]]:
+    images, targets = collate(samples)
+    return pack(images, targets), targets
+
+
+def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
+    """Detections of an image in COCO result format."""
+    boxes, scores, labels, _ = detections
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
+    rows = zip([[round(x, 3) for x in box] for box in boxes], scores.tolist(), labels.tolist(), strict=True)
+    return [{"image_id": image_id, "category_id": category_ids[c], "bbox": box, "score": s} for box, s, c in rows]
 
 
 @torch.no_grad()
-def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int, workers: int) -> list[dict]:
-    """Detections of a data set in COCO result format, by image id; all of them on rank 0, none elsewhere."""
+def detect_dataset(
+    detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int, workers: int
+) -> list[dict]:
+    """Detections of a data set in COCO result format, by image id: on rank 0 those of all ranks, elsewhere none."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batches = batches_of_one_size(dataset.images, detector.config.image_size, batch_size)[rank::world]
-    loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=ignore_interrupts
-    )
-    results = []
-    for images, targets in tqdm(
-        loader, desc="evaluate", unit="batch", leave=False, disable=None if rank == 0 else True
-    ):
-        detections = detector([i.to(device) for i in images])
-        columns = [torch.column_stack([d["boxes"], d["scores"], d["labels"]]) for d in detections]
-        found = torch.cat(columns).cpu().split([len(rows) for rows in columns])
-        for image, target, rows in zip(images, targets, found, strict=True):
-            height, width = target["orig_size"]
-            boxes = rows[:, :4] * torch.tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
-            results += coco_results(target["image_id"], boxes, *rows[:, 4:].unbind(1), dataset.category_ids)
+    batches = batches_of_one_size(dataset, detector.config.image_size, batch_size)[rank::world]
+    settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack_samples, **settings)
+    results, hidden = [], None if rank == 0 else True
+    for batch, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
+        scales = (torch.tensor([t["orig_size"] for t in targets]) / batch.sizes).flip(1).repeat(1, 2)
+        for target, scale, found in zip(targets, scales, detector(batch.to(device)), strict=True):
+            found = found._replace(boxes=found.boxes.cpu() * scale)
+            results += coco_results(target["image_id"], found, dataset.category_ids)
     if world > 1:
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(results, gathered)
@@ -95,59 +77,23 @@ def detect(detector: Detector, dataset: CocoDataset, device: torch.device, batch
     return sorted(results, key=lambda r: r["image_id"])
 
 
-def faster_coco_eval() -> tuple[type, type]:
-    """The classes of a package that computes the numbers of pycocotools in less time."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise SettingsError("--fast-eval needs the package faster-coco-eval: pip install faster-coco-eval") from error
-    return COCO, COCOeval_faster
-
-
-def for_evaluators(annotations: dict, results: list[dict]) -> tuple[dict, list[dict]]:
-    """Both as evaluators need them: with ids from 1 on, for ids become floats there and 0 stands for no match, and with
-    areas that fit the boxes, for an object whose area is outside of [0, 1e10] does not count.
-
-    Images and categories keep the order of their ids, so detections of equal scores keep theirs.
-    """
-    new_image, new_category = (
-        {old: new for new, old in enumerate(sorted(record["id"] for record in annotations[key]), 1)}
-        for key in ("images", "categories")
-    )
-
-    def renumbered(record: dict, **more) -> dict:
-        ids = {"image_id": new_image[record["image_id"]], "category_id": new_category[record["category_id"]]}
-        return {"bbox": record["bbox"], **ids, **more}
-
-    truth = {
-        "info": {},
-        "images": [{"id": new} for new in new_image.values()],
-        "categories": [category | {"id": new_category[category["id"]]} for category in annotations["categories"]],
-        "annotations": [
-            renumbered(record, id=number, area=_area(record), iscrowd=record["iscrowd"])
-            for number, record in enumerate(annotations["annotations"], 1)
-        ],
-    }
-    return truth, [renumbered(result, score=result["score"]) for result in results]
-
-
-def _area(record: dict) -> float:
-    """The record's own, of a segment as a rule, or the box's where there is none or one that is not within the box."""
+def box_area(record: dict) -> float:
+    """The record's own area, as a rule a segment's; the box's where there is none or one larger than the box."""
     area, (_, _, width, height) = record.get("area"), record["bbox"]
-    fits = isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1)
-    return area if fits else width * height
+    return area if isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1) else width * height
 
 
-def coco_metrics(annotations: dict, results: list[dict], fast: bool = False) -> dict:
+def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
-    index, evaluator = faster_coco_eval() if fast else (COCO, COCOeval)
-    truth = index()
-    truth.dataset, results = for_evaluators(annotations, results)
+    # pycocotools takes the id 0 for no match, keeps ids as floats, and leaves out areas outside of [0, 1e10].
+    records = enumerate(annotations["annotations"], 1)
+    records = [record | {"id": number, "area": box_area(record)} for number, record in records]
+    truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into them
+    truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        # loadRes cannot take an empty list: an index without annotations is what it would give.
-        found = truth.loadRes(results) if results else index()
-        evaluation = evaluator(truth, found, "bbox")
+        # loadRes refuses an empty list; an empty index is what it would return.
+        evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -162,22 +108,17 @@ def coco_metrics(annotations: dict, results: list[dict], fast: bool = False) -> 
 
 
 def evaluate(
-    detector: Detector,
-    dataset: CocoDataset,
-    device: torch.device,
-    batch_size: int = 8,
-    workers: int = 2,
-    fast: bool = False,
+    detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int = 8, workers: int = 2
 ) -> tuple[dict, list[dict]]:
-    """Metrics and detections of a data set made with `eval_transform`; on all ranks at once, result on rank 0.
+    """Metrics and detections of a data set made with `eval_transform`; called by all ranks, result on rank 0.
 
-    Metrics are COCO's, and for a data set in CrowdHuman's form its own as well.
+    Metrics are COCO's, and those of the data set's own form, such as CrowdHuman's.
     """
     training = detector.training
-    results = detect(detector.eval(), dataset, device, batch_size, workers)
+    results = detect_dataset(detector.eval(), dataset, device, batch_size, workers)
     detector.train(training)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    metrics = coco_metrics(dataset.annotations, results, fast) if is_main else {}
+    metrics = coco_metrics(dataset.annotations, results) if is_main else {}
     if is_main and dataset.split.form.metrics:
         metrics |= dataset.split.form.metrics(dataset.annotations, results)
     wait_for_main()
@@ -193,21 +134,18 @@ def print_table(metrics: dict) -> None:
         print(f"{name:{width}} {row['boxes']:7d}  {scores}")
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[:6]))
     print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[6:]))
-    if "crowd_AP" in metrics:
-        print(
-            f"CrowdHuman's own: AP {metrics['crowd_AP']:.3f}  MR^-2 {metrics['crowd_MR']:.3f}  "
-            f"JI {metrics['crowd_JI']:.3f} of scores over {metrics['crowd_JI_score']:g}"
-        )
+    if extra := {name: metrics[name] for name in metrics if name.startswith("crowd_")}:
+        print("  ".join(f"{name} {value:.3f}" for name, value in extra.items()))
 
 
 def class_differences(metadata: dict, dataset: CocoDataset) -> str:
-    """The first categories (id and name) that are only on one side; empty where all agree."""
-    here = set(zip(metadata["category_ids"], metadata["class_names"], strict=True))
-    there = set(zip(dataset.category_ids, dataset.class_names, strict=True))
+    """The first categories (id and name) that only one of the two has, as text; empty where all agree."""
+    sources = (metadata["source"], metadata), (dataset.split.annotations, vars(dataset))
+    sides = [(source, set(zip(has["category_ids"], has["class_names"], strict=True))) for source, has in sources]
     return "; ".join(
-        f"only in {source}: " + ", ".join(f"{i} {printable(name)}" for i, name in sorted(only)[:5])
-        for source, only in ((metadata["source"], here - there), (dataset.split.annotations, there - here))
-        if only
+        f"only in {source}: " + ", ".join(f"{i} {printable(name)}" for i, name in sorted(classes - others)[:5])
+        for (source, classes), (_, others) in (sides, sides[::-1])
+        if classes - others
     )
 
 
@@ -219,18 +157,15 @@ def evaluation_dataset(
     follow_links: bool = False,
     known_ids: Collection[int] = (),
 ) -> CocoDataset:
-    """The validation part, or, said aloud, the training part of a data set that has no other, or only its first
-    `overfit` images with objects. known_ids: the category ids of the training."""
+    """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
+    objects. known_ids: the category ids of the training."""
     train, val = find_splits(data, box, follow_links)
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         if val is None and not overfit:
-            print(
-                f"note: {data} has no validation part, so the training part is evaluated; "
-                "the AP tells how well it was learned, not how well it generalises",
-                file=sys.stderr,
-            )
+            note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
+            print(f"note: {data} has no validation part, {note}", file=sys.stderr)
         print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
     return dataset
 
@@ -238,8 +173,9 @@ def evaluation_dataset(
 def load_with_data(
     weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
 ) -> tuple[Detector, CocoDataset, str]:
-    """The detector of a file that train.py wrote, a data set with its classes to evaluate it on, and what that is
-    called; unless given, `data` and `box` are those of the training. Raises WeightsError, DatasetError, SettingsError.
+    """The detector in a file that train.py wrote, a data set with its classes, and the data set's name.
+
+    `data` and `box` default to those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
     data = data or metadata.get("data")
@@ -275,20 +211,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
-    parser.add_argument("--fast-eval", action="store_true", help="with the package faster-coco-eval, not pycocotools")
     args = parser.parse_args()
 
-    if args.fast_eval:
-        faster_coco_eval()  # missing: say so before the detections are made
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
-    metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers, args.fast_eval)
+    metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers)
     if rank == 0:
-        of = [Path(args.data).resolve().name] if args.data else []
-        of += [args.box] if args.box else []
-        folder = Path() if is_on_hub(args.weights) else weights.parent
-        out = args.out or folder / ("-".join(["eval", *of]) if of or is_on_hub(args.weights) else "")
+        names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]
+        on_hub = is_on_hub(args.weights)
+        folder = Path() if on_hub else weights.parent
+        out = args.out or folder / ("-".join(["eval", *names]) if names or on_hub else "")
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}

@@ -17,9 +17,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,33 +30,46 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, train_transform
-from data.draw import draw_detections, save_contact_sheet
 from data.order import SeededDataset, batches_from, seed_of
 from errors import UserError
-from eval import class_differences, describe, evaluate, evaluation_dataset, faster_coco_eval, print_table
-from kernels.assign import HAS_TRITON
-from model import (
-    Detector,
-    init_weights,
-    write_file,
-)
-from model.batch import Batch, pack, padded_side
+from eval import class_differences, describe, evaluate, evaluation_dataset, print_table
+from model import Detector, init_weights
+from model.batch import Batch, pack, static_sides
+from model.head import Predictions
 from model.losses import mean_positives
-from training.checkpoint import previous_checkpoint, writing
+from training.checkpoint import resume
 from training.environment import environment
 from training.folder import RunFolder
-from training.memory import available_bytes, step_bytes
-from training.process import StopRequest, ignore_interrupts, setup_distributed, wait_for_main
-from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, parse_args
-from training.trace import WARMUP_STEPS, StepTrace
+from training.memory import memory_warning
+from training.process import StopRequest, ignore_interrupts, setup_distributed
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
+from training.trace import WARMUP_STEPS, start_trace
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
 
-def static_sides(shortest: int, longest: int) -> tuple[int, ...]:
-    """Sides that images are padded to for torch.compile, px: from the shortest to the longest, a third of it apart."""
-    intervals = max(1, round(3 * (longest - shortest) / shortest))
-    return tuple(sorted({padded_side(shortest + (longest - shortest) * i // intervals) for i in range(intervals + 1)}))
+def load_data(args: argparse.Namespace) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the evaluation data set. Raises DatasetError."""
+    split, _ = find_splits(args.data, args.box, args.follow_links)
+    if split is None:
+        raise DatasetError(f"--data {args.data} has a validation part, but no training part")
+    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
+    dataset = CocoDataset(split, transform, args.bad_images, args.overfit)
+    print(f"training on {split.annotations}: {describe(dataset)}")
+    if not dataset.num_boxes:
+        raise DatasetError(f"{split.annotations} has no boxes to learn from: {describe(dataset)}")
+    small = dataset.share_under(SMALL_PX, args.image_size)
+    if small > SMALL_SHARE:
+        print(
+            f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
+            f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
+        )
+    known_ids = dataset.category_ids
+    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box, args.follow_links, known_ids)
+    differences = class_differences(dataset.classes | {"source": split.annotations}, val_dataset)
+    if differences:
+        raise DatasetError(f"the two parts of {args.data} differ in their categories: {differences}")
+    return dataset, val_dataset
 
 
 def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[list[Batch], list[int]]:
@@ -67,39 +80,52 @@ def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[lis
     return [pack(images[part], targets[part], sides) for part in parts], [t["image_id"] for t in targets]
 
 
-@contextlib.contextmanager
-def eagerly(compiled: bool):
-    """Without compiling anything, or searching algorithms, for images whose sizes are seen once."""
-    if not compiled:
-        yield
-        return
-    torch.backends.cudnn.benchmark = False
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torch.device, say: Callable) -> Detector:
+    detector = Detector(detector_config(args, len(dataset.class_names)), args.pretrained and not args.init).to(device)
+    if args.init:
+        say(init_weights(detector, args.init, dataset.class_names))
+    images = args.batch_size // (int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
+    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
+    if warning := memory_warning(detector, images, sizes, args.optimizer, args.bf16):
+        say(warning, flush=True)
+    origin = f"from {args.init}" if args.init else "pretrained" if args.pretrained else "from scratch"
+    say(f"{args.backbone} ({origin}), {sum(p.numel() for p in detector.parameters()) / 1e6:.1f} M parameters")
+    return detector
+
+
+def compile_detector(detector: Detector, args: argparse.Namespace, say: Callable) -> tuple[int, ...]:
+    """Compile the detector in place; returns the few sides that images are padded to, px."""
+    sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
+    torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
     torch.backends.cudnn.benchmark = True
+    parts = detector.compile_training(args.compile)
+    say(f"torch.compile takes {parts}, anew for each padded image size; sides are {', '.join(map(str, sides))} px")
+    return sides
 
 
 def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD's small weight decay goes to every parameter, AdamW's, far stronger, to kernels only."""
-    fused = next(detector.parameters()).device.type == "cuda"  # one launch
+    """SGD decays every parameter, a little; AdamW decays kernels only, a lot."""
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": detector.mean.is_cuda}  # fused: one launch
     if args.optimizer == "sgd":
-        return torch.optim.SGD(
-            detector.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused
-        )
+        return torch.optim.SGD(detector.parameters(), momentum=0.9, **options)
     kernels = [p for p in detector.parameters() if p.ndim > 1]
     others = [p for p in detector.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": kernels}, {"params": others, "weight_decay": 0.0}],
-                             lr=args.lr, weight_decay=args.weight_decay, fused=fused)  # fmt: skip
+    return torch.optim.AdamW([{"params": kernels}, {"params": others, "weight_decay": 0.0}], **options)
 
 
-def compile_detector(detector: Detector, mode: str) -> str:
-    """torch.compile for all up to the losses where the assignment is an operator, else the network; says which."""
-    if HAS_TRITON and detector.mean.device.type == "cuda" and detector.config.strategy == "ota":
-        detector.losses = torch.compile(detector.losses, dynamic=False, mode=mode)
-        return "backbone, neck and head, assignment and losses"
-    for part in (detector.backbone, detector.head):
-        part.compile(dynamic=False, mode=mode)
-    return "backbone, neck and head"
+def create_loader(
+    dataset: CocoDataset, args: argparse.Namespace, start: int, steps: int, sides: tuple[int, ...], device: torch.device
+) -> DataLoader:
+    """This rank's share of every step from `start` on, packed in the workers."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return DataLoader(
+        SeededDataset(dataset, args.seed),
+        batch_sampler=batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world),
+        collate_fn=partial(pack_passes, passes=args.accumulate, sides=sides),
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+    )
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -112,331 +138,193 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
 
 
 def backward(
-    model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool, measure: bool = False
-) -> dict[str, Tensor]:
-    """Gradients of a step, in as many passes as there are batches; returns the loss terms, on the device.
+    model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool
+) -> tuple[dict[str, Tensor], Predictions]:
+    """Gradients of a step, in as many passes as there are batches; returns the loss terms, on the device, and the
+    predictions of the last pass.
 
     A loss is a sum over the positives of its batch. With several passes the sums' gradients are added up and divided
-    by the positives of all, so that they are those of one pass over all images, but for batch norm.
-    `measure` has the assignment of the last pass measured.
+    by the positives of all, so that they are those of one pass over all images, except for batch norm.
     """
-    device_type, total, terms = detector.mean.device.type, 0.0, {}
+    total, terms = 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        detector.measure_assignment = measure and last
         with contextlib.nullcontext() if last or model is detector else model.no_sync():
-            with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
-                losses = model(batch)
+            with torch.autocast(detector.mean.device.type, torch.bfloat16, enabled=bf16):
+                losses, assignment, predictions = model(batch)
             if len(batches) == 1:
                 sum(losses.values()).backward()
-                return {name: value.detach() for name, value in losses.items()}
-            positives = mean_positives(detector.last_assignment)
+                return {name: value.detach() for name, value in losses.items()}, predictions
+            positives = mean_positives(assignment)
             sums = {name: value * positives.clamp(min=1) for name, value in losses.items()}
             sum(sums.values()).backward()
         total = total + positives
         terms = {name: value.detach() + terms.get(name, 0.0) for name, value in sums.items()}
     total = total.clamp(min=1)
     torch._foreach_div_([p.grad for p in detector.parameters() if p.grad is not None], total)
-    return {name: value / total for name, value in terms.items()}
+    return {name: value / total for name, value in terms.items()}, predictions
 
 
-def warn_of_memory(detector: Detector, dataset: CocoDataset, args: argparse.Namespace, world: int) -> None:
-    """Before the system ends the process without a word: an estimate of a step's memory, where there is less."""
-    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
-    images = args.batch_size // (world * args.accumulate)
-    needed = step_bytes(detector, images * int(sizes.prod(1).max()), args.optimizer, args.bf16)
-    available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if needed > available:
-        height, width = sizes[sizes.prod(1).argmax()]
-        print(
-            f"warning: a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of "
-            f"memory, more than the {available / 2**30:.0f} there are; a smaller --image-size or --batch-size, or "
-            "--accumulate, needs less",
-            flush=True,
-        )
+def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], source: Path) -> list[dict[str, float]]:
+    """The numbers of the `pending` steps (step, image ids, values on the device); waits for the device.
+
+    Raises FloatingPointError that names step, images and remedy where a number is not finite.
+    """
+    rows = torch.stack([values for *_, values in pending]).tolist()
+    for (step, image_ids, _), row in zip(pending, rows, strict=True):
+        if not all(map(math.isfinite, row)):
+            text = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
+            kind = "gradient" if all(map(math.isfinite, row[:3])) else "loss"
+            raise FloatingPointError(
+                f"step {step + 1}: the {kind} is not finite ({text}); image ids {', '.join(map(str, image_ids))} of "
+                f"{source}. A lower --lr or a longer --warmup is the usual remedy."
+            )
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-class StepRecord(NamedTuple):
-    """A step that the device may still be busy with; its numbers are read when the next one is under way."""
-
-    step: int
-    image_ids: list[int]
-    names: list[str]
-    values: Tensor  # on the host, valid once `copied` has happened
-    copied: torch.cuda.Event | None
-    line: dict | None  # for the log, without the values
-
-    @classmethod
-    def of(cls, step: int, image_ids: list[int], values: dict[str, Tensor], line: dict | None) -> "StepRecord":
-        stacked, copied = torch.stack([value.detach() for value in values.values()]), None
-        if stacked.is_cuda:
-            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            stacked, copied = host.copy_(stacked, non_blocking=True), torch.cuda.Event()
-            copied.record()
-        return cls(step, image_ids, list(values), stacked, copied, line)
-
-    def read(self) -> dict[str, float]:
-        if self.copied:
-            self.copied.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
+def describe_run(args: argparse.Namespace, dataset: CocoDataset, device: torch.device) -> tuple[Path, dict, dict]:
+    """The run's folder, its settings, and those of them that decide its result."""
+    out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
+    identity |= {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in FREE_FLAGS}
+    return out, {"command": " ".join(sys.argv), "args": flags, **environment(device)}, identity
 
 
-@torch.no_grad()
-def draw_samples(detector: Detector, dataset: CocoDataset, device: torch.device, path: Path, count: int = 8) -> None:
-    """Images spread over the data set with their true boxes, and detections of at least 0.5."""
-    pictures = []
-    for i in range(0, len(dataset), -(-len(dataset) // count)):
-        image, target = dataset[i]
-        found = detector([image.to(device)])[0]
-        kept = found["scores"] >= 0.5
-        found = {name: value[kept] for name, value in found.items()}
-        pictures.append(draw_detections(image, target["boxes"], found, dataset.class_names))
-    save_contact_sheet(pictures, path)
+@contextlib.contextmanager
+def eagerly(compiled: bool):
+    """Compile nothing and search no algorithms: evaluation images have sizes that are seen once."""
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with stance, torch.backends.cudnn.flags(enabled=True, benchmark=False):
+        yield
+
+
+def evaluate_now(
+    detector: Detector, dataset: CocoDataset, step: int, args: argparse.Namespace, folder: RunFolder | None
+) -> dict:
+    """Metrics, on the main rank, which writes them and the weights."""
+    if folder:
+        folder.save_weights(detector, step, None)  # an evaluation can take long
+    if dist.is_initialized():  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
+        for buffer in detector.buffers():
+            dist.broadcast(buffer, 0)
+    with eagerly(args.compile):
+        metrics, _ = evaluate(detector, dataset, detector.mean.device, workers=args.workers)
+    if folder:
+        folder.write_evaluation(detector, step, metrics, dataset.split.name)
+    return metrics
+
+
+def log_values(window: list[dict[str, float]], statistics: dict[str, Tensor]) -> dict[str, float]:
+    """Losses are means over the window, the other numbers are the latest step's."""
+    means = {name: sum(row[name] for row in window) / len(window) for name in ("cls", "box", "iou")}
+    latest = window[-1] | {name: value.item() for name, value in statistics.items()}
+    return {"loss": sum(means.values())} | latest | means
 
 
 def main() -> None:
-    started = time.time()
-    args = parse_args(__doc__)
+    started, args = time.time(), parse_args(__doc__)
     device, rank, world = setup_distributed(args.device)
     is_main = rank == 0
-    say = print if is_main else (lambda *_: None)
+    say = print if is_main else (lambda *_, **__: None)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    if args.bf16 is None:
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise SettingsError("--max-restarts needs --out: ranks that start again find their checkpoint by it")
-    if args.fast_eval:
-        faster_coco_eval()  # missing: say so before the training
-
-    # data
-    if args.data == "shapes" and world > 1:  # the main rank writes a generated set, the others wait
-        if is_main:
-            find_splits(args.data)
-        wait_for_main()
-    train_split, _ = find_splits(args.data, args.box, args.follow_links)
-    if train_split is None:
-        raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
-    dataset = CocoDataset(train_split, transform, args.bad_images, args.overfit)
-    say(f"training on {train_split.annotations}: {describe(dataset)}")
-    if not dataset.num_boxes:
-        raise DatasetError(f"{train_split.annotations} has no boxes to learn from: {describe(dataset)}")
-    if args.overfit and args.batch_size > len(dataset):
-        say(f"--overfit: a batch is all {len(dataset)} images, not {args.batch_size}")
-        args.batch_size = len(dataset)
-    small = dataset.share_under(SMALL_PX, args.image_size)
-    if small > SMALL_SHARE:
-        say(
-            f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
-            f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
-        )
-    val_dataset = evaluation_dataset(
-        args.data, args.image_size, args.overfit, args.box, args.follow_links, dataset.category_ids
-    )
-    classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
-    differences = class_differences(classes | {"source": train_split.annotations}, val_dataset)
-    if differences:
-        raise DatasetError(f"the two parts of {args.data} differ in their categories: {differences}")
-    config = detector_config(args, len(dataset.class_names))
-    if args.batch_size % (world * args.accumulate) or args.batch_size > len(dataset):
-        raise SettingsError(
-            f"--batch-size {args.batch_size} must divide by {world} ranks x {args.accumulate} passes (--accumulate) "
-            f"and not pass the {len(dataset)} images"
-        )
-    workers = args.workers if args.workers is not None else min(4, max(1, (os.cpu_count() or 1) // world))
+    dataset, val_dataset = load_data(args)
+    fit_to_machine(args, len(dataset), device, world)
     epoch_steps = len(dataset) // args.batch_size
-    steps = args.steps or args.epochs * epoch_steps
+    steps, evaluation_steps = args.steps or args.epochs * epoch_steps, args.eval_every * epoch_steps
 
-    # model
-    detector = Detector(config, args.pretrained and not args.init).to(device)
-    if args.init:
-        say(init_weights(detector, args.init, dataset.class_names))
-    detector.use_memory_format(torch.channels_last if args.channels_last else torch.contiguous_format)
-    if is_main:
-        warn_of_memory(detector, dataset, args, world)
+    detector = create_detector(args, dataset, device, say)
     ema = ModelEmaV3(detector, args.ema, use_warmup=True) if args.ema else None
     evaluated = ema.module if ema else detector
-    model, sides = detector, ()
-    if args.compile:
-        sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
-        torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
-        torch.backends.cudnn.benchmark = True
-        parts = compile_detector(detector, args.compile)
-        say(f"torch.compile takes {parts}, anew for each padded image size; sides are {', '.join(map(str, sides))} px")
+    sides = compile_detector(detector, args, say) if args.compile else ()
+    model = detector
     if world > 1:
         model = DistributedDataParallel(detector, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = create_optimizer(detector, args)
-    start_from = f"from {args.init}" if args.init else "pretrained" if args.pretrained else "from scratch"
-    say(
-        f"{args.backbone} ({start_from}), {sum(p.numel() for p in detector.parameters()) / 1e6:.1f} M parameters; "
-        f"{steps} steps of {args.batch_size} images on {world} x {device.type} in "
-        f"{'bfloat16' if args.bf16 else 'float32'}; learning rate {args.lr * args.batch_size / LR_BATCH:g} = "
-        f"{args.lr:g} x {args.batch_size} / {LR_BATCH}"
-    )
 
-    # the run's folder, where only the main rank reads and writes
-    out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    settings = {
-        "command": " ".join(sys.argv),
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        **environment(device),
-    }
-    checkpoint, finished, identity = None, False, {}
-    if is_main:
-        identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
-        identity |= {f"--{k.replace('_', '-')}": v for k, v in settings["args"].items() if k not in FREE_FLAGS}
-        checkpoint = previous_checkpoint(out, identity, args.resume)
-        finished = checkpoint is not None and checkpoint["step"] == steps and (out / "metrics.json").exists()
-    if world > 1:
-        received = [checkpoint, finished]
-        dist.broadcast_object_list(received)
-        checkpoint, finished = received
-    if finished:
-        say(f"the run in {out} is complete, all {steps} steps of it; name another folder with --out for a new one")
-        return
-    start, log, window, continued = 0, [], [], checkpoint is not None
-    if continued:
+    out, settings, identity = describe_run(args, dataset, device)
+    checkpoint, complete = resume(out, identity, detector, ema, optimizer)
+    start, log, window = 0, [], []  # window: the losses since the last line of the log
+    if checkpoint:
         start, window = checkpoint["step"], checkpoint["window"]
+        if complete and start == steps:
+            return say(f"the run in {out} is complete, all {steps} steps; name another folder with --out for a new one")
         log = [json.loads(line) for line in checkpoint["log"].splitlines()]
         settings = json.loads(checkpoint["settings"])
         settings.setdefault("continued", []).append({"step": start, "ranks": world, **environment(device)})
-        detector.load_state_dict(checkpoint["model"])
-        for group, own in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-            group["fused"] = own["fused"]  # the device's, which may be another now
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:  # its counter is the step
-            ema.module.load_state_dict(checkpoint["ema"])
         say(f"continuing the run in {out} after step {start} of {steps}")
-    if args.profile and steps - start < args.profile + WARMUP_STEPS:
-        raise SettingsError(
-            f"--profile {args.profile} takes {args.profile + WARMUP_STEPS} steps, {WARMUP_STEPS} of them to warm up; "
-            f"the run has {steps - start}"
-        )
-    del checkpoint
-    folder = None
-    if is_main:
-        data = args.data if args.data in RECIPES else str(Path(args.data).absolute())
-        folder = RunFolder(out, settings, identity, classes | {"data": data, "box": args.box}, steps, start, log)
+    end = start + WARMUP_STEPS + args.profile if args.profile else steps
+    if end > steps:
+        raise SettingsError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
+    rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
+    place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
+    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")
+    metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
+    folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
     def save_progress(step: int) -> None:
         state = {"window": window, "optimizer": optimizer.state_dict()}
         folder.save_checkpoint(step, state | ({"ema": ema.module.state_dict()} if ema else {}), detector)
 
-    if is_main and not continued:
+    if is_main and not checkpoint:
         save_progress(0)  # a run that ends before its first checkpoint can be told from another one
-    stop = StopRequest(is_main)
-
-    loader = DataLoader(
-        SeededDataset(dataset, args.seed), num_workers=workers, pin_memory=device.type == "cuda",
-        batch_sampler=batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world),
-        collate_fn=partial(pack_passes, passes=args.accumulate, sides=sides), worker_init_fn=ignore_interrupts,
-    )  # fmt: skip
-    batches = iter(loader)
+    del checkpoint
+    batches = iter(create_loader(dataset, args, start, steps, sides, device))
+    stop, pending, metrics = StopRequest(is_main), [], {}
     bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None if is_main else True)
-    trace = StepTrace(args.profile, out / "trace.json" if is_main else None, device) if args.profile else None
-    pending, compiled_sizes = None, set()
-
-    def account_for(record: StepRecord | None) -> None:
-        """Stop at a loss that is not finite; write the log line of a logging step."""
-        if record is None:
-            return
-        values = record.read()
-        terms = {name: values[name] for name in ("cls", "box", "iou")}
-        if not all(map(math.isfinite, values.values())):
-            text = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            what = "gradient" if all(map(math.isfinite, terms.values())) else "loss"
-            raise FloatingPointError(
-                f"step {record.step + 1}: the {what} is not finite ({text}); image ids "
-                f"{', '.join(map(str, record.image_ids))} of {train_split.annotations}. "
-                "A lower --lr or a longer --warmup is the usual remedy."
-            )
-        if not is_main:
-            return
-        window.append(terms)
-        if record.line is None:
-            return
-        means = {name: sum(w[name] for w in window) / len(window) for name in terms}
-        window.clear()
-        line = record.line | {"loss": sum(means.values())} | values | means
-        folder.write_line(line)
-        text = (
-            f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
-            f"pos/gt {line['positives_per_gt']:.1f}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
-        )
-        bar.set_postfix_str(text)
-        if bar.disable:  # no terminal: a line a log step
-            eta_s = int((steps - line["step"]) * args.batch_size / line["images_per_s"])
-            print(f"step {line['step']}/{steps}  {text}  eta {eta_s // 60}:{eta_s % 60:02d}", flush=True)
+    trace = start_trace(args.profile, out / "trace.json", device) if args.profile and is_main else None
+    logged, clock, waited = start, time.perf_counter(), 0.0
 
     model.train()
-    window_start, window_wait, window_steps = time.perf_counter(), 0.0, 0
-    evaluation_steps = args.eval_every * epoch_steps
-    for step in range(start, steps + 1):  # the last round only evaluates
-        if trace and trace.done():
-            return
-        if not trace and (step == steps or (step and step % evaluation_steps == 0)):
+    for step in range(start, end + 1):  # the last round only evaluates
+        if not args.profile and (step == steps or (step and step % evaluation_steps == 0)):
             paused = time.perf_counter()
             stop.set_at_once(True)
-            if is_main:
-                folder.save_weights(evaluated, step, None)  # an evaluation can take long
-            if world > 1:  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
-                for buffer in evaluated.buffers():
-                    dist.broadcast(buffer, 0)
-            with eagerly(args.compile):
-                metrics, _ = evaluate(evaluated, val_dataset, device, workers=workers, fast=args.fast_eval)
+            metrics = evaluate_now(evaluated, val_dataset, step, args, folder)
             stop.set_at_once(False)
-            if is_main:
-                folder.write_evaluation(evaluated, step, metrics, val_dataset.split.name)
-            window_start += time.perf_counter() - paused
-        if step == steps:
+            clock += time.perf_counter() - paused
+        if step == end:
             break
-
-        waited = time.perf_counter()
+        asked = time.perf_counter()
         passes, image_ids = next(batches)
-        window_wait += time.perf_counter() - waited
-        if new := {tuple(b.images.shape) for b in passes} - compiled_sizes if args.compile else ():
-            compiled_sizes |= new
-            for _, _, height, width in new:
-                tqdm.write(f"step {step}: compiling for images of {height} x {width} px") if is_main else None
-        lr = learning_rate(step, steps, args)
+        waited += time.perf_counter() - asked
+
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, steps, args)
         torch.manual_seed(seed_of(args.seed, "step", step, rank))
-        done = step + 1
-        logging = done % args.log_every == 0 or done == steps
         passes = [batch.to(device) for batch in passes]
-        if args.compile:
-            for batch in passes:
-                batch.mark_ragged()
-        values = backward(model, detector, passes, args.bf16, measure=logging and is_main)
+        for batch in passes if args.compile else ():
+            batch.mark_ragged()
+        values, predictions = backward(model, detector, passes, args.bf16)
         if args.clip_norm:
             values["grad_norm"] = nn.utils.clip_grad_norm_(detector.parameters(), args.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        done = step + 1
         if ema:
             ema.update(detector, done)
+        pending.append((step, image_ids, torch.stack(list(values.values()))))
         bar.update()
+        if trace:
+            trace.step()
 
-        window_steps += 1
-        line = None
+        stopped_by = stop.agreed()  # waits for the other ranks, not for a GPU
+        logging = done % args.log_every == 0 or done == steps
+        saving = stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0
+        if logging or saving or device.type == "cpu":  # elsewhere reading waits for the device
+            window += read_losses(pending, list(values), dataset.split.annotations)
+            pending.clear()
         if logging and is_main:
-            values |= {name: value.to(device) for name, value in detector.last_statistics.items()}
-            seconds = time.perf_counter() - window_start
-            line = {
-                "step": done, "epoch": round(done / epoch_steps, 3), "lr": lr,
-                "images_per_s": window_steps * args.batch_size / seconds, "data_wait": window_wait / seconds,
-            }  # fmt: skip
-            window_start, window_wait, window_steps = time.perf_counter(), 0.0, 0
-        account_for(pending)
-        pending = StepRecord.of(step, image_ids, values, line)
-
-        stopped_by = stop.agreed()
-        if stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0:
-            account_for(pending)
-            pending = None
-            if is_main:
-                save_progress(done)
+            seconds, lr = time.perf_counter() - clock, optimizer.param_groups[0]["lr"]
+            line = {"step": done, "epoch": round(done / epoch_steps, 3), "lr": lr}
+            line |= {"images_per_s": (done - logged) * args.batch_size / seconds, "data_wait": waited / seconds}
+            line |= log_values(window, detector.statistics(predictions, passes[-1]))
+            folder.write_step(line, bar, seconds_left=(steps - done) * seconds / (done - logged))
+        if logging:
+            window, logged, clock, waited = [], done, time.perf_counter(), 0.0
+        if saving and is_main:
+            save_progress(done)
         if stopped_by:
             bar.close()
             if stopped_by == signal.SIGINT and is_main:
@@ -444,20 +332,12 @@ def main() -> None:
                 print(f"interrupted after step {done}; weights are in {out / 'ota.safetensors'}")
             stop.leave(f"by {stopped_by.name} after step {done}", stopped_by)
     bar.close()
-
-    if is_main:
-        record = {
-            "data": str(val_dataset.split.annotations),
-            "images": len(val_dataset),
-            "total_s": round(time.time() - started),
-        }
-        with writing(out), eagerly(args.compile):
-            write_file(out / "metrics.json", json.dumps(record | metrics, indent=1).encode())  # complete now
-            draw_samples(evaluated.eval(), val_dataset, device, out / "samples.png")
-        folder.draw()
-        folder.close()
+    if is_main and not args.profile:
+        with eagerly(args.compile):
+            folder.finish(evaluated, val_dataset, metrics, time.time() - started)
         print_table(metrics)
-        print(f"wrote {out}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
+    if folder:
+        folder.close()
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
-"""ota_assign: the one public function of label assignment, and the choice of its backend.
+"""ota_assign: the public function of label assignment, and the choice of its backend.
 
-The backends are one torch operator, so that torch.compile keeps a call in its graph on every device.
+The backends are one torch operator, so torch.compile keeps a call in its graph on every device.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .assign_reference import ota_assign_reference
 from .assign_torch import ota_assign_torch
-from .config import Assignment, OTAConfig
+from .config import Assignment, Inputs, OTAConfig
 from .grid import PointGrid
 
 try:
@@ -21,8 +21,10 @@ try:
 except ImportError as error:
     HAS_TRITON, NO_TRITON, ota_assign_triton = False, str(error), None
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
+NAMESPACE = __package__.replace(".", "_")  # a process may hold two copies of this folder; operators need unique names
 
 
 def choose_backend(backend: str | None, backends: Iterable[str], device: torch.device) -> str:
@@ -64,115 +66,90 @@ def ota_assign(
     gt_offsets  (B + 1,)   integers: image b owns rows gt_offsets[b] to gt_offsets[b + 1]; rows after that are padding
 
     An image's result does not depend on the batch it is in. Degenerate and non-finite boxes are ignored (k = 0),
-    a non-finite prediction is nobody's candidate. `backend` is "reference" (dense, literal, float64-capable),
-    "torch" (over candidate pairs, any device) or "triton" (the same in a few launches, never waiting for the device;
+    a non-finite prediction is no candidate. `backend` is "reference" (dense, literal, float64-capable), "torch"
+    (over candidate pairs, any device) or "triton" (the same in a few launches, never waiting for the device;
     capturable in a CUDA graph); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. `check` reads labels and
-    offsets on the host and raises ValueError when they are out of range; by default on a CPU only, for elsewhere it
-    would wait for the device. Unchecked, a row whose label is out of range is ignored, and offsets that fall give
-    a result without meaning.
+    offsets on the host and raises ValueError when they are out of range; None checks on a CPU only, because elsewhere
+    the host would wait for the device. Unchecked, a row whose label is out of range is ignored, and decreasing offsets
+    give a meaningless result.
 
     `max_pairs` concerns "triton" with center_prior="none". The other priors bound the candidates of a ground truth,
-    and memory with them (some 70 bytes for each possible pair); "none" allows all N, so memory would be for G N pairs.
-    With `max_pairs` it is for that many, and more candidates than that are an error on the device.
+    and memory with them (some 70 bytes for each possible pair). "none" allows all N points, so memory is for G N
+    pairs, or for `max_pairs`; more candidates than that are an error on the device.
 
-    Raises ValueError for shapes, types or devices that do not fit, and TypeError for labels that are no integers.
+    Raises ValueError for shapes or devices that do not fit, and TypeError for wrong types.
     """
     config = config or OTAConfig()
     backend = choose_backend(backend, BACKENDS, boxes.device)
-    inputs = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, check)
+    inputs = check_inputs(Inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid), check)
     rows, columns = zip(*grid.sizes, strict=True)
-    match = _assign(
-        *inputs, grid.strides, rows, columns, config.alpha, config.eps, config.iterations, config.top_q, config.per_q,
-        config.fixed_k, config.center_prior, config.radius, config.cls_cost, config.reg_cost, config.rescale,
-        max_pairs, backend,
-    )  # fmt: skip
-    return Assignment(*match)
+    settings = [getattr(config, name) for name in OTAConfig.__dataclass_fields__]
+    return Assignment(*_assign(*inputs[:5], grid.strides, rows, columns, *settings, max_pairs, backend))
 
 
-SCHEMA = (  # spelled out, for what torch infers it from differs between versions
+SCHEMA = (  # explicit, because the schema that torch infers differs between versions
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
     "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
     "float radius, str cls_cost, str reg_cost, bool rescale, int? max_pairs, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
-# The name says which copy of this folder it belongs to, for a process may hold two.
-@torch.library.custom_op(f"ota_triton::assign_{__package__.replace('.', '_')}", mutates_args=(), schema=SCHEMA)
-def _assign(
-    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, strides: list[int],
-    rows: list[int], columns: list[int], *settings: float | int | str | bool | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = (logits, boxes, gt_boxes, gt_labels, gt_offsets)
-    grid = PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True)))
-    *settings, max_pairs, backend = settings
-    config = OTAConfig(*settings)
+@torch.library.custom_op(f"ota_triton::assign_{NAMESPACE}", mutates_args=(), schema=SCHEMA)
+def _assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, (strides, rows, columns), (*settings, max_pairs, backend) = arguments[:5], arguments[5:8], arguments[8:]
+    inputs = Inputs(*tensors, PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True))))
+    config, device = OTAConfig(*settings), inputs.boxes.device
     if backend == "triton":
-        return tuple(ota_assign_triton(*inputs, grid, config, max_pairs))
-    if boxes.device.type == "mps":  # has neither float64 nor segmented reductions
-        match = BACKENDS[backend](*(t.cpu() for t in inputs), grid, config)
-        return tuple(t.to(boxes.device) for t in match)
-    return tuple(BACKENDS[backend](*inputs, grid, config))
+        return tuple(ota_assign_triton(inputs, config, max_pairs))
+    if device.type == "mps":  # lacks float64 and segmented reductions
+        return tuple(tensor.to(device) for tensor in BACKENDS[backend](inputs.to("cpu"), config))
+    return tuple(BACKENDS[backend](inputs, config))
 
 
 @_assign.register_fake
 def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    points = boxes.shape[:2]
-    return (
-        boxes.new_empty(points, dtype=torch.int64),
-        boxes.new_empty(points, dtype=torch.float32),
-        boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32),
-    )
+    gt_index = boxes.new_empty(boxes.shape[:2], dtype=torch.int64)
+    k = gt_boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32)
+    return gt_index, torch.empty_like(gt_index, dtype=torch.float32), k
 
 
-def check_inputs(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    check: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five tensors, labels and offsets as int64. Raises what `ota_assign` says."""
-    _check_shapes(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
-    gt_labels, gt_offsets = gt_labels.long(), gt_offsets.long()
-    if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
-        _check_values(logits, gt_boxes, gt_labels, gt_offsets)
-    return logits, boxes, gt_boxes, gt_labels, gt_offsets
-
-
-def _check_shapes(
-    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, grid: PointGrid
-) -> None:
-    num_images, num_rows = logits.shape[0], gt_boxes.shape[0]
+def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
+    """The inputs with labels and offsets as int64. Raises what `ota_assign` documents."""
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
+    num_images, num_rows = logits.shape[0], gt_boxes.shape[0]  # len() would be a constant for torch.compile
     expected = {
-        "logits": (logits, (num_images, grid.num_points, logits.shape[-1])),
-        "boxes": (boxes, (num_images, grid.num_points, 4)),
-        "gt_boxes": (gt_boxes, (num_rows, 4)),
-        "gt_labels": (gt_labels, (num_rows,)),
-        "gt_offsets": (gt_offsets, (num_images + 1,)),
+        "logits": (logits, (num_images, grid.num_points, logits.shape[-1]), FLOATS),
+        "boxes": (boxes, (num_images, grid.num_points, 4), FLOATS),
+        "gt_boxes": (gt_boxes, (num_rows, 4), FLOATS),
+        "gt_labels": (gt_labels, (num_rows,), INTEGERS),
+        "gt_offsets": (gt_offsets, (num_images + 1,), INTEGERS),
     }
-    for name, (tensor, shape) in expected.items():
+    check_tensors(expected, logits.device, grid)
+    inputs = inputs._replace(gt_labels=gt_labels.long(), gt_offsets=gt_offsets.long())
+    if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
+        _check_values(inputs)
+    return inputs
+
+
+def check_tensors(expected: dict[str, tuple], device: torch.device, grid: PointGrid | None = None) -> None:
+    """Raise unless every (tensor, shape, types) of `expected` has that shape, one of these types and is on `device`."""
+    for name, (tensor, shape, types) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} for a grid {grid.sizes}")
-        if tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, logits on {logits.device}")
-        if name.startswith("gt_") and name != "gt_boxes":
-            if tensor.dtype not in INTEGERS:
-                raise TypeError(f"{name} is {tensor.dtype}, expected integers: int64, int32, int16, int8 or uint8")
-        elif not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}, expected floating point")
+            hint = f" for a grid {grid.sizes}" if grid else ""
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}{hint}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the predictions on {device}")
+        if tensor.dtype not in types:
+            raise TypeError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, types))}")
 
 
-def _check_values(logits: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor) -> None:
-    num_rows, num_classes = gt_boxes.shape[0], logits.shape[-1]
-    bad_rows = ((gt_labels < -1) | (gt_labels >= num_classes)).nonzero()[:, 0].tolist()
+def _check_values(inputs: Inputs) -> None:
+    num_classes, labels, offsets = inputs.logits.shape[-1], inputs.gt_labels, inputs.gt_offsets.tolist()
+    bad_rows = ((labels < -1) | (labels >= num_classes)).nonzero()[:, 0].tolist()
     if bad_rows:
-        label = int(gt_labels[bad_rows[0]])
         raise ValueError(
-            f"gt_labels[{bad_rows[0]}] is {label}, expected 0..{num_classes - 1}, or -1 for a row to ignore "
-            f"({len(bad_rows)} such rows)"
+            f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, expected 0..{num_classes - 1}, or -1 for a row to "
+            f"ignore ({len(bad_rows)} such rows)"
         )
-    offsets = gt_offsets.tolist()
-    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > num_rows:
-        raise ValueError(f"gt_offsets must rise from 0 to at most G = {num_rows}, not {offsets}")
+    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > len(labels):
+        raise ValueError(f"gt_offsets must rise from 0 to at most G = {len(labels)}, not {offsets}")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import EMPTY_SUPPLY, FOCAL_ALPHA, FOCAL_GAMMA, IOU_FLOOR, Assignment, OTAConfig
+from .config import EMPTY_SUPPLY, FOCAL_ALPHA, FOCAL_GAMMA, IOU_FLOOR, Assignment, Inputs, OTAConfig
 from .grid import INSIDE_MARGIN_PX, UNITS_PER_PX, PointGrid, box_centers, radius_in_units, valid_rows
 
 
@@ -75,13 +75,8 @@ def foreground_cost(
     logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, strides: Tensor, config: OTAConfig
 ) -> Tensor:
     """c_ij (m, n), without the center prior."""
-    num_classes = logits.shape[1]
-    cls = torch.stack(
-        [
-            classification_loss(logits, F.one_hot(c, num_classes).to(logits).expand_as(logits), config.cls_cost)
-            for c in gt_labels
-        ]
-    )
+    targets = F.one_hot(gt_labels, logits.shape[1]).to(logits)
+    cls = torch.stack([classification_loss(logits, target.expand_as(logits), config.cls_cost) for target in targets])
     iou, giou = iou_and_giou(gt_boxes, boxes)
     if config.reg_cost == "iou":
         reg = -iou.clamp(min=IOU_FLOOR).log()
@@ -152,37 +147,26 @@ def assign_image(
     log_plan = torch.full_like(cost, -math.inf)
     log_plan[active] = sinkhorn(cost[active], supply[active], config)
     supplier = active.nonzero()[:, 0][decode(log_plan[active], config)]
-    return {
-        "candidates": candidates, "cost": cost, "k": k, "log_plan": log_plan, "supplier": supplier, "iou": iou
-    }  # fmt: skip
+    return dict(candidates=candidates, cost=cost, k=k, log_plan=log_plan, supplier=supplier, iou=iou)
 
 
-def ota_assign_reference(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> Assignment:
+def ota_assign_reference(inputs: Inputs, config: OTAConfig) -> Assignment:
     """The contract of `ota_assign`, image by image."""
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    num_images, num_points, num_classes = logits.shape
-    gt_index = torch.full((num_images, num_points), -1, device=boxes.device)
-    matched_iou = torch.zeros(num_images, num_points, dtype=torch.float32, device=boxes.device)
-    k = torch.zeros(gt_boxes.shape[0], dtype=torch.int32, device=boxes.device)
-    image, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, num_classes)
-    for b in range(num_images):
+    logits, boxes, gt_boxes = logits.to(dtype), boxes.to(dtype), gt_boxes.to(dtype)
+    gt_index = torch.full(boxes.shape[:2], -1, device=boxes.device)
+    matched_iou = torch.zeros(boxes.shape[:2], dtype=torch.float32, device=boxes.device)
+    k = torch.zeros(len(gt_boxes), dtype=torch.int32, device=boxes.device)
+    image, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, logits.shape[-1])
+    for b in range(len(logits)):
         rows = (valid & (image == b)).nonzero()[:, 0]
         if len(rows) == 0:
             continue
-        result = assign_image(
-            logits[b].to(dtype), boxes[b].to(dtype), gt_boxes[rows].to(dtype), gt_labels[rows], grid, config
-        )
-        foreground = result["supplier"] < len(rows)
+        result = assign_image(logits[b], boxes[b], gt_boxes[rows], gt_labels[rows], grid, config)
+        foreground = (result["supplier"] < len(rows)).nonzero()[:, 0]
         supplier = result["supplier"][foreground]
         gt_index[b, foreground] = rows[supplier]
-        matched_iou[b, foreground] = result["iou"][supplier, foreground.nonzero()[:, 0]].float()
+        matched_iou[b, foreground] = result["iou"][supplier, foreground].float()
         k[rows] = result["k"].int()
     return Assignment(gt_index, matched_iou, k)

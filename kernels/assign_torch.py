@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .candidates import candidate_pairs
-from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, OTAConfig, Plan
+from .center_prior_torch import candidate_pairs
+from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, Inputs, OTAConfig, Plan
 from .grid import PointGrid, valid_rows
 
 ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
@@ -33,12 +33,12 @@ def _point_strides(grid: PointGrid, device: torch.device) -> Tensor:
 
 
 class _Solution(NamedTuple):
-    """The plan, and what decoding it takes."""
+    """The plan, and what its decoding needs."""
 
     plan: Plan
     iou: Tensor  # (P,)
     column: Tensor  # (P,) position of the pair's point in `plan.points`
-    score: Tensor  # (P,) what a point compares its suppliers by: log plan, rescaled if so configured
+    score: Tensor  # (P,) log plan, rescaled if so configured; a point takes the supplier with the highest one
     score_bg: Tensor  # (A,)
 
 
@@ -60,8 +60,8 @@ def _pair_cost(
 ) -> tuple[Tensor, Tensor]:
     """Relative cost D and IoU of P pairs; boxes (P, 4), logit of the ground truth's class and stride px (P,)."""
     if config.cls_cost == "focal":
-        # From exp and log1p alone: on a CPU sigmoid and softplus round the last few elements of a tensor differently,
-        # and then identical boxes would not tie and a result would depend on the batch.
+        # Only exp and log1p: on a CPU sigmoid and softplus round the last few elements of a tensor differently, so
+        # identical boxes would not tie and a result would depend on the batch.
         log1p_small = (-logit.abs()).exp().log1p()
         log_p, log_q = logit.clamp(max=0) - log1p_small, (-logit).clamp(max=0) - log1p_small
         cls = (1 - FOCAL_ALPHA) * (2 * log_p).exp() * log_q - FOCAL_ALPHA * (2 * log_q).exp() * log_p
@@ -96,14 +96,15 @@ def _supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tens
 class _Segments(NamedTuple):
     """Edges grouped by supplier or by point."""
 
+    of_edge: Tensor  # (E,) segment of every edge
     edge: Tensor  # (E,) edge at every position, sorted by segment
     segment: Tensor  # (E,) segment of every position
     lengths: Tensor  # (segments,)
 
     @classmethod
-    def by(cls, segment_of_edge: Tensor, count: int) -> "_Segments":
-        segment, edge = segment_of_edge.sort(stable=True)
-        return cls(edge, segment, torch.bincount(segment, minlength=count))
+    def by(cls, of_edge: Tensor, count: int) -> "_Segments":
+        segment, edge = of_edge.sort(stable=True)
+        return cls(of_edge, edge, segment, torch.bincount(segment, minlength=count))
 
     def max(self, x: Tensor) -> Tensor:
         return torch.segment_reduce(x, "max", lengths=self.lengths, unsafe=True)
@@ -117,21 +118,18 @@ class _Segments(NamedTuple):
 
 
 def _sinkhorn(
-    cost: Tensor, log_count: Tensor, supply: Tensor, supplier: Tensor, by_supplier: _Segments, receiver: Tensor,
-    by_point: _Segments, iterations: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    cost: Tensor, log_count: Tensor, supply: Tensor, by_supplier: _Segments, by_point: _Segments, iterations: int
+) -> tuple[Tensor, Tensor]:
     """Potentials u of the suppliers and v of the points, both in units of eps, as is the cost (E,).
 
-    `supplier`, `receiver` (E,) are the ends of every edge; a point counts exp(log_count) times for its suppliers.
-    The first iteration is in the log domain. After it every row of the plan sums to its supply s, and no column sums
-    to less than min(1, s) / N, whatever the cost. So one iteration changes no entry by more than a factor of
-    N / EMPTY_SUPPLY, and ABSORB_EVERY of them stay within float64 as plain products of such factors with the plan;
-    then the factors move into u and v.
+    A point counts exp(log_count) times for its suppliers. The first iteration is in the log domain. After it every row
+    of the plan sums to its supply s, and no column sums to less than min(1, s) / N, whatever the cost. So one iteration
+    changes no entry by more than a factor of N / EMPTY_SUPPLY, and ABSORB_EVERY of them stay within float64 as plain
+    products of such factors with the plan; then the factors move into u and v.
     """
-    supplier_p, cost_p = supplier[by_point.edge], cost[by_point.edge]
-    receiver_p = by_point.segment
-    receiver_s, cost_s = receiver[by_supplier.edge], (cost - log_count)[by_supplier.edge]
-    supplier_s = by_supplier.segment
+    supplier_p, receiver_p, cost_p = by_supplier.of_edge[by_point.edge], by_point.segment, cost[by_point.edge]
+    supplier_s, receiver_s = by_supplier.segment, by_point.of_edge[by_supplier.edge]
+    cost_s = (cost - log_count)[by_supplier.edge]
     log_supply = supply.log()
 
     v = -by_point.logsumexp(-cost_p)
@@ -147,15 +145,8 @@ def _sinkhorn(
     return u, v
 
 
-def _solve(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> _Solution:
+def _solve(inputs: Inputs, config: OTAConfig) -> _Solution:
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
     num_images, num_points, num_classes = logits.shape
     num_rows, device = gt_boxes.shape[0], boxes.device
 
@@ -175,7 +166,7 @@ def _solve(
     points, column = torch.unique(flat_point, return_inverse=True)
     num_active = points.numel()
     active_per_image = torch.bincount(points // num_points, minlength=num_images)
-    supplied = k.new_zeros(max(num_images, 1)).index_add_(0, image_of_row, k)  # by rows of no image nothing
+    supplied = k.new_zeros(max(num_images, 1)).index_add_(0, image_of_row, k)  # rows outside all images have k = 0
     supply_bg = num_points - supplied[:num_images]
     supply = torch.cat([k, supply_bg.clamp(min=0)]).double().clamp(min=EMPTY_SUPPLY)
 
@@ -188,48 +179,37 @@ def _solve(
 
     by_point = _Segments.by(receiver, num_active + num_images)
     by_supplier = _Segments.by(supplier, num_rows + num_images)
-    u, v = _sinkhorn(scaled_cost, log_count, supply, supplier, by_supplier, receiver, by_point, config.iterations)
+    u, v = _sinkhorn(scaled_cost, log_count, supply, by_supplier, by_point, config.iterations)
 
     sent = v[receiver] - scaled_cost  # log plan without its supplier's factor
-    log_plan = u[supplier] + sent
-    score = log_plan
+    score = log_plan = u[supplier] + sent
     if config.rescale:
-        none_there = torch.isneginf(log_count)
-        score = sent - by_supplier.max(sent.masked_fill(none_there, -torch.inf)[by_supplier.edge])[supplier]
-    num_pairs = gt.numel()
-    log_plan, log_plan_bg, _ = log_plan.split([num_pairs, num_active, num_images])
-    score, score_bg, _ = score.split([num_pairs, num_active, num_images])
+        peak = by_supplier.max(sent.masked_fill(torch.isneginf(log_count), -torch.inf)[by_supplier.edge])
+        score = sent - peak[supplier]
+    parts = [gt.numel(), num_active, num_images]
+    (log_plan, log_plan_bg, _), (score, score_bg, _) = log_plan.split(parts), score.split(parts)
     return _Solution(Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg)
 
 
-def solve(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> tuple[Assignment, Plan]:
+def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
     """The assignment of all images at once, and the plan that it comes from."""
-    num_images, num_points = logits.shape[:2]
-    plan, pair_iou, column, score, score_bg = _solve(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config)
+    shape, device = inputs.boxes.shape[:2], inputs.boxes.device
+    plan, pair_iou, column, score, score_bg = _solve(inputs, config)
 
     num_pairs = plan.gt.numel()
     best = score_bg.scatter_reduce(0, column, score, "amax")
-    pair = torch.arange(num_pairs, device=boxes.device)
+    pair = torch.arange(num_pairs, device=device)
     pair = torch.where(score >= best[column], pair, num_pairs)
     winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, column, pair, "amin")
     foreground = (winner < num_pairs).nonzero()[:, 0]
     winner, point = winner[foreground], plan.points[foreground]
 
-    gt_index = torch.full((num_images * num_points,), -1, device=boxes.device)
-    iou = torch.zeros(num_images * num_points, dtype=torch.float32, device=boxes.device)
+    gt_index = torch.full((shape.numel(),), -1, device=device)
+    iou = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
     gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
-    shape = num_images, num_points
     return Assignment(gt_index.view(shape), iou.view(shape), plan.k.int()), plan
 
 
-def ota_assign_torch(*inputs) -> Assignment:
+def ota_assign_torch(inputs: Inputs, config: OTAConfig) -> Assignment:
     """The contract of `ota_assign`."""
-    return solve(*inputs)[0]
+    return solve(inputs, config)[0]

@@ -7,50 +7,35 @@ can be captured in a CUDA graph, once a first call has compiled the kernels.
 import math
 
 import torch
-from torch import Tensor
 
-from .candidates_triton import NO_POINT
-from .config import Assignment, OTAConfig, Plan
-from .grid import PointGrid
-from .pairs_triton import find_pairs
-from .sinkhorn_triton import sinkhorn
+from .center_prior_triton import NO_POINT
+from .config import Assignment, Inputs, OTAConfig, Plan
+from .pairs_triton import Pairs, cost_scale, find_pairs
+from .sinkhorn_triton import Potentials, sinkhorn
 
 
-def ota_assign_triton(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-    max_pairs: int | None = None,
-) -> Assignment:
+def _solve(inputs: Inputs, config: OTAConfig, max_pairs: int | None = None) -> tuple[Assignment, Pairs, Potentials]:
+    inputs = Inputs(*(tensor.contiguous() for tensor in inputs[:5]), inputs.grid)
+    with torch.cuda.device_of(inputs.boxes):
+        pairs = find_pairs(inputs, config, max_pairs)
+        match, potentials = sinkhorn(pairs, inputs, config)
+    return match, pairs, potentials
+
+
+def ota_assign_triton(inputs: Inputs, config: OTAConfig, max_pairs: int | None = None) -> Assignment:
     """The contract of `ota_assign`, on a GPU, or on a CPU in Triton's interpreter."""
-    with torch.cuda.device_of(boxes):
-        pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, max_pairs)
-        return sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)[0]
+    return _solve(inputs, config, max_pairs)[0]
 
 
-def solve(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> tuple[Assignment, Plan]:
-    """The assignment, and the plan that it comes from, for those who want to look at it."""
-    num_points = grid.num_points
-    pairs = find_pairs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid, config, None)
-    match, state = sinkhorn(pairs, boxes, gt_boxes, gt_offsets, config)
+def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
+    """The assignment, and the plan that it comes from."""
+    match, pairs, state = _solve(inputs, config)
+    num_points = inputs.grid.num_points
     slot = (pairs.point != NO_POINT.value).nonzero()[:, 0]
     gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
-    image, column = point // num_points, state.column[slot].long()
-    v = state.v[state.first[image] + column]
+    v = state.v[state.first[point // num_points] + state.column[slot].long()]
     log_plan = (state.u[gt] + v - cost) * math.log(2)
     points, inverse = torch.unique(point, return_inverse=True)
     v_of_point = torch.empty_like(points, dtype=v.dtype).scatter_(0, inverse, v)
     log_plan_bg = (state.u_background[points // num_points] + v_of_point) * math.log(2)
-    return match, Plan(gt, point, cost / pairs.scale, pairs.k.long(), log_plan, points, log_plan_bg)
+    return match, Plan(gt, point, cost / cost_scale(config), pairs.k.long(), log_plan, points, log_plan_bg)

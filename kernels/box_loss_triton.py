@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .center_prior_triton import load_boxes
 from .config import GIOU_EPS
 from .focal_triton import NAMESPACE, contiguous, keep_inputs, sigmoid_softplus
-from .pairs_triton import load_boxes
 
 _EPS = tl.constexpr(GIOU_EPS)
 _POINTS = 128
@@ -60,8 +60,8 @@ def _box_loss_kernel(
     partial, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G, programs, POINTS: tl.constexpr
 ):
     point, _, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
-    x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
-    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
+    x1, y1, x2, y2 = load_boxes(boxes + point * 4, matched)
+    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, matched)
     width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
     overlap, hull = width * height, hull_width * hull_height
     union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap)
@@ -79,8 +79,8 @@ def _box_gradient_kernel(
     POINTS: tl.constexpr,
 ):  # fmt: skip
     point, here, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
-    x1, y1, x2, y2 = load_boxes(boxes + point * 4, 1, matched)
-    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, 1, matched)
+    x1, y1, x2, y2 = load_boxes(boxes + point * 4, matched)
+    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, matched)
     width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
     overlap = width * height
     union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap) + _EPS

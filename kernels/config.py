@@ -1,23 +1,39 @@
-"""What every backend of ota_assign is told, and what it returns."""
+"""Inputs, settings and results that all backends of ota_assign share."""
 
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from .grid import PointGrid
 
 CENTER_PRIORS = ("closest", "radius", "none")
 CLS_COSTS = ("focal", "bce")
 REG_COSTS = ("iou", "giou", "smooth_l1")
-WHOLE = ("iterations", "top_q", "per_q", "fixed_k")  # numbers of any type that are whole, 20.0 too
-LARGEST = 2**30  # of any setting: kernels add to them in 32 bits
 DEFAULT_RADIUS = {"closest": 5, "radius": 2.5, "none": 0}
+INTEGER_SETTINGS = ("iterations", "top_q", "per_q", "fixed_k")  # a whole number of another type, as 20.0, is converted
+LIMIT = 2**30  # kernels add to settings in 32 bits
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 GIOU_EPS = 1e-7  # added to both denominators of the GIoU loss, as in torchvision
 IOU_FLOOR = 1.1920928955078125e-07  # float32 eps: -log IoU of boxes that do not meet is 15.9
-# The supply left for background when the ground truths ask for every point: nothing, but with a logarithm.
-EMPTY_SUPPLY = 1e-12
+EMPTY_SUPPLY = 1e-12  # stands for a background supply of 0, whose logarithm is -inf
+
+
+class Inputs(NamedTuple):
+    """A batch, in the order of `ota_assign`'s parameters."""
+
+    logits: Tensor  # (B, N, C)
+    boxes: Tensor  # (B, N, 4)
+    gt_boxes: Tensor  # (G, 4)
+    gt_labels: Tensor  # (G,)
+    gt_offsets: Tensor  # (B + 1,)
+    grid: PointGrid
+
+    def to(self, device: torch.device) -> "Inputs":
+        return self._make([*(tensor.to(device) for tensor in self[:5]), self.grid])
 
 
 @dataclass(frozen=True)
@@ -60,24 +76,24 @@ class OTAConfig:
             raise TypeError(f"OTAConfig.rescale is {self.rescale!r}, it must be True or False")
         if self.radius is None:
             object.__setattr__(self, "radius", DEFAULT_RADIUS[self.center_prior])
-        for name in ("alpha", "eps", "radius", *WHOLE):
-            value = getattr(self, name)
+        for name in ("alpha", "eps", "radius", *INTEGER_SETTINGS):
+            value, integer = getattr(self, name), name in INTEGER_SETTINGS
             if value is None and name == "fixed_k":
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"OTAConfig.{name} is {value!r}, it must be a number")
-            if not -LARGEST < value < LARGEST:  # NaN neither
+            if not -LIMIT < value < LIMIT:  # NaN fails, too
                 raise ValueError(f"OTAConfig.{name} is {value!r:.40}, it must be a finite number below 2^30")
-            if name in WHOLE and (value < 1 or value != int(value)):
+            if integer and (value < 1 or value != int(value)):
                 kind = "at least 1" if value < 1 else "a whole number"
                 raise ValueError(f"OTAConfig.{name} is {value}, it must be {kind}")
-            object.__setattr__(self, name, int(value) if name in WHOLE or isinstance(value, int) else float(value))
+            object.__setattr__(self, name, int(value) if integer or isinstance(value, int) else float(value))
         if self.center_prior == "closest" and (self.radius < 1 or self.radius != int(self.radius)):
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number >= 1")
         if self.center_prior == "radius" and not 0 < self.radius < 2**14:
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
-        if not 0 < self.eps or not 0 <= self.alpha:
-            raise ValueError(f"OTAConfig needs finite eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
+        if self.eps <= 0 or self.alpha < 0:
+            raise ValueError(f"OTAConfig needs eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
 
 
 class Assignment(NamedTuple):

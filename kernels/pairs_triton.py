@@ -1,7 +1,7 @@
 """Candidate pairs, their costs and the supplies of a batch in one Triton launch: one program per ground truth.
 
-A program finds its candidates by the arithmetic of candidates.py, packs their points into its own slots, reads
-one logit and one box for each, and writes the relative cost in the units of Sinkhorn,
+A program lists its candidates by the arithmetic of center_prior_triton.py, packs their points into slots of its own,
+reads one logit and one box for each, and writes the relative cost in the units of Sinkhorn,
 
     D_ij log2(e) / eps,  D_ij = l(z_j,c_i ; 1) - l(z_j,c_i ; 0) + alpha L_reg(b_j, g_i),
 
@@ -17,56 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import candidates_triton as prior
-from .candidates import possible_ranks
-from .candidates_triton import NO_POINT
-from .config import FOCAL_ALPHA, IOU_FLOOR, OTAConfig
+from . import center_prior_triton as prior
+from .center_prior_torch import possible_ranks
+from .center_prior_triton import BLOCK, NO_POINT, load_boxes
+from .config import FOCAL_ALPHA, IOU_FLOOR, Inputs, OTAConfig
 from .grid import PointGrid, radius_in_units
 
 _ALPHA = tl.constexpr(FOCAL_ALPHA)
 _IOU_FLOOR = tl.constexpr(IOU_FLOOR)
-_BLOCK = 128  # candidates that a program looks at together
-_OTHERS = 8  # points that each of them is ranked against at a time
-_WARPS = 4
-# Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
-_VARYING = [
-    "B",
-    "N",
-    "C",
-    "L",
-    "capacity",
-    "num_ranks",
-    "closest",
-    "top_q",
-    "per_q",
-    "fixed_k",
-    "logit_image",
-    "box_image",
-]
+_OTHERS = tl.constexpr(8)  # points that a block of candidates is ranked against at once
+_OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
+_VARYING = ["B", "N", "C", "capacity"]  # change from batch to batch: Triton must not recompile for 1 or multiples of 16
 
 
 class Pairs(NamedTuple):
     """Candidate pairs in slots; ground truth g owns `count[g]` slots from `start[g]` on."""
 
-    point: Tensor  # (slots,) int32 image * N + point, NO_POINT where no pair is
+    point: Tensor  # (slots,) int32 image * N + point, NO_POINT for an empty slot
     gt: Tensor  # (slots,) int32 row in gt_boxes
     cost: Tensor  # (slots,) float32 D log2(e) / eps, inf for a pair with a non-finite prediction
     start: Tensor  # (G + 1,) int64
     count: Tensor  # (G,) int32
     k: Tensor  # (G,) int32
-    scale: float  # log2(e) / eps
-
-
-@triton.jit
-def load_boxes(box, side, mask):
-    """x1, y1, x2, y2 from pointers to x1; 0 0 1 1 where masked."""
-    x1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
-    box += side
-    y1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
-    box += side
-    x2 = tl.load(box, mask=mask, other=1.0).to(tl.float32)
-    box += side
-    return x1, y1, x2, tl.load(box, mask=mask, other=1.0).to(tl.float32)
 
 
 @triton.jit
@@ -98,10 +70,10 @@ def _relative_cls_cost(logit, CLS: tl.constexpr):
 
 
 @triton.jit
-def _top_sum(bits, start, count, top_q, BLOCK: tl.constexpr):
+def _top_sum(bits, start, count, top_q):
     """Sum of the top_q largest of `count` floats in [0, 2), given by their bits, which sort like the floats.
 
-    The q-th largest is found four bits at a time, from the count of those that are not smaller.
+    Determines the q-th largest four bits at a time, from the number of floats that are not smaller.
     """
     lane = tl.arange(0, BLOCK)
     digit = tl.arange(0, 16)
@@ -124,16 +96,11 @@ def _top_sum(bits, start, count, top_q, BLOCK: tl.constexpr):
     return tl.sum(total, 0) + tl.where(smallest > 0, left * smallest.to(tl.float32, bitcast=True), 0.0)
 
 
-@triton.jit(do_not_specialize=["B", "C", "L"])
-def _count_kernel(
-    num_pairs, gt_boxes, gt_labels, gt_offsets, levels, box_row, box_col, label_step, offset_step, B, C, L,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Candidates of every ground truth when nothing but its box bounds them."""
+@triton.jit(do_not_specialize=["B", "C"])
+def _count_kernel(num_pairs, gt_boxes, gt_labels, gt_offsets, levels, B, C, L):
+    """Candidates of every ground truth when only its box bounds them."""
     g = tl.program_id(0).to(tl.int64)
-    _, _, x1, y1, x2, y2, valid = prior.ground_truth(
-        g, gt_boxes, gt_labels, gt_offsets, box_row, box_col, label_step, offset_step, B, C, BLOCK
-    )
+    _, _, x1, y1, x2, y2, valid = prior.ground_truth(g, gt_boxes, gt_labels, gt_offsets, B, C)
     total = tl.zeros([], tl.int64)
     for level in range(L):
         stride, columns, rows, _, _ = prior.level(levels, level, L)
@@ -145,16 +112,26 @@ def _count_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def _pairs_kernel(
-    pair_point, pair_gt, pair_cost, pair_iou_bits, pair_start, pair_count, supply, ranked_distance, ranked_point,
-    logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
-    logit_image, logit_point, logit_class, box_image, box_point, box_side, gt_row, gt_side, label_step, offset_step,
-    B, N, C, L, capacity, num_ranks, closest, top_q, per_q, fixed_k, alpha, scale,
-    PRIOR: tl.constexpr, CLS: tl.constexpr, REG: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
-):  # fmt: skip
+    pairs,
+    scratch,
+    inputs,
+    tables,
+    B,
+    N,
+    C,
+    capacity,
+    settings,
+    PRIOR: tl.constexpr,
+    CLS: tl.constexpr,
+    REG: tl.constexpr,
+):
+    pair_point, pair_gt, pair_cost, pair_start, pair_count, supply = pairs
+    iou_bits, ranked_distance, ranked_point = scratch
+    logits, boxes, gt_boxes, gt_labels, gt_offsets = inputs
+    levels, ranks = tables
+    L, num_ranks, num_closest, top_q, per_q, fixed_k, alpha, scale = settings
     g = tl.program_id(0).to(tl.int64)
-    image, label, x1, y1, x2, y2, valid = prior.ground_truth(
-        g, gt_boxes, gt_labels, gt_offsets, gt_row, gt_side, label_step, offset_step, B, C, BLOCK
-    )
+    image, label, x1, y1, x2, y2, valid = prior.ground_truth(g, gt_boxes, gt_labels, gt_offsets, B, C)
     center_x, center_y = prior.fixed_point(x1) + prior.fixed_point(x2), prior.fixed_point(y1) + prior.fixed_point(y2)
     lane = tl.arange(0, BLOCK)
     start = tl.load(pair_start + g)
@@ -172,32 +149,32 @@ def _pairs_kernel(
         first_x, last_x = prior.range_in_box(x1, x2, center_x, stride, columns, reach, PRIOR)
         first_y, last_y = prior.range_in_box(y1, y2, center_y, stride, rows, reach, PRIOR)
         width = tl.maximum(last_x - first_x + 1, 0)
-        listed = width * tl.maximum(last_y - first_y + 1, 0)
+        num_listed = width * tl.maximum(last_y - first_y + 1, 0)
         if PRIOR == "closest":
-            listed = tl.where(listed > 0, num_ranks, 0)
+            num_listed = tl.where(num_listed > 0, num_ranks, 0)
             prior.rank_points(
-                ranked_distance, ranked_point, ranks, num_ranks, listed, center_x, center_y, half, columns, rows, BLOCK
+                ranked_distance, ranked_point, ranks, num_ranks, num_listed, center_x, center_y, half, columns, rows
             )
             tl.debug_barrier()
 
-        for base in range(0, listed, BLOCK):
+        for base in range(0, num_listed, BLOCK):
+            listed = base + lane < num_listed
             if PRIOR == "closest":
-                here = base + lane < listed
-                distance = tl.load(ranked_distance + base + lane, mask=here, other=prior.FARTHEST)
-                point = tl.load(ranked_point + base + lane, mask=here, other=NO_POINT)
+                distance = tl.load(ranked_distance + base + lane, mask=listed, other=prior.FARTHEST)
+                point = tl.load(ranked_point + base + lane, mask=listed, other=NO_POINT)
                 closer = tl.zeros([BLOCK], tl.int32)
-                for base_other in range(0, listed, OTHERS):
-                    other = base_other + tl.arange(0, OTHERS)
-                    there = other < listed
-                    other_distance = tl.load(ranked_distance + other, mask=there, other=prior.FARTHEST)[None, :]
-                    other_point = tl.load(ranked_point + other, mask=there, other=NO_POINT)[None, :]
+                for base_other in range(0, num_listed, _OTHERS):
+                    other = base_other + tl.arange(0, _OTHERS)
+                    compared = other < num_listed
+                    other_distance = tl.load(ranked_distance + other, mask=compared, other=prior.FARTHEST)[None, :]
+                    other_point = tl.load(ranked_point + other, mask=compared, other=NO_POINT)[None, :]
                     tie = (other_distance == distance[:, None]) & (other_point < point[:, None])
                     closer += tl.sum(((other_distance < distance[:, None]) | tie).to(tl.int32), 1)
                 x, y = point % columns, point // columns
                 inside = (x >= first_x) & (x <= last_x) & (y >= first_y) & (y <= last_y)
-                chosen = inside & (closer < closest) & (point != NO_POINT)
+                chosen = inside & (closer < num_closest) & (point != NO_POINT)
             else:
-                chosen = base + lane < listed
+                chosen = listed
                 point = (first_y + (base + lane) // width) * columns + first_x + (base + lane) % width
             place = packed + tl.cumsum(chosen.to(tl.int32), 0) - 1
             flat = (image * N + first_point + point).to(tl.int32)
@@ -211,30 +188,28 @@ def _pairs_kernel(
         distance = prior.squared_distance(x, y, center_x, center_y, half)
         closest_point = tl.where(distance < least, first_point + y * columns + x, closest_point)
         least = tl.minimum(distance, least)
-    lonely = valid & (packed == 0)
-    tl.store(pair_point + start, (image * N + closest_point).to(tl.int32), mask=lonely & (room > 0))
-    packed = tl.minimum(tl.where(lonely, 1, packed), tl.maximum(room, 0).to(tl.int32))
+    without = valid & (packed == 0)
+    tl.store(pair_point + start, (image * N + closest_point).to(tl.int32), mask=without & (room > 0))
+    packed = tl.minimum(tl.where(without, 1, packed), tl.maximum(room, 0).to(tl.int32))
     tl.debug_barrier()
 
     # Their costs.
     usable = tl.zeros([BLOCK], tl.int32)
     for base in range(0, packed, BLOCK):
-        here = base + lane < packed
+        filled = base + lane < packed
         slot = start + base + lane
-        flat = tl.load(pair_point + slot, mask=here, other=0)
+        flat = tl.load(pair_point + slot, mask=filled, other=0)
         tl.debug_barrier()  # on AMD two threads may hold the same slot: both read it before it is overwritten
-        point = tl.where(here, flat - image * N, 0)
-        logit = tl.load(
-            logits + image * logit_image + point * logit_point + label * logit_class, mask=here, other=0.0
-        ).to(tl.float32)
-        box = boxes + image * box_image + point * box_point
-        bx1, by1, bx2, by2 = load_boxes(box, box_side, here)
+        row = flat.to(tl.int64)
+        logit = tl.load(logits + row * C + label, mask=filled, other=0.0).to(tl.float32)
+        bx1, by1, bx2, by2 = load_boxes(boxes + row * 4, filled)
         iou, union, hull = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
         if REG == "iou":
             reg = -tl.log(tl.maximum(iou, _IOU_FLOOR))
         elif REG == "giou":
             reg = 1.0 - iou + (hull - union) / hull
         else:
+            point = tl.where(filled, flat - image * N, 0)
             stride_px = tl.zeros([BLOCK], tl.float32)
             for level in range(L):
                 at_least = point >= tl.load(levels + 3 * L + level)
@@ -243,11 +218,11 @@ def _pairs_kernel(
             reg += _smooth_l1((bx2 - x2) / stride_px) + _smooth_l1((by2 - y2) / stride_px)
         cost = (_relative_cls_cost(logit, CLS) + alpha * reg) * scale
         finite = prior.is_finite(bx1) & prior.is_finite(by1) & prior.is_finite(bx2) & prior.is_finite(by2)
-        finite = finite & prior.is_finite(logit) & prior.is_finite(cost) & prior.is_finite(iou) & here
-        tl.store(pair_cost + slot, tl.where(finite, cost, float("inf")), mask=here)
-        tl.store(pair_gt + slot, tl.zeros([BLOCK], tl.int32) + g.to(tl.int32), mask=here)
-        tl.store(pair_point + slot, tl.where(finite, flat, NO_POINT), mask=here)
-        tl.store(pair_iou_bits + slot, tl.where(finite, iou.to(tl.int32, bitcast=True), -1), mask=here)
+        finite = finite & prior.is_finite(logit) & prior.is_finite(cost) & prior.is_finite(iou) & filled
+        tl.store(pair_cost + slot, tl.where(finite, cost, float("inf")), mask=filled)
+        tl.store(pair_gt + slot, tl.zeros([BLOCK], tl.int32) + g.to(tl.int32), mask=filled)
+        tl.store(pair_point + slot, tl.where(finite, flat, NO_POINT), mask=filled)
+        tl.store(iou_bits + slot, tl.where(finite, iou.to(tl.int32, bitcast=True), -1), mask=filled)
         usable += finite.to(tl.int32)
     num_usable = tl.sum(usable, 0)
 
@@ -257,7 +232,7 @@ def _pairs_kernel(
     else:
         tl.debug_barrier()
         q = tl.maximum(tl.minimum(top_q, (num_usable + per_q - 1) // per_q), 1)
-        total = _top_sum(pair_iou_bits, start, packed, q, BLOCK)
+        total = _top_sum(iou_bits, start, packed, q)
         k = tl.minimum(tl.maximum(total.to(tl.int32), 1), num_usable)
     tl.store(supply + g, k)
     tl.store(pair_count + g, packed)
@@ -266,39 +241,28 @@ def _pairs_kernel(
 COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
 
 
-def _compiler_options() -> dict[str, int]:
-    """NVIDIA's assembler aims at fewer registers than there are, and spills a few values, unless told how many."""
+def _register_limit() -> dict[str, int]:
+    """By default NVIDIA's assembler aims at fewer registers than there are, and spills a few values."""
     on_nvidia = COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda"
     return {"maxnreg": 128} if on_nvidia else {}
 
 
 @cache
-def _host_table(grid: PointGrid, config: OTAConfig, pinned: bool) -> Tensor:
-    """Stride px, columns, rows, first point and reach of the "radius" prior of every level, then the ranks along x
-    and along y that one of the "closest" points can have: (5 L + 2 ranks,) int64.
-
-    It stays on the host, and for ever: a captured CUDA graph copies it at every replay.
+def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool) -> Tensor:
+    """Level table (center_prior_triton.py), then the ranks along x and along y that one of the "closest" points can
+    have: (5 L + 2 ranks,) int64. Never freed, because a captured CUDA graph copies it at every replay.
     """
     rows, columns = zip(*grid.sizes, strict=True)
-    reach = [
-        radius_in_units(config.radius, stride) if config.center_prior == "radius" else 0 for stride in grid.strides
-    ]
+    reach = [radius_in_units(radius, stride) if center_prior == "radius" else 0 for stride in grid.strides]
     parts = [torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]).flatten()]
-    if config.center_prior == "closest":
-        parts += possible_ranks(int(config.radius) ** 2, torch.device("cpu"))
+    if center_prior == "closest":
+        parts += possible_ranks(int(radius) ** 2, torch.device("cpu"))
     table = torch.cat(parts)
     return table.pin_memory() if pinned else table
 
 
-def _tables(grid: PointGrid, config: OTAConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The level and the rank part on the device, copied without waiting for it, as only pinned memory is."""
-    only_what_counts = OTAConfig(center_prior=config.center_prior, radius=config.radius)
-    host = _host_table(grid, only_what_counts, device.type == "cuda")
-    return host.to(device, non_blocking=True).tensor_split([5 * len(grid.strides)])
-
-
 def most_pairs_per_gt(grid: PointGrid, config: OTAConfig) -> int:
-    """How many candidates one ground truth can have; the host does not know how many it has, so memory is for these."""
+    """Upper bound of the candidates of one ground truth, for which memory is reserved: the host cannot count them."""
     if config.center_prior == "closest":
         return sum(min(int(config.radius) ** 2, rows * columns) for rows, columns in grid.sizes)
     if config.center_prior == "radius":
@@ -307,27 +271,26 @@ def most_pairs_per_gt(grid: PointGrid, config: OTAConfig) -> int:
     return grid.num_points
 
 
-def find_pairs(
-    logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, grid: PointGrid,
-    config: OTAConfig, max_pairs: int | None,
-) -> Pairs:  # fmt: skip
-    """Candidate pairs, costs and supplies of G >= 1 ground truths.
+def cost_scale(config: OTAConfig) -> float:
+    return math.log2(math.e) / config.eps
+
+
+def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pairs:
+    """Candidate pairs, costs and supplies of G >= 1 ground truths; inputs are contiguous.
 
     Every ground truth has slots for as many candidates as the center prior allows. "none" allows all N points;
     then the candidates are counted on the device first and the slots are `max_pairs` (G N when None) for all.
     """
-    (B, N, C), G, device = logits.shape, gt_boxes.shape[0], boxes.device
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
+    (B, N, C), G, L, device = logits.shape, len(gt_boxes), len(grid.strides), boxes.device
+    # Pinned memory is copied without waiting for the device.
+    host = _host_table(grid, config.center_prior, config.radius, device.type == "cuda")
+    levels, ranks = host.to(device, non_blocking=True).tensor_split([5 * L])
     most = most_pairs_per_gt(grid, config)
-    levels, ranks = _tables(grid, config, device)
-    num_ranks = len(ranks) // 2
-    closest = int(config.radius) ** 2 if config.center_prior == "closest" else 0
     capacity = G * most
     if config.center_prior == "none":
         counts = torch.empty(G, dtype=torch.int64, device=device)
-        _count_kernel[(G,)](
-            counts, gt_boxes, gt_labels, gt_offsets, levels, *gt_boxes.stride(), *gt_labels.stride(),
-            *gt_offsets.stride(), B, C, len(grid.strides), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        _count_kernel[(G,)](counts, gt_boxes, gt_labels, gt_offsets, levels, B, C, L, **_OPTIONS)
         start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         if max_pairs is not None:
             capacity = min(capacity, max_pairs)
@@ -337,20 +300,17 @@ def find_pairs(
     if max(capacity, B * N) > NO_POINT.value - 2**16:
         raise ValueError(f"{capacity:,} possible pairs of {B * N:,} points are too many for 32 bits; pass max_pairs")
 
+    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    num_ranks = len(ranks) // 2
     point = torch.full((capacity,), NO_POINT.value, dtype=torch.int32, device=device)
-    gt, cost, iou = (torch.empty(capacity, dtype=t, device=device) for t in (torch.int32, torch.float32, torch.int32))
-    count, k = (torch.empty(G, dtype=torch.int32, device=device) for _ in range(2))
-    ranked_distance, ranked_point = (
-        torch.empty(G, num_ranks, dtype=t, device=device) for t in (torch.int64, torch.int32)
-    )
-    scale = math.log2(math.e) / config.eps
-    _pairs_kernel[(G,)](
-        point, gt, cost, iou, start, count, k, ranked_distance, ranked_point,
-        logits, boxes, gt_boxes, gt_labels, gt_offsets, levels, ranks,
-        *logits.stride(), *boxes.stride(), *gt_boxes.stride(), *gt_labels.stride(), *gt_offsets.stride(),
-        B, N, C, len(grid.strides), capacity, num_ranks, closest, config.top_q, config.per_q,
-        config.fixed_k or 0, float(config.alpha), scale,
-        PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost, BLOCK=_BLOCK, OTHERS=_OTHERS,
-        num_warps=_WARPS, enable_fp_fusion=False, **_compiler_options(),
-    )  # fmt: skip
-    return Pairs(point, gt, cost, start, count, k, scale)
+    pairs = Pairs(point, empty(capacity), empty(capacity, dtype=torch.float32), start, empty(G), empty(G))
+    scratch = empty(capacity), empty(G, num_ranks, dtype=torch.int64), empty(G, num_ranks)
+    num_closest = int(config.radius) ** 2 if config.center_prior == "closest" else 0
+    supply = config.top_q, config.per_q, config.fixed_k or 0
+    settings = L, num_ranks, num_closest, *supply, float(config.alpha), cost_scale(config)
+    kinds = dict(PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost)
+    options = kinds | _OPTIONS | _register_limit()
+    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], (levels, ranks), B, N, C, capacity, settings, **options)
+    return pairs

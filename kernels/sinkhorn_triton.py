@@ -1,32 +1,22 @@
 """Sinkhorn-Knopp over candidate pairs and its decoding, all T iterations in one Triton launch: one program per image.
 
-Work. The plan is a sparse matrix, held twice: by ground truth, as its candidates were found ("slots"), and by point,
-after one stable sort of all pairs by point ("edges"). Then each half of an iteration is a sum over consecutive
-memory, with one gather of the other side's factors and no atomic. Background is one more entry of every point. The
-points that are nobody's candidate have background as their one supplier: one column that counts `rest` times, a
-scalar in registers. A program walks its image's points in tiles of _POINTS with _LANES edges of each side by side,
-and its ground truths in tiles of _ROWS with _SLOTS; a barrier parts the two halves. Nothing is shared between images,
-so an image with 5,000 ground truths delays nobody, and sums run in an order that the batch does not change.
+The plan is a sparse matrix, stored twice: by ground truth, as find_pairs packed it ("slots"), and by point, after one
+stable sort ("edges"). So each half of an iteration sums consecutive memory and gathers the other side's factors,
+without atomics. Background is one more entry of every point. The points that are no candidate have background as their
+only supplier: one column that counts `rest` times, a scalar in registers. Images share nothing, and sums run in an
+order that the batch does not change.
 
-Numbers. The first iteration is one in the log domain, with potentials u and v in float64. From then on every row of
-the plan P = exp(u + v - c) sums to its supply, and an iteration multiplies: by point b = 1 / sum_i P_ij a_i, by ground
-truth a = s / sum_j P_ij b_j, with P in float32, two multiplications per pair and no exponential. No column of P sums to
-less than min(1, s) / N then, so an iteration changes a factor at most N / min(1, s) times, which says how many float32
-bears (_burst) until the factors move into u and v and P is computed anew. Costs and potentials are in units of
-eps / log2(e), so that exponentials are exp2.
+The first iteration is in the log domain, with potentials u and v in float64. After it every row of the plan
+P = exp(u + v - c) sums to its supply s, and an iteration multiplies: by point b = 1 / sum_i P_ij a_i, by ground truth
+a = s / sum_j P_ij b_j, with P in float32. No column of P then sums to less than min(1, s) / N, so an iteration changes
+a factor at most N / min(1, s) times. That bounds how many iterations fit float32 (_burst) before the factors move into
+u and v and P is computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
 
-Bytes and latency. Half an iteration reads 8 bytes a pair, plan and index, in order, and gathers 4. The fullest image of
-the "coco" workload has 30 ground truths, 1,962 pairs and 1,716 candidate points: 60 KB with both orders of the plan,
-which fits the L1 cache of one multiprocessor. So no bandwidth limits it but the chain: by point 3 steps of a tile, by
-ground truth 4, each two dependent loads, a sum over lanes, changes of layout and a store, some 400 cycles; 2,800 an
-iteration, 80 microseconds for T = 50 at 1.8 GHz. The "crowd" image of 400 ground truths has 17,305 pairs of 9,146
-points, 20 steps and 21, 600 KB from L2: some 0.5 ms. These are estimates, and not measured; benchmarks/assign.py
-prints the floor.
-
-B images, N anchor points over all levels, G ground truths of a batch, A points of an image that are candidates.
+B images, N anchor points over all levels, G ground truths of a batch.
 """
 
 import math
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -34,61 +24,255 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import passes_triton as passes
-from .candidates_triton import NO_POINT
-from .config import EMPTY_SUPPLY, Assignment, OTAConfig
-from .pairs_triton import Pairs, load_boxes, pair_iou
+from .center_prior_triton import NO_POINT, load_boxes
+from .config import EMPTY_SUPPLY, Assignment, Inputs, OTAConfig
+from .pairs_triton import Pairs, pair_iou
 
 _EMPTY = tl.constexpr(EMPTY_SUPPLY)
-_POINTS, _LANES = 1024, 4
-_ROWS, _SLOTS = 64, 32
-_EDGES = 2048
-_WARPS = 16
-# Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
-_VARYING = ["G", "N", "iterations", "burst", "burst_when_full", "box_image"]
+_LOWEST = tl.constexpr(-1e300)
+_POINTS, _LANES = tl.constexpr(1024), tl.constexpr(4)  # a tile of points, and the edges of each handled at once
+_LOG_POINTS = tl.constexpr(512)  # in the log domain, where registers for float64 tiles of _POINTS would spill
+_ROWS, _SLOTS = tl.constexpr(64), tl.constexpr(32)  # a tile of ground truths, and the slots of each handled at once
+_EDGES = tl.constexpr(2048)
+_OPTIONS = dict(num_warps=16, enable_fp_fusion=False)
+# These change from batch to batch: Triton must not recompile for 1 or multiples of 16.
+_VARYING = ["G", "N", "iterations", "burst", "burst_when_full"]
 
 
 class Potentials(NamedTuple):
-    """What Sinkhorn leaves behind, in units of eps / log2(e): log2 of a plan entry is u + v - cost."""
+    """Solution of Sinkhorn in units of eps / log2(e): log2 of a plan entry is u + v - cost."""
 
     u: Tensor  # (G,) float64
     u_background: Tensor  # (B,) float64
     v: Tensor  # (points,) float64, by position in the image's list of candidate points
     column: Tensor  # (slots,) int32, position of a slot's point in that list
-    first: Tensor  # (B,) where an image's list begins
+    first: Tensor  # (B,) start of an image's list
+
+
+# Pairs of one image by point: pointers to every edge's row, cost and plan entry, and to every point's first edge.
+_Edges = namedtuple("_Edges", "gt cost plan begin num_points")
+# Pairs of one image by ground truth: pointers to every slot's point, cost and plan entry, and to every row's first
+# slot, number of slots (at most `most`) and supply.
+_Slots = namedtuple("_Slots", "column cost plan start count supply first_row end_row most")
 
 
 @triton.jit
-def _decode(
-    gt_index, iou, boxes, gt_boxes, box_point, box_side, gt_row, gt_side, shift, background_shift, edge_gt, edge_cost,
-    point_begin, flat_point, first_point, num_points, POINTS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Give every listed point to the supplier with the largest 2^(v - c - shift); background has the last choice."""
-    for base in range(0, num_points, POINTS):
-        c, here, begin, end, most = passes.point_tile(point_begin, num_points, base, POINTS)
-        least, supplier = passes.best_supplier(shift, edge_gt, edge_cost, begin, end, most, NO_POINT, LANES)
-        matched = here & (least <= background_shift)
-        point = tl.load(flat_point + c, mask=matched, other=0).to(tl.int64)
-        x1, y1, x2, y2 = load_boxes(gt_boxes + supplier.to(tl.int64) * gt_row, gt_side, matched)
-        bx1, by1, bx2, by2 = load_boxes(boxes + (point - first_point) * box_point, box_side, matched)
-        overlap, _, _ = pair_iou(x1, y1, x2, y2, bx1, by1, bx2, by2)
-        tl.store(gt_index + point, supplier.to(tl.int64), mask=matched)
+def _point_tile(edges, base, POINTS: tl.constexpr):
+    """A tile of points, whether they exist, their first and last edge (as columns), and the most edges of one."""
+    c = base + tl.arange(0, POINTS)
+    exists = c < edges.num_points
+    begin = tl.load(edges.begin + c, mask=exists, other=0)
+    end = tl.load(edges.begin + c + 1, mask=exists, other=0)
+    return c, exists, begin[:, None], end[:, None], tl.max(end - begin, 0)
+
+
+@triton.jit
+def _edge_tile(edges, rows, values, other, begin, end, d):
+    """The next edges of a tile of points: which exist, their ground truths, and entries of `rows` and `values`."""
+    e = begin + (d + tl.arange(0, _LANES)[None, :])
+    exists = e < end
+    gt = tl.load(edges.gt + e, mask=exists, other=0)
+    row = tl.load(rows + gt, mask=exists, other=0.0)
+    return e, exists, gt, row, tl.load(values + e, mask=exists, other=other)
+
+
+@triton.jit
+def _row_tile(slots, base):
+    """A tile of ground truths, whether they exist, their first slot and their number of slots (as columns)."""
+    g = base + tl.arange(0, _ROWS)
+    exists = g < slots.end_row
+    begin = tl.load(slots.start + g, mask=exists, other=0)
+    count = tl.load(slots.count + g, mask=exists, other=0)
+    return g, exists, begin[:, None], count[:, None]
+
+
+@triton.jit
+def _slot_tile(slots, v, begin, count, d):
+    """The next slots of a tile of ground truths, whether they exist, and their v_j - c_ij."""
+    lane = d + tl.arange(0, _SLOTS)[None, :]
+    slot, exists = begin + lane, lane < count
+    cost = tl.load(slots.cost + slot, mask=exists, other=float("inf"))
+    column = tl.load(slots.column + slot, mask=exists & (cost < float("inf")), other=0)
+    return slot, exists, tl.load(v + column, mask=exists, other=0.0) - cost.to(tl.float64)
+
+
+@triton.jit
+def _add_exponents(peak, total, t):
+    """Add 2^t of float64 exponents t (rows, lanes) to running sums, kept as 2^peak total."""
+    new_peak = tl.maximum(peak, tl.max(t, 1))
+    added = tl.sum(tl.exp2((t - new_peak[:, None]).to(tl.float32)), 1)
+    return new_peak, total * tl.exp2((peak - new_peak).to(tl.float32)) + added
+
+
+@triton.jit
+def _list_points(by_point, sorted_point, order, pair_gt, pair_cost, first, end):
+    """Write the image's edges by point, and each point's first edge. Returns the number of points."""
+    edge_gt, edge_cost, slot_column, point_begin, flat_point = by_point
+    num_points = tl.zeros([], tl.int32)
+    for base in range(first, end, _EDGES):
+        e = base + tl.arange(0, _EDGES)
+        exists = e < end
+        point = tl.load(sorted_point + e, mask=exists, other=0)
+        previous = tl.load(sorted_point + e - 1, mask=exists & (e > first), other=-1)
+        slot = tl.load(order + e, mask=exists, other=0)
+        head = exists & (point != previous)
+        column = num_points + tl.cumsum(head.to(tl.int32), 0) - 1
+        tl.store(edge_gt + e, tl.load(pair_gt + slot, mask=exists, other=0), mask=exists)
+        tl.store(edge_cost + e, tl.load(pair_cost + slot, mask=exists, other=0.0), mask=exists)
+        tl.store(slot_column + slot, column, mask=exists)
+        tl.store(point_begin + column, e, mask=head)
+        tl.store(flat_point + column, point, mask=head)
+        num_points += tl.sum(head.to(tl.int32), 0)
+    tl.store(point_begin + num_points, end)
+    return num_points
+
+
+@triton.jit
+def _columns_in_log_domain(v, u, background, edges):
+    """v_j = -log2 sum_i 2^(u_i - c_ij). Returns max_j v_j and log2 sum_j 2^v_j over the listed points."""
+    peak = tl.full([_LOG_POINTS], _LOWEST, tl.float64)
+    total = tl.zeros([_LOG_POINTS], tl.float32)
+    for base in range(0, edges.num_points, _LOG_POINTS):
+        c, exists, begin, end, most = _point_tile(edges, base, _LOG_POINTS)
+        column_peak = tl.zeros([_LOG_POINTS], tl.float64) + background
+        column_total = tl.full([_LOG_POINTS], 1.0, tl.float32)
+        for d in range(0, most, _LANES):
+            _, _, _, u_i, cost = _edge_tile(edges, u, edges.cost, float("inf"), begin, end, d)
+            column_peak, column_total = _add_exponents(column_peak, column_total, u_i - cost.to(tl.float64))
+        potential = -(column_peak + tl.log2(column_total).to(tl.float64))
+        tl.store(v + c, potential, mask=exists)
+        peak, total = _add_exponents(peak, total, tl.where(exists, potential, _LOWEST)[:, None])
+    highest = tl.max(peak, 0)
+    total = tl.sum(total * tl.exp2((peak - highest).to(tl.float32)), 0)
+    return highest, highest + tl.log2(total).to(tl.float64)
+
+
+@triton.jit
+def _rows_in_log_domain(out, v, slots, PEAKS: tl.constexpr):
+    """u_i = log2 s_i - log2 sum_j 2^(v_j - c_ij), or max_j (v_j - c_ij), a row's largest entry without its factor."""
+    for base in range(slots.first_row, slots.end_row, _ROWS):
+        g, exists, begin, count = _row_tile(slots, base)
+        peak = tl.full([_ROWS], _LOWEST, tl.float64)
+        total = tl.zeros([_ROWS], tl.float32)
+        for d in range(0, slots.most, _SLOTS):
+            _, _, t = _slot_tile(slots, v, begin, count, d)
+            peak, total = _add_exponents(peak, total, t)
+        if PEAKS:
+            tl.store(out + g, peak, mask=exists)
+        else:
+            k = tl.load(slots.supply + g, mask=exists, other=0)
+            potential = tl.log2(k.to(tl.float32)).to(tl.float64) - peak - tl.log2(total).to(tl.float64)
+            tl.store(out + g, potential, mask=k > 0)
+
+
+@triton.jit
+def _plan_by_point(point_plan, point_factor, u, background, v, edges):
+    """Write the plan by point, background's entries apart, and factors of one."""
+    for base in range(0, edges.num_points, _POINTS):
+        c, exists, begin, end, most = _point_tile(edges, base, _POINTS)
+        potential = tl.load(v + c, mask=exists, other=0.0)
+        tl.store(point_plan + c, tl.exp2((background + potential).to(tl.float32)), mask=exists)
+        tl.store(point_factor + c, tl.full([_POINTS], 1.0, tl.float32), mask=exists)
+        for d in range(0, most, _LANES):
+            e, on, _, u_i, cost = _edge_tile(edges, u, edges.cost, float("inf"), begin, end, d)
+            plan = tl.exp2((u_i + potential[:, None] - cost.to(tl.float64)).to(tl.float32))
+            tl.store(edges.plan + e, plan, mask=on)
+
+
+@triton.jit
+def _plan_by_row(row_factor, u, v, slots):
+    """Write the plan by ground truth, and factors of one."""
+    for base in range(slots.first_row, slots.end_row, _ROWS):
+        g, exists, begin, count = _row_tile(slots, base)
+        potential = tl.load(u + g, mask=exists, other=0.0)[:, None]
+        tl.store(row_factor + g, tl.full([_ROWS], 1.0, tl.float32), mask=exists)
+        for d in range(0, slots.most, _SLOTS):
+            slot, on, t = _slot_tile(slots, v, begin, count, d)
+            tl.store(slots.plan + slot, tl.exp2((potential + t).to(tl.float32)), mask=on)
+
+
+@triton.jit
+def _columns(point_factor, row_factor, background_factor, point_plan, edges):
+    """b_j = 1 / sum_i P_ij a_i. Returns what background then sends to the listed points, before its own factor."""
+    sent = tl.zeros([_POINTS], tl.float32)
+    for base in range(0, edges.num_points, _POINTS):
+        c, exists, begin, end, most = _point_tile(edges, base, _POINTS)
+        background = tl.load(point_plan + c, mask=exists, other=0.0)
+        received = tl.where(exists, background * background_factor, 1.0)
+        for d in range(0, most, _LANES):
+            _, _, _, factor, plan = _edge_tile(edges, row_factor, edges.plan, 0.0, begin, end, d)
+            received += tl.sum(plan * factor, 1)
+        tl.store(point_factor + c, 1.0 / received, mask=exists)
+        sent += background / received
+    return tl.sum(sent, 0)
+
+
+@triton.jit
+def _rows(row_factor, point_factor, slots):
+    """a_i = s_i / sum_j P_ij b_j."""
+    for base in range(slots.first_row, slots.end_row, _ROWS):
+        g, exists, begin, count = _row_tile(slots, base)
+        k = tl.load(slots.supply + g, mask=exists, other=0)
+        sent = tl.zeros([_ROWS], tl.float32)
+        for d in range(0, slots.most, _SLOTS):
+            lane = d + tl.arange(0, _SLOTS)[None, :]
+            plan = tl.load(slots.plan + begin + lane, mask=lane < count, other=0.0)
+            column = tl.load(slots.column + begin + lane, mask=plan > 0.0, other=0)
+            sent += tl.sum(plan * tl.load(point_factor + column, mask=plan > 0.0, other=0.0), 1)
+        tl.store(row_factor + g, k.to(tl.float32) / sent, mask=k > 0)
+
+
+@triton.jit
+def _absorb(potential, factor, first, end, BLOCK: tl.constexpr):
+    """Move factors into potentials. Returns the largest potential."""
+    highest = tl.full([BLOCK], _LOWEST, tl.float64)
+    for base in range(first, end, BLOCK):
+        i = base + tl.arange(0, BLOCK)
+        moved = tl.load(potential + i, mask=i < end, other=_LOWEST)
+        moved += tl.log2(tl.load(factor + i, mask=i < end, other=1.0)).to(tl.float64)
+        tl.store(potential + i, moved, mask=i < end)
+        highest = tl.maximum(highest, moved)
+    return tl.max(highest, 0)
+
+
+@triton.jit
+def _decode(match, boxes, gt_boxes, shift, background_shift, flat_point, edges):
+    """Give every listed point to the supplier with the largest 2^(v - c - shift): ties go to the lowest row, then to
+    background. A point's edges are in the order of rows.
+    """
+    gt_index, iou = match
+    for base in range(0, edges.num_points, _POINTS):
+        c, exists, begin, end, most = _point_tile(edges, base, _POINTS)
+        least = tl.full([_POINTS], float("inf"), tl.float64)
+        supplier = tl.zeros([_POINTS], tl.int32)
+        for d in range(0, most, _LANES):
+            _, _, gt, shift_i, cost = _edge_tile(edges, shift, edges.cost, float("inf"), begin, end, d)
+            t = shift_i + cost.to(tl.float64)
+            tile_least = tl.min(t, 1)
+            first_row = tl.min(tl.where(t == tile_least[:, None], gt, NO_POINT), 1)
+            supplier = tl.where(tile_least < least, first_row, supplier)
+            least = tl.minimum(tile_least, least)
+        matched = exists & (least <= background_shift)
+        point, row = tl.load(flat_point + c, mask=matched, other=0).to(tl.int64), supplier.to(tl.int64)
+        overlap, _, _ = pair_iou(*load_boxes(gt_boxes + row * 4, matched), *load_boxes(boxes + point * 4, matched))
+        tl.store(gt_index + point, row, mask=matched)
         tl.store(iou + point, overlap, mask=matched)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _sinkhorn_kernel(
-    gt_index, iou, u, u_background, v, slot_column, shift,
-    edge_gt, edge_cost, edge_plan, slot_plan, point_begin, flat_point, point_plan, point_factor, row_factor,
-    sorted_point, order, first_edge_of_image, first_of_image, pair_gt, pair_cost, pair_start, pair_count, supply,
-    gt_offsets, boxes, gt_boxes, offset_step, box_image, box_point, box_side, gt_row, gt_side,
-    G, N, iterations, burst, burst_when_full,
-    RESCALE: tl.constexpr, POINTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    EDGES: tl.constexpr,
-):  # fmt: skip
+    match, potentials, scratch, sorting, pairs, inputs, G, N, iterations, burst, burst_when_full, RESCALE: tl.constexpr
+):
+    u, u_background, v, slot_column, first_of_image = potentials
+    edge_gt, edge_cost, edge_plan, point_begin, flat_point, point_plan, point_factor, slot_plan, row_factor, shift = (
+        scratch
+    )
+    sorted_point, order, first_edge_of_image = sorting
+    pair_gt, pair_cost, pair_start, pair_count, supply = pairs
+    boxes, gt_boxes, gt_offsets = inputs
     image = tl.program_id(0).to(tl.int64)
-    first_row = tl.maximum(tl.load(gt_offsets + image * offset_step).to(tl.int32), 0)
-    end_row = tl.minimum(tl.load(gt_offsets + (image + 1) * offset_step).to(tl.int32), G)
+    first_row = tl.maximum(tl.load(gt_offsets + image).to(tl.int32), 0)
+    end_row = tl.minimum(tl.load(gt_offsets + image + 1).to(tl.int32), G)
     first_edge, end_edge = tl.load(first_edge_of_image + image), tl.load(first_edge_of_image + image + 1)
     first = tl.load(first_of_image + image)  # of its points in the arrays that have one entry for each
     point_begin += first + image
@@ -97,129 +281,94 @@ def _sinkhorn_kernel(
     point_plan += first
     point_factor += first
 
-    num_points = passes.list_points(
-        edge_gt, edge_cost, slot_column, point_begin, flat_point, sorted_point, order, pair_gt, pair_cost,
-        first_edge, end_edge, EDGES,
-    )  # fmt: skip
+    by_point = edge_gt, edge_cost, slot_column, point_begin, flat_point
+    num_points = _list_points(by_point, sorted_point, order, pair_gt, pair_cost, first_edge, end_edge)
     tl.debug_barrier()
-    taken = tl.zeros([ROWS], tl.int32)
-    most = tl.zeros([ROWS], tl.int32)
-    for base in range(first_row, end_row, ROWS):
-        g = base + tl.arange(0, ROWS)
+    taken = tl.zeros([_ROWS], tl.int32)
+    most = tl.zeros([_ROWS], tl.int32)
+    for base in range(first_row, end_row, _ROWS):
+        g = base + tl.arange(0, _ROWS)
         taken += tl.load(supply + g, mask=g < end_row, other=0)
         most = tl.maximum(most, tl.load(pair_count + g, mask=g < end_row, other=0))
-    most_slots = tl.max(most, 0)
+        tl.store(u + g, tl.zeros([_ROWS], tl.float64), mask=g < end_row)
+    most = tl.max(most, 0)
+    edges = _Edges(edge_gt, edge_cost, edge_plan, point_begin, num_points)
+    slots = _Slots(slot_column, pair_cost, slot_plan, pair_start, pair_count, supply, first_row, end_row, most)
     left = N - tl.sum(taken, 0)
     left_supply = tl.where(left > 0, left.to(tl.float32), _EMPTY)
     burst = tl.where(left > 0, burst, burst_when_full)
     rest = (N - num_points).to(tl.float32)
-
-    background = tl.zeros([], tl.float64)  # its potential
-    v_rest = tl.zeros([], tl.float64)  # that of the points that are nobody's candidate
-    for base in range(first_row, end_row, ROWS):
-        g = base + tl.arange(0, ROWS)
-        tl.store(u + g, tl.zeros([ROWS], tl.float64), mask=g < end_row)
+    background = tl.zeros([], tl.float64)  # potential of background
+    v_rest = tl.zeros([], tl.float64)  # potential of the points that are no candidate
     tl.debug_barrier()
 
-    # The first iteration, in the log domain. Its float64 tiles of points are smaller, or their registers would spill.
-    listed = passes.columns_in_log_domain(
-        v, u, background, edge_gt, edge_cost, point_begin, num_points, POINTS // 2, LANES
-    )
+    # The first iteration, in the log domain.
+    v_highest, listed = _columns_in_log_domain(v, u, background, edges)
     tl.debug_barrier()
-    passes.rows_in_log_domain(
-        u, v, slot_column, pair_cost, pair_start, pair_count, supply, first_row, end_row, most_slots, ROWS, SLOTS
-    )
+    _rows_in_log_domain(u, v, slots, False)
     peak = tl.where(rest > 0, tl.maximum(listed, v_rest), listed)
     total = tl.exp2((listed - peak).to(tl.float32)) + rest * tl.exp2((v_rest - peak).to(tl.float32))
     background = tl.log2(left_supply).to(tl.float64) - peak - tl.log2(total).to(tl.float64)
     tl.debug_barrier()
 
-    # The others multiply; after every burst of them their factors move into the potentials.
+    # The other iterations multiply; after every burst their factors move into the potentials.
     for done in range(1, tl.where(num_points > 0, iterations, 0), burst):
-        passes.plan_by_point(
-            edge_plan, point_plan, point_factor, u, background, v, edge_gt, edge_cost, point_begin, num_points,
-            POINTS, LANES,
-        )  # fmt: skip
-        passes.plan_by_row(
-            slot_plan, row_factor, u, v, slot_column, pair_cost, pair_start, pair_count, first_row, end_row,
-            most_slots, ROWS, SLOTS,
-        )  # fmt: skip
+        _plan_by_point(point_plan, point_factor, u, background, v, edges)
+        _plan_by_row(row_factor, u, v, slots)
         tl.debug_barrier()
         factor = tl.full([], 1.0, tl.float32)
         for _ in range(0, tl.minimum(burst, iterations - done)):
             v_rest = -(background + tl.log2(factor).to(tl.float64))
-            sent = passes.columns(
-                point_factor, row_factor, factor, edge_plan, point_plan, edge_gt, point_begin, num_points,
-                POINTS, LANES,
-            )  # fmt: skip
+            sent = _columns(point_factor, row_factor, factor, point_plan, edges)
             factor = left_supply / (sent + rest / factor)
             tl.debug_barrier()
-            passes.rows(
-                row_factor, point_factor, slot_plan, slot_column, pair_start, pair_count, supply,
-                first_row, end_row, most_slots, ROWS, SLOTS,
-            )  # fmt: skip
+            _rows(row_factor, point_factor, slots)
             tl.debug_barrier()
         background += tl.log2(factor).to(tl.float64)
-        passes.absorb(u, row_factor, first_row, end_row, ROWS)
-        passes.absorb(v, point_factor, 0, num_points, POINTS)
+        _absorb(u, row_factor, first_row, end_row, _ROWS)
+        v_highest = _absorb(v, point_factor, 0, num_points, _POINTS)
         tl.debug_barrier()
     tl.store(u_background + image, background)
 
     if RESCALE:
-        passes.row_peaks(
-            shift, v, slot_column, pair_cost, pair_start, pair_count, first_row, end_row, most_slots, ROWS, SLOTS
-        )
-        background_shift = passes.largest(v, num_points, POINTS)
-        background_shift = tl.where(rest > 0, tl.maximum(background_shift, v_rest), background_shift)
+        _rows_in_log_domain(shift, v, slots, True)
+        background_shift = tl.where(rest > 0, tl.maximum(v_highest, v_rest), v_highest)
     else:
-        for base in range(first_row, end_row, ROWS):
-            g = base + tl.arange(0, ROWS)
+        for base in range(first_row, end_row, _ROWS):
+            g = base + tl.arange(0, _ROWS)
             tl.store(shift + g, -tl.load(u + g, mask=g < end_row, other=0.0), mask=g < end_row)
         background_shift = -background
     tl.debug_barrier()
-    _decode(
-        gt_index, iou, boxes + image * box_image, gt_boxes, box_point, box_side, gt_row, gt_side, shift,
-        background_shift, edge_gt, edge_cost, point_begin, flat_point, image * N, num_points, POINTS, LANES,
-    )  # fmt: skip
+    _decode(match, boxes, gt_boxes, shift, background_shift, flat_point, edges)
 
 
 def _burst(growth: float) -> int:
-    """Iterations that float32 bears when each changes a factor at most `growth` times: up to 2^126."""
+    """Iterations that fit float32 when each changes a factor at most `growth` times: up to 2^126."""
     return min(10, int(120 / math.log2(max(growth, 2))))
 
 
-def sinkhorn(
-    pairs: Pairs, boxes: Tensor, gt_boxes: Tensor, gt_offsets: Tensor, config: OTAConfig
-) -> tuple[Assignment, Potentials]:
-    """Transport plan of a batch and the assignment that it means; boxes (B, N, 4) are the predicted ones."""
-    (B, N, _), G, num_slots, device = boxes.shape, gt_boxes.shape[0], pairs.point.numel(), boxes.device
+def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Potentials]:
+    """Transport plan of a batch and its assignment; inputs are contiguous."""
+    (B, N, _), G, num_slots, device = inputs.boxes.shape, len(inputs.gt_boxes), len(pairs.point), inputs.boxes.device
     sorted_point, order = torch.sort(pairs.point, stable=True)
-    first_edge = torch.searchsorted(
-        sorted_point, torch.arange(0, B * N + 1, N, dtype=torch.int32, device=device), out_int32=True
-    )
-
+    image_start = torch.arange(0, B * N + 1, N, dtype=torch.int32, device=device)
+    first_edge = torch.searchsorted(sorted_point, image_start, out_int32=True)
     # An image has at most as many candidate points as pairs, and at most N.
-    num_points = min(num_slots, B * N)
-    first_point = first_edge[:-1] if num_slots < B * N else torch.arange(0, B * N, N, dtype=torch.int32, device=device)
+    num_points, first_point = min(num_slots, B * N), (first_edge if num_slots < B * N else image_start)[:-1]
 
     def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-    iou = torch.zeros(B, N, dtype=torch.float32, device=device)
-    match = Assignment(torch.full((B, N), -1, device=device), iou, pairs.k)
-    # Columns are zeroed: should gt_offsets fall, a slot may belong to no image, and its column must still be one.
+    gt_index = torch.full((B, N), -1, device=device)
+    match = Assignment(gt_index, torch.zeros(B, N, dtype=torch.float32, device=device), pairs.k)
+    # Columns are zeroed: if gt_offsets fall, a slot may belong to no image, and its column must still be valid.
     column = torch.zeros(num_slots, dtype=torch.int32, device=device)
-    state = Potentials(
-        empty(G, torch.float64), empty(B, torch.float64), empty(num_points, torch.float64), column, first_point
-    )  # fmt: skip
-    _sinkhorn_kernel[(B,)](
-        match.gt_index, match.iou, state.u, state.u_background, state.v, column, empty(G, torch.float64),
-        empty(num_slots, torch.int32), empty(num_slots), empty(num_slots), empty(num_slots),
-        empty(num_points + B, torch.int32), empty(num_points, torch.int32), empty(num_points), empty(num_points),
-        empty(G), sorted_point, order, first_edge, first_point, pairs.gt, pairs.cost, pairs.start, pairs.count, pairs.k,
-        gt_offsets, boxes, gt_boxes, *gt_offsets.stride(), *boxes.stride(), *gt_boxes.stride(),
-        G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY),
-        RESCALE=config.rescale, POINTS=_POINTS, LANES=_LANES, ROWS=_ROWS, SLOTS=_SLOTS, EDGES=_EDGES,
-        num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
-    return match, state
+    u, u_background, v = (empty(size, torch.float64) for size in (G, B, num_points))
+    potentials = Potentials(u, u_background, v, column, first_point)
+    by_edge = empty(num_slots, torch.int32), empty(num_slots), empty(num_slots)
+    by_point = empty(num_points + B, torch.int32), empty(num_points, torch.int32), empty(num_points), empty(num_points)
+    scratch = *by_edge, *by_point, empty(num_slots), empty(G), empty(G, torch.float64)
+    sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
+    settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
+    _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **_OPTIONS)
+    return match, potentials

@@ -1,18 +1,17 @@
-"""What an optimal transport assignment looks like in a few numbers, for the log of a training run."""
+"""Numbers that describe an optimal transport assignment, for the log of a training run."""
 
 import torch
 from torch import Tensor
 
 from .assign import check_inputs
 from .assign_torch import solve
-from .config import OTAConfig, Plan
-from .grid import PointGrid
+from .config import Inputs, OTAConfig, Plan
 
 AMBIGUOUS_SHARE = 0.9
 
 
 def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
-    """What every candidate point (A,) receives in all, and from the supplier that sends it most."""
+    """Units that every candidate point (A,) receives: in total, and from the supplier that sends most."""
     column = torch.searchsorted(plan.points, plan.flat_point)
     sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
     received = sent_by_background.scatter_add(0, column, sent)
@@ -20,34 +19,24 @@ def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def is_ambiguous(received: Tensor, largest: Tensor) -> Tensor:
-    """(A,) bool, of `units_received`: no supplier sends 0.9 of what the point receives (paper, section 4.2)."""
+    """(A,) bool, from `units_received`: no supplier sends 0.9 of what the point receives (paper, section 4.2)."""
     return largest < AMBIGUOUS_SHARE * received
 
 
 @torch.no_grad()
-def assignment_statistics(
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-    config: OTAConfig,
-) -> dict[str, Tensor]:
-    """Float32 scalars, of the inputs of `ota_assign`. Waits for a GPU.
+def assignment_statistics(inputs: Inputs, config: OTAConfig) -> dict[str, Tensor]:
+    """Float32 scalars; waits for a GPU.
 
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
     ambiguous         share of the candidate points whose largest supplier sends less than 0.9 of what they receive
-    residual          mean over the candidate points of |units received - 1|, by which Sinkhorn has not converged:
-                      the rows of its last iterate are exact, the columns are not
+    residual          mean over the candidate points of |units received - 1|, the error of Sinkhorn's columns;
+                      its rows are exact
 
     All are 0 where no ground truth takes part.
     """
-    inputs = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
-    if boxes.device.type == "mps":  # has no float64
-        inputs = [t.cpu() for t in inputs]
-    match, plan = solve(*inputs, grid, config)
+    inputs = check_inputs(inputs)
+    match, plan = solve(inputs.to("cpu") if inputs.boxes.device.type == "mps" else inputs, config)  # mps has no float64
     num_gts = (plan.k > 0).sum().clamp(min=1)
     received, largest = units_received(plan)
     num_points = max(1, len(received))

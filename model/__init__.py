@@ -1,7 +1,8 @@
 """The detector: images -> raw predictions -> losses or detections."""
 
 from .backbone import BackboneError
-from .detector import Detections, Detector, DetectorConfig
+from .detector import Detector, DetectorConfig
+from .postprocess import Detections
 from .weights import (
     WeightsError,
     init_weights,
@@ -9,7 +10,6 @@ from .weights import (
     load,
     load_weights,
     local_file,
-    read_metadata,
     save_weights,
     write_file,
 )
@@ -25,7 +25,6 @@ __all__ = [
     "load",
     "load_weights",
     "local_file",
-    "read_metadata",
     "save_weights",
     "write_file",
 ]

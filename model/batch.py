@@ -1,16 +1,14 @@
 """Images and targets of different sizes -> one padded batch of tensors, its ground truths ragged.
 
-Packed where the images are decoded, in a loader process, so that a batch goes to the device in a few large copies
-that need not wait for it.
+Packed in the loader processes, so that a batch goes to the device in a few large copies that nobody waits for.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from images import check_range
 
 SIZE_DIVISOR = 32
 
@@ -30,7 +28,7 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def mark_ragged(self) -> None:
-        """Tell torch.compile that G and M differ from batch to batch, while everything else stays as it is."""
+        """Declare to torch.compile that G and M differ from batch to batch."""
         for tensor in (self.gt_boxes, self.gt_labels, self.ignore_boxes, self.ignore_image):
             torch._dynamo.mark_dynamic(tensor, 0)
 
@@ -40,14 +38,14 @@ def padded_side(side: int, sides: tuple[int, ...] = ()) -> int:
     return next((s for s in sides if s >= side), -(-side // SIZE_DIVISOR) * SIZE_DIVISOR)
 
 
-def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below.
+def static_sides(shortest: int, longest: int) -> tuple[int, ...]:
+    """Sides that images are padded to for torch.compile, px: from the shortest to the longest, a third of it apart."""
+    intervals = max(1, round(3 * (longest - shortest) / shortest))
+    return tuple(sorted({padded_side(shortest + (longest - shortest) * i // intervals) for i in range(intervals + 1)}))
 
-    Raises ImageError where floating point on the CPU is not in 0..1; elsewhere that would wait for the device.
-    """
-    for i, image in enumerate(images):
-        if image.device.type == "cpu":
-            check_range(image, f"image {i} of the batch")
+
+def pad_images(images: Sequence[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
     if any(image.is_floating_point() for image in images):
         images = [image if image.is_floating_point() else image.float() / 255 for image in images]
     sizes = torch.tensor([image.shape[1:] for image in images])
@@ -59,24 +57,22 @@ def pad_images(images: list[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tenso
 
 
 def pad_rows(tensor: Tensor, value: float = 0) -> Tensor:
-    """Rows up to a power of two, at least 64: few sizes for a CUDA graph to be captured for."""
+    """Pad to a power of two of rows, at least 64, so that CUDA graphs are captured for few sizes."""
     missing = (1 << max(6, (len(tensor) - 1).bit_length())) - len(tensor)
     return torch.cat([tensor, tensor.new_full((missing, *tensor.shape[1:]), value)])
 
 
-def pack(images: list[Tensor], targets: list[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
+def pack(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
     """Images (3, h, w) and targets as `Detector` takes them, on the CPU, to a Batch.
 
-    With `sides` everything gets one of few sizes, for torch.compile: images are padded to these, ground truths with
+    With `sides` the sizes of all tensors are few, for torch.compile: images are padded to `sides`, ground truths with
     rows that belong to no image, and regions to ignore with empty ones.
     """
     boxes = [torch.as_tensor(t["boxes"]).reshape(-1, 4).float() for t in targets]
-    ignored = [torch.as_tensor(t["ignore"]).reshape(-1, 4).float() if "ignore" in t else b[:0]
-               for t, b in zip(targets, boxes, strict=True)]  # fmt: skip
-    counts = torch.tensor([len(b) for b in boxes])
+    ignored = [torch.as_tensor(t.get("ignore", ())).reshape(-1, 4).float() for t in targets]
+    offsets = F.pad(torch.tensor([len(b) for b in boxes]).cumsum(0), (1, 0))
     image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
     labels = torch.cat([boxes[0][:0, 0].long(), *(t["labels"] for t in targets)])  # integers of any type become int64
     rows = torch.cat(boxes), labels, torch.cat(ignored), image_of_ignored
     gt_boxes, gt_labels, ignore_boxes, ignore_image = map(pad_rows, rows, (0, -1, 0, 0)) if sides else rows
-    offsets = F.pad(counts.cumsum(0), (1, 0))
     return Batch(*pad_images(images, sides), gt_boxes, gt_labels, offsets, ignore_boxes, ignore_image)

@@ -129,7 +129,7 @@ def count_labels(total: Labels, labels: Tensor, exact: Tensor, plan: Plan, cost_
 
 def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
     """Add one image, B = 1. One whose ground truths supply more than their points take is named and left out."""
-    plan = solve(*scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
+    plan = solve(scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
     try:
         pairs = exact_pairs(plan)
     except NoPlanError:
@@ -144,7 +144,7 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
     for row in audit.rows:
         for decoding, rescale in DECODINGS.items():
             setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
-            match, plan = solve(*scene, setting)
+            match, plan = solve(scene, setting)
             labels = match.gt_index.flatten()[plan.points]
             count_labels(row.decoded[decoding], labels, exact, plan, float(cost_bg.sum()))
         received = units_received(plan)[0]
@@ -223,7 +223,7 @@ def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[
     predictor = Predictor(args.weights, args.data)
     picks = range(min(args.images, len(predictor.dataset)))
     scenes = ((predictor.dataset.images[i]["file_name"], predictor.scene(i)[1]) for i in picks)
-    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.assigner, scenes
+    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.ota, scenes
 
 
 def main(argv: list[str] | None = None) -> None:

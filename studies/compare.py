@@ -95,7 +95,7 @@ def assignment_of(predictor: Predictor) -> dict[str, float]:
     config, positives, objects, ambiguous = predictor.detector.config, 0, 0, 0
     for i in range(len(predictor.dataset)):
         _, scene = predictor.scene(i)
-        match, torn = assign_and_ambiguous(config.strategy, *scene, config=config.assigner)
+        match, torn = assign_and_ambiguous(config.assigner, *scene, config=config.ota)
         positives += int((match.gt_index >= 0).sum())
         objects += len(scene.gt_boxes)
         ambiguous += int(torn.sum())
@@ -113,8 +113,8 @@ def measure(folder: Path, device: torch.device) -> dict[str, float]:
     row = {name: metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     row |= assignment_of(predictor)
     row |= {"crowded_images": len(crowded), "seconds": metrics.get("total_s", -1), "AP_crowded": -1.0}
-    if predictor.detector.config.strategy == "ota":
-        row["settings"] = dataclasses.asdict(predictor.detector.config.assigner)
+    if predictor.detector.config.assigner == "ota":
+        row["settings"] = dataclasses.asdict(predictor.detector.config.ota)
     if crowded:
         _, results = evaluate(predictor.detector.to(device), predictor.dataset, device)
         for name, key in (("images", "id"), ("annotations", "image_id")):

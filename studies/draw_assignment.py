@@ -88,7 +88,7 @@ def picture_of(args: argparse.Namespace) -> Picture:
     if not len(scene.gt_boxes):
         raise DatasetError(f"{predictor.dataset.images[index]['file_name']} (--image) has no objects to assign to")
     title = f"{predictor.dataset.images[index]['file_name']} of {Path(predictor.data).name}, {args.weights.name}"
-    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.assigner)
+    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.ota)
 
 
 def draw_boxes(axis, boxes: Tensor, colors: list[str], width: float = 1.5) -> None:
@@ -168,7 +168,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     grid, count = scene.grid, len(scene.gt_boxes)
-    plan = solve(*scene, config)[1]
+    plan = solve(scene, config)[1]
     match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()

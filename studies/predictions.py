@@ -23,8 +23,8 @@ class Predictor:
         self.detector, self.dataset, self.data = load_with_data(weights, data)
 
     @property
-    def assigner(self) -> OTAConfig:
-        return self.detector.config.assigner
+    def ota(self) -> OTAConfig:
+        return self.detector.config.ota
 
     @torch.no_grad()
     def scene(self, i: int) -> tuple[Tensor, Scene]:

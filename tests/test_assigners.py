@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_and_ambiguous, statistics_of
-from model.assigners.claims import Image, assign_claims
+from model.assigners.claims import ImageInputs, assign_claims
 from model.assigners.paa import fit_two_gaussians, up_to_the_densest
 from tests.support.scenes import Scene, make_scene, trained_predictions
 
@@ -377,7 +377,7 @@ def test_claims_are_the_literal_ones(name, crowded):
     expected = getattr(Literal(scene), name)()
     seen = []
 
-    def watched(image: Image):
+    def watched(image: ImageInputs):
         claims = CLAIMS[name](image)
         seen.extend({int(j) for j in row.nonzero()[:, 0]} for row in claims.wanted)
         return claims

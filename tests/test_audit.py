@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from kernels import OTAConfig, PointGrid
+from kernels import Inputs, OTAConfig, PointGrid
 from kernels.assign_reference import assign_image, decode
 from kernels.assign_torch import solve
 from kernels.config import Plan
@@ -66,7 +66,8 @@ def test_least_cost_over_real_candidates_is_that_of_brute_force():
     boxes, labels = torch.tensor([[2.0, 2, 22, 16], [8.0, 4, 31, 18]]), torch.tensor([0, 1])
     grid = PointGrid((8, 16), ((3, 4), (2, 2)))
     logits, predicted = trained_predictions(grid, boxes, labels, 2, torch.Generator().manual_seed(3))
-    _, plan = solve(logits[None], predicted[None], boxes, labels, torch.tensor([0, 2]), grid, OTAConfig())
+    inputs = Inputs(logits[None], predicted[None], boxes, labels, torch.tensor([0, 2]), grid)
+    _, plan = solve(inputs, OTAConfig())
     assert 4 < len(plan.points) < 12 and len(plan.gt) > len(plan.points)
     assert exact_cost(plan) == pytest.approx(least_cost_by_brute_force(plan), abs=1e-9)
 
@@ -87,7 +88,7 @@ def test_candidate_pairs_are_as_good_as_the_dense_problem(prior):
     cost = cost.masked_fill(cost.isinf(), 0)
     least = linprog(cost.numpy(), A_eq=equal.numpy(), b_eq=demand.numpy(), bounds=bounds, method="highs")
 
-    _, plan = solve(*scene, config)
+    _, plan = solve(scene, config)
     assert torch.equal(plan.k, dense["k"])
     by_pairs = exact_cost(plan) + float(dense["cost"][-1].sum())
     assert by_pairs == pytest.approx(least.fun, rel=1e-5)  # the pairs' costs are float32
@@ -102,7 +103,7 @@ def test_candidate_pairs_are_as_good_as_the_dense_problem(prior):
 @pytest.mark.parametrize("rescale", [True, False], ids=["rescale", "plain"])
 def test_an_integral_plan_is_decoded_alike_with_and_without_rescaling(rescale):
     scene = make_scene(GRID, (6,), 3, seed=1)
-    _, plan = solve(*scene, OTAConfig())
+    _, plan = solve(scene, OTAConfig())
     labels = torch.full((GRID.num_points,), -1)
     labels[plan.points] = exact_labels(plan, exact_pairs(plan))
     dense = torch.nn.functional.one_hot(torch.where(labels < 0, 6, labels), 7).T.double().log()
@@ -133,14 +134,14 @@ def test_image_without_ground_truth_counts_for_nothing():
 
 def test_images_of_a_batch_are_solved_as_each_alone():
     scene = make_scene(GRID, (4, 0, 7), 3, seed=5)
-    together = exact_cost(solve(*scene, OTAConfig())[1])
-    alone = sum(exact_cost(solve(*image, OTAConfig())[1]) for image in scene.images())
+    together = exact_cost(solve(scene, OTAConfig())[1])
+    alone = sum(exact_cost(solve(image, OTAConfig())[1]) for image in scene.images())
     assert together == pytest.approx(alone, rel=1e-12)
 
 
 def test_exact_labels_count_as_unchanged():
     scene, config, total = make_scene(GRID, (5,), 3, seed=4), OTAConfig(), audit_script.Labels()
-    _, plan = solve(*scene, config)
+    _, plan = solve(scene, config)
     labels, cost_bg = exact_labels(plan, exact_pairs(plan)), float(background_cost(scene, plan, config).sum())
     count_labels(total, labels, labels, plan, cost_bg)
     assert (total.changed, total.supply_error, total.positives) == (0, 0, int(plan.k.sum()))
@@ -182,7 +183,7 @@ def test_plan_of_a_small_eps_is_that_of_the_log_domain(iterations):
     dense = assign_image(
         scene.logits[0].double(), scene.boxes[0].double(), scene.gt_boxes.double(), scene.gt_labels, GRID, config
     )
-    _, plan = solve(*scene, config)
+    _, plan = solve(scene, config)
     sent = dense["log_plan"].exp()
     expected = (sent * dense["cost"].masked_fill(dense["cost"].isinf(), 0))[:, plan.points].sum()
     received = units_received(plan)[0]

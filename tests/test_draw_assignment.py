@@ -37,7 +37,7 @@ def dataset(shapes) -> CocoDataset:
 def weights(shapes, dataset, tmp_path_factory):
     """A detector that has learned nothing."""
     torch.manual_seed(0)
-    config = DetectorConfig(5, "test_resnet", (96, 160), channels=64, head_convs=0, assigner=OTAConfig(radius=3))
+    config = DetectorConfig(5, "test_resnet", (96, 160), channels=64, head_convs=0, ota=OTAConfig(radius=3))
     path = tmp_path_factory.mktemp("weights") / "ota.safetensors"
     classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
     save_weights(path, Detector(config), classes | {"data": str(shapes)})
@@ -49,8 +49,8 @@ def test_labels_are_those_of_ota_assign_and_ambiguity_that_of_the_log():
     match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
     expected = ota_assign(*scene, config, backend="torch")
     assert all(torch.equal(one, other) for one, other in zip(match, expected, strict=True))
-    points = sum(len(draw_assignment.solve(*image, config)[1].points) for image in scene.images())
-    share = assignment_statistics(*scene, config)["ambiguous"]
+    points = sum(len(draw_assignment.solve(image, config)[1].points) for image in scene.images())
+    share = assignment_statistics(scene, config)["ambiguous"]
     assert ambiguous.shape == match.gt_index.shape and not ambiguous[1].any()
     assert int(ambiguous.sum()) == round(float(share) * points) > 0
 
@@ -69,7 +69,7 @@ def test_more_boxes_than_colours_have_a_colour_each():
 def test_objects_of_the_toy_scene_contend():
     """Some point is sent units by two objects, and is ambiguous."""
     scene, config = toy_scene(), OTAConfig()
-    plan = draw_assignment.solve(*scene, config)[1]
+    plan = draw_assignment.solve(scene, config)[1]
     sent = torch.zeros(3, scene.grid.num_points, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     contended = (sent > 0.05).sum(0) > 1
@@ -92,7 +92,7 @@ def test_pictures_of_a_detector(weights, tmp_path):
 def test_predictions_are_of_the_image_as_the_detector_sees_it(weights):
     predictor = Predictor(weights)
     image, scene = predictor.scene(1)
-    assert predictor.assigner.radius == 3 and image.shape == (3, 96, 96)
+    assert predictor.ota.radius == 3 and image.shape == (3, 96, 96)
     boxes, scores = scene.boxes, scene.logits.sigmoid()
     assert boxes.shape == (1, scene.grid.num_points, 4) and scores.shape == (1, scene.grid.num_points, 5)
     assert len(scene.gt_boxes) == int(scene.gt_offsets[-1]) == len(predictor.dataset[1][1]["boxes"])

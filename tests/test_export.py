@@ -14,10 +14,12 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import export as export_script
+from errors import UserError
+from export import ExportedDetector
 from images import load_image
 from model import Detector, DetectorConfig, load, save_weights
 from model.batch import pad_images
-from model.exported import ExportedDetector, suppressed
+from model.postprocess import Detections, suppressed
 from training.settings import SettingsError
 
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
@@ -101,7 +103,7 @@ def exported(call, request, weights, tmp_path_factory):
     return *(run_onnx if kind == "onnx" else run_torch)(path), nms
 
 
-def detections_of(outputs: tuple, nms: bool, nms_iou: float, limit: int) -> list[dict]:
+def detections_of(outputs: tuple, nms: bool, nms_iou: float, limit: int) -> list[Detections]:
     """Per image the rows with a score, of candidates those that survive NMS."""
     detections = []
     for boxes, scores, labels in zip(*outputs, strict=True):
@@ -110,16 +112,16 @@ def detections_of(outputs: tuple, nms: bool, nms_iou: float, limit: int) -> list
         rows = torch.arange(count)
         if not nms:
             rows = batched_nms(boxes[:count].double(), scores[:count].double(), labels[:count], nms_iou)[:limit]
-        detections.append({"boxes": boxes[rows], "scores": scores[rows], "labels": labels[rows]})
+        detections.append(Detections(boxes[rows], scores[rows], labels[rows], NAMES))
     return detections
 
 
-def assert_same(found: list[dict], wanted: list[dict], at_least: int = 10) -> None:
+def assert_same(found: list[Detections], wanted: list[Detections], at_least: int = 10) -> None:
     for one, other in zip(found, wanted, strict=True):
-        assert len(one["scores"]) == len(other["scores"]) >= at_least
-        apart = (one["boxes"][:, None] - other["boxes"]).abs().amax(-1)
-        apart = apart.maximum((one["scores"][:, None] - other["scores"]).abs())
-        apart = apart.masked_fill(one["labels"][:, None] != other["labels"], torch.inf)
+        assert len(one.scores) == len(other.scores) >= at_least
+        apart = (one.boxes[:, None] - other.boxes).abs().amax(-1)
+        apart = apart.maximum((one.scores[:, None] - other.scores).abs())
+        apart = apart.masked_fill(one.labels[:, None] != other.labels, torch.inf)
         assert apart.amin(0).max() <= TOLERANCE and apart.amin(1).max() <= TOLERANCE
 
 
@@ -129,7 +131,7 @@ def assert_same_as_detector(detector: Detector, exported: tuple, images: list[to
     config = detector.config
     found = detections_of(run(batch, sizes), nms, config.nms_iou, config.max_detections)
     with torch.no_grad():
-        assert_same(found, detector.detect_resized(images, [image.shape[-2:] for image in images]))
+        assert_same(found, detector.detect(batch, sizes))
 
 
 @pytest.mark.parametrize("size", [(160, 256), (320, 192)], ids=["160x256", "320x192"])
@@ -215,7 +217,7 @@ def test_backbone_that_cannot_be_exported_is_named(call, weights, monkeypatch):
         raise RuntimeError("constraints violated")
 
     monkeypatch.setattr(torch.export, "export", fail)
-    with pytest.raises(export_script.ExportError, match="cannot export test_resnet .* any size: constraints violated"):
+    with pytest.raises(UserError, match="cannot export test_resnet .* any size: constraints violated"):
         call(export_script, "--weights", weights, "--format", "torch")
 
 

@@ -129,7 +129,6 @@ def same(i: int) -> int:
     return i
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["pycocotools", "fast"])
 @pytest.mark.parametrize(
     "odd",
     [
@@ -141,14 +140,14 @@ def same(i: int) -> int:
     ids=["negative-id", "id-0", "id-2^63", "image-2^53", "image-0", "negative-category", "no-area", "negative-area",
          "area-1e11", "area-nan", "area-text"],
 )  # fmt: skip
-def test_evaluators_see_ordinary_ids_and_areas(odd, fast):
+def test_evaluators_see_ordinary_ids_and_areas(odd):
     results = []
     for annotations in (ids_and_areas(same, same, same, 1600), ids_and_areas(*odd)):
         found = [
             {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in annotations["annotations"]
         ]
         found[1]["bbox"] = [10, 10, 80, 30]  # IoU 0.75
-        results.append(coco_metrics(annotations, found, fast))
+        results.append(coco_metrics(annotations, found))
     ordinary, metrics = results
     assert [metrics[name] for name in METRICS] == [ordinary[name] for name in METRICS]
     assert {name: metrics["per_class"][name] for name in ordinary["per_class"]} == ordinary["per_class"]
@@ -191,9 +190,9 @@ def test_category_that_may_be_meant_stays(changed, change, why):
 @pytest.mark.parametrize(
     "args",
     [
-        ("--lr", "nan"), ("--weight-decay", "nan"), ("--weight-decay", "inf"), ("--radius", "inf"), ("--alpha", "nan"),
-        ("--eps", "inf"), ("--ema", "nan"), ("--clip-norm", "inf"), ("--seed", str(10**20)), ("--steps", str(10**30)),
-        ("--top-q", str(2**31)), ("--image-size", "20000"), ("--image-size", "0"), ("--multi-scale", "20000"),
+        ("--lr", "nan"), ("--weight-decay", "nan"), ("--weight-decay", "inf"), 
+        ("--ema", "nan"), ("--clip-norm", "inf"), ("--seed", str(10**20)), ("--steps", str(10**30)),
+        ("--image-size", "20000"), ("--image-size", "0"), ("--multi-scale", "20000"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -213,7 +212,7 @@ def test_device_that_cannot_train(call, device):
 def test_memory_of_a_step_is_compared_with_what_there_is(call, changed, tmp_path, monkeypatch):
     root = changed(lambda content: None)
     assert "GiB" not in call(train, "--data", root, *SMALL, "--out", tmp_path / "out")
-    monkeypatch.setattr(train, "available_bytes", lambda *_: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 2**20)
     said = call(train, "--data", root, *SMALL, "--out", tmp_path / "other")
     assert "warning: a step of 2 images of up to 64 x 64 px" in said and "--image-size" in said
 

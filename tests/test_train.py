@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +20,7 @@ import eval as eval_script
 import train
 from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes
 from eval import batches_of_one_size, coco_metrics
+from kernels import OTAConfig
 from model import BackboneError, DetectorConfig, WeightsError, load_weights
 from training.checkpoint import CheckpointError
 
@@ -51,7 +55,7 @@ def trained(call, four_images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     said = call(
         *(train, "--data", four_images, *TINY, "--image-size", 128, "--batch-size", 4, "--steps", 250),
-        *("--lr", 8e-3, "--warmup", 20, "--radius", 3, "--top-q", 10, "--eval-every", 1000, "--out", out),
+        *("--lr", 8e-3, "--warmup", 20, "--ota", "radius=3", "top_q=10", "--eval-every", 1000, "--out", out),
     )
     assert "learning rate 0.002 = 0.008 x 4 / 16" in said
     return out
@@ -76,7 +80,7 @@ def test_run_folder_holds_what_is_promised(trained, four_images):
     assert metadata["class_names"] == find_dataset(four_images).class_names
     assert metadata["category_ids"] == [1, 2, 3, 4, 5]
     assert metadata["architecture"]["image_size"] == [128, 213]
-    assert metadata["architecture"]["assigner"]["top_q"] == 10
+    assert metadata["architecture"]["ota"]["top_q"] == 10
     assert metadata["training"]["step"] == 250
 
 
@@ -169,9 +173,8 @@ def test_ctrl_c_under_torchrun_leaves_usable_weights(four_images, tmp_path):
         (["--backbone", "resnet999"], BackboneError, "resnet999.*--backbone"),
         (["--device", "toaster"], train.SettingsError, "cannot use --device toaster"),
         (["--channels", "30"], train.SettingsError, "--channels"),
-        (["--radius", "2.5"], train.SettingsError, "radius is 2.5: 'closest'"),
     ],
-    ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "no-device", "odd-channels", "bad-assigner"],
+    ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "no-device", "odd-channels"],
 )
 def test_train_stops_with_a_name(call, four_images, tmp_path, args, error, message):
     base = ["--data", four_images, *TINY, "--image-size", "64", "--batch-size", "4", "--steps", "4", "--warmup", "1"]
@@ -187,16 +190,58 @@ def test_set_without_boxes_is_refused(call, four_images, tmp_path):
         call(train, "--data", tmp_path / "empty", *TINY, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--top-q", "--channels"])
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--channels"])
 def test_zero_is_refused_by_flag(call, capsys, flag):
     with pytest.raises(SystemExit):
         call(train, flag, "0")
-    assert f"{flag}: 0 is not between 1 and 2147483647" in capsys.readouterr().err
+    assert f"{flag}: 0 is not an integer of at least 1" in capsys.readouterr().err
 
 
 def test_radius_of_a_recipe_belongs_to_its_prior(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--center-prior", "radius"])
-    assert train.detector_config(train.parse_args(), 5).assigner.radius == 2.5
+    monkeypatch.setattr(sys, "argv", ["train.py", "--ota", "center_prior=radius"])
+    assert train.detector_config(train.parse_args(), 5).ota.radius == 2.5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["radius=2.5"], "OTAConfig.radius is 2.5: 'closest'"),
+        (["top_q=0"], "OTAConfig.top_q is 0, it must be at least 1"),
+        (["eps=nan"], "OTAConfig.eps"),
+        (["alpha=x"], "OTAConfig.alpha is 'x', it must be a number"),
+        (["cls_cost=hinge"], "OTAConfig.cls_cost is 'hinge', choose from focal, bce"),
+        (["sigma=1"], "'sigma=1' is no key=value with a key of alpha, eps,"),
+        (["top_q"], "'top_q' is no key=value"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_of_ota_are_checked(call, capsys, args, message):
+    with pytest.raises(SystemExit):
+        call(train, "--ota", *args)
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_ota_override_the_recipe(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--ota", "top_q=7", "fixed_k=null", "rescale=false"])
+    expected = OTAConfig(radius=3, top_q=7, rescale=False)
+    assert train.detector_config(train.parse_args(), 5).ota == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--radius", "3"], "--radius is now --ota radius=VALUE"),
+        (["--no-rescale"], "--no-rescale is now --ota rescale=VALUE"),
+        (["--no-group-aspect"], "--no-group-aspect is always on"),
+        (["--frozen-norm"], "--frozen-norm follows --pretrained"),
+        (["--resume", "never"], "--resume is gone; .* --out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_of_before_name_the_new_form(call, capsys, args, message):
+    with pytest.raises(SystemExit):
+        call(train, *args)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_train_refuses_a_folder_with_another_run(call, four_images, trained):
@@ -204,8 +249,6 @@ def test_train_refuses_a_folder_with_another_run(call, four_images, trained):
     args = ["--data", four_images, *TINY, "--batch-size", "4", "--out", trained]
     with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: 0.008 there, 0.01 now(.|\n)*--out"):
         call(train, *args, "--lr", "0.01", "--steps", "1")
-    with pytest.raises(CheckpointError, match="holds a run already; name another folder with --out"):
-        call(train, *args, "--resume", "never")
     assert (trained / "ota.safetensors").read_bytes() == before
 
 
@@ -272,11 +315,8 @@ def test_detections_file_is_a_coco_result(evaluated, four_images):
     assert len(truth.loadRes(str(evaluated / "detections.json")).anns) == len(results_of(evaluated)) > 10
 
 
-def test_batches_hold_one_padded_size_and_every_image_once(four_images):
-    dataset = find_dataset(four_images)
-    dataset.images = [
-        {"height": h, "width": w} for h, w in ((480, 640), (640, 480), (481, 640), (480, 640), (100, 100))
-    ]
-    batches = batches_of_one_size(dataset.images, (128, 213), 2)
+def test_batches_hold_one_padded_size_and_every_image_once():
+    sizes = np.array([(128, 170), (170, 128), (128, 170), (128, 170), (128, 128)])
+    batches = batches_of_one_size(SimpleNamespace(resized_sizes=lambda _: sizes), (128, 213), 2)
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     assert sorted(map(len, batches)) == [1, 1, 1, 2]

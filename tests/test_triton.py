@@ -85,7 +85,7 @@ def test_most_pairs_per_gt_is_enough(center_prior):
 def test_max_pairs():
     scene, config = scene_of((4, 0, 3)), replace(QUICK, center_prior="none")
     match = ota_assign(*scene, config, backend="triton")
-    pairs = len(kernels.assign_triton.solve(*scene, config)[1].gt)
+    pairs = len(kernels.assign_triton.solve(scene, config)[1].gt)
     assert_equal(ota_assign(*scene, config, backend="triton", max_pairs=pairs), match)
     if DEVICE.type == "cpu":  # on a GPU it is an assertion of the device, which ends the process
         with pytest.raises(RuntimeError, match=f"more than max_pairs={pairs - 1} candidate pairs"):

@@ -1,10 +1,12 @@
 """Weights files from others: whatever a file holds, it loads and predicts, or one WeightsError names what is wrong."""
 
 import copy
+import gzip
 import json
 import random
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,7 +18,6 @@ import model.weights
 from eval import load_with_data
 from kernels import OTAConfig
 from model import BackboneError, Detector, DetectorConfig, WeightsError, load, load_weights, save_weights
-from training.folder import RunFolder
 
 CLASSES = {"class_names": ["cat", "traffic light"], "category_ids": [3, 7]}
 TRAINING = {"data": "shapes", "box": None, "training": {"step": 9, "metrics": {"AP": 0.5}}}
@@ -157,12 +158,12 @@ DEEP = "[" * 100_000
         pytest.param("architecture.image_size", [107, 64], r"image_size is \(107, 64\)", id="image-size-reversed"),
         pytest.param("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384", id="image-size-huge"),
         pytest.param("architecture.frozen_norm", 1, "frozen_norm is 1, not true or false", id="frozen-norm-1"),
-        pytest.param("architecture.strategy", [], r"strategy is \[\], not one of ota", id="strategy-list"),
+        pytest.param("architecture.assigner", [], r"assigner is \[\], not one of ota", id="assigner-list"),
         pytest.param("architecture.backbone", 5, "backbone is 5", id="backbone-number"),
         pytest.param("architecture.surprise", 5, "architecture has the unknown field 'surprise'", id="unknown-field"),
-        pytest.param("architecture.assigner", [], r"assigner is \[\], not an object", id="assigner-list"),
-        pytest.param("architecture.assigner.top_q", "x", "architecture.assigner: ", id="assigner-text"),
-        pytest.param("architecture.assigner.radius", float("inf"), "architecture.assigner: ", id="assigner-infinite"),
+        pytest.param("architecture.ota", [], r"ota is \[\], not an object", id="ota-list"),
+        pytest.param("architecture.ota.top_q", "x", "architecture.ota: ", id="ota-text"),
+        pytest.param("architecture.ota.radius", float("inf"), "architecture.ota: ", id="ota-infinite"),
         pytest.param("normalisation", None, "normalisation is None, not an object", id="normalisation-null"),
         pytest.param("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001", id="std-0"),
         pytest.param("normalisation.mean", [0.1, 0.1], "normalisation.mean is .* not three", id="mean-of-two"),
@@ -197,9 +198,9 @@ def test_metadata_that_are_no_object_are_refused(write, text, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({}, r"1 tensors differ, 'head.cls.weight' first: missing there, \[2, 8, 3, 3\] float needed"),
-        ({"head.cls.weight": torch.zeros(2, 8, 3)}, r"\[2, 8, 3\] float there"),
-        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).int()}, r"\[2, 8, 3, 3\] I32 there"),
+        ({}, r"1 tensors differ, 'head.cls.weight' first: missing, needed: \[2, 8, 3, 3\] float"),
+        ({"head.cls.weight": torch.zeros(2, 8, 3)}, r"first: \[2, 8, 3\] float, needed"),
+        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
         ({"head.cls.weight": torch.full((2, 8, 3, 3), torch.nan)}, "'head.cls.weight' that are NaN"),
         ({"head.cls.weight": torch.full((2, 8, 3, 3), 1e300, dtype=torch.float64)}, "'head.cls.weight' that are NaN"),
     ],
@@ -232,7 +233,7 @@ def test_a_file_chooses_no_address(valid, write, monkeypatch, backbone):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
-    with pytest.raises(WeightsError, match="architecture.*backbone|architecture.*resnet18"):
+    with pytest.raises(WeightsError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
         load(write(replaced(valid[0], "architecture.backbone", backbone)))
     assert not asked
 
@@ -251,7 +252,8 @@ def test_a_file_chooses_no_memory(valid, write, monkeypatch, changes):
     """Only the network of the first comparison, which takes no memory, is built."""
     built = []
     monkeypatch.setattr(model.weights, "Detector", lambda config: built.append(config) or Detector(config))
-    metadata = valid[0] | {"architecture": valid[0]["architecture"] | changes}
+    metadata = {n: value for n, value in valid[0].items() if n not in ("class_names", "category_ids")}
+    metadata["architecture"] = metadata["architecture"] | changes
     started = time.perf_counter()
     with pytest.raises(WeightsError, match="does not fit|has features at strides"):
         load(write(metadata))
@@ -281,12 +283,48 @@ def test_every_kind_of_backbone_is_compared_and_comes_back(tmp_path, name):
 def test_files_of_before_load(valid, write):
     """Those of the first version: fewer fields of the architecture, and nothing of the training."""
     metadata = {name: valid[0][name] for name in ("format", "architecture", "normalisation")}
-    newer = ("frozen_norm", "strategy")
-    metadata["architecture"] = {n: v for n, v in metadata["architecture"].items() if n not in newer}
-    del metadata["architecture"]["assigner"]["per_q"]
+    newer = ("frozen_norm", "assigner", "ota")
+    architecture = {n: v for n, v in metadata["architecture"].items() if n not in newer}
+    ota = metadata["architecture"]["ota"]
+    del ota["per_q"]
+    metadata["architecture"] = architecture | {"assigner": ota}  # "ota" was called "assigner", "assigner" "strategy"
     detector, found = load_weights(write(metadata))
     assert detector.config == DetectorConfig(2, "test_resnet", (64, 107), 8, 1)
     assert found["class_names"] == detector.class_names == ["0", "1"]
+
+
+# The first 8 of the 20 detections of commit c1da3ae, and their labels.
+DETECTIONS_OF_C1DA3AE = [
+    [10.877, 12.795, 57.357, 52.111, 0.90364, 0],
+    [70.628, 31.838, 107.865, 90.296, 0.89026, 1],
+    [110.82, 6.343, 140.392, 39.503, 0.82744, 2],
+    [91.618, 16.045, 133.026, 60.816, 0.47242, 2],
+    [70.628, 31.838, 107.865, 90.296, 0.35638, 2],
+    [108.266, 7.023, 140.589, 39.363, 0.32792, 1],
+    [91.618, 16.045, 133.026, 60.816, 0.32353, 1],
+    [104.692, 8.809, 148.913, 52.902, 0.31708, 2],
+]
+
+
+def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
+    """A pruned test_efficientnet with frozen norms, trained on rectangles by SimOTA and saved by that commit."""
+    path = tmp_path / "ota.safetensors"
+    path.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "c1da3ae.safetensors.gz").read_bytes()))
+    detector, metadata = load_weights(path)
+    ota = OTAConfig(center_prior="radius", radius=2.0, top_q=10, per_q=3)
+    assert detector.config == DetectorConfig(
+        3, "test_efficientnet", (64, 96), 8, 1, True, 0.1, nms_iou=0.5, max_detections=20, assigner="simota", ota=ota
+    )
+    assert metadata["data"] == "rectangles" and metadata["box"] is None and metadata["training"]["step"] == 1000
+    assert detector.class_names == ["red", "green", "blue"] and detector.category_ids == [1, 5, 9]
+    image = torch.full((3, 100, 150), 110, dtype=torch.uint8)
+    for channel, (x1, y1, x2, y2) in enumerate([(10, 12, 58, 52), (70, 30, 110, 90), (112, 8, 140, 40)]):
+        image[:, y1:y2, x1:x2] = 20
+        image[channel, y1:y2, x1:x2] = 230
+    result, expected = detector.predict(image), torch.tensor(DETECTIONS_OF_C1DA3AE)
+    torch.testing.assert_close(result.boxes[:8], expected[:, :4], rtol=0, atol=0.02)
+    torch.testing.assert_close(result.scores[:8], expected[:, 4], rtol=0, atol=1e-4)
+    assert result.labels[:8].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
 
 
 def test_weights_in_half_precision_load(valid, write):
@@ -324,7 +362,7 @@ def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture
 
 def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
     hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with settings of its own.*gelu"):
+    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
         Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
 
 
@@ -337,15 +375,7 @@ def test_evaluation_of_weights_without_a_data_set_names_the_flag(valid, write):
         load_with_data(path, None)
 
 
-def test_best_weights_without_metrics_are_replaced(tmp_path):
-    folder = RunFolder(tmp_path, {}, {}, CLASSES, 100, 0, [])
-    folder.save_weights(tiny_detector(), 5, None, "best.safetensors")
-    folder.write_evaluation(tiny_detector(), 9, {"AP": 0.25, "AP50": 0.5}, "val")
-    folder.close()
-    assert load_weights(tmp_path / "best.safetensors")[1]["training"]["metrics"]["AP"] == 0.25
-
-
-@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"assigner": None}], ids=str)
+@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"ota": None}], ids=str)
 def test_training_gets_the_same_checks(settings):
     with pytest.raises(ValueError, match=f"DetectorConfig.{next(iter(settings))} is"):
-        DetectorConfig(**{"num_classes": 2, "assigner": OTAConfig()} | settings)
+        DetectorConfig(**{"num_classes": 2, "ota": OTAConfig()} | settings)

@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
 
 from errors import UserError
-from model import write_file
+from model import Detector, write_file
 
 try:
     import fcntl
@@ -31,7 +33,7 @@ class CheckpointError(UserError):
     """The run's folder cannot be read, written or used now; the message names it and the remedy."""
 
 
-def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | None:
+def previous_checkpoint(folder: Path, identity: dict) -> dict | None:
     """Takes the folder for this process; what the run is to continue from, None for a new run.
 
     `identity` has the settings that decide a run's result, as JSON has them. Raises CheckpointError: the folder
@@ -43,8 +45,6 @@ def previous_checkpoint(folder: Path, identity: dict, resume: str) -> dict | Non
         if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
             raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
         return None
-    if resume == "never":
-        raise CheckpointError(f"{folder} holds a run already; name another folder with --out, or drop --resume never")
     before = json.loads(checkpoint["identity"])
     differences = [
         f"\n  {name}: {before.get(name, 'unknown')} there, {identity.get(name, 'unknown')} now"
@@ -137,3 +137,26 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def resume(
+    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, bool]:
+    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
+
+    Raises CheckpointError.
+    """
+    received = [None, False]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        received = [previous_checkpoint(folder, identity), (folder / "metrics.json").exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(received)
+    checkpoint, complete = received
+    if checkpoint:
+        detector.load_state_dict(checkpoint["model"])
+        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = present["fused"]  # the device's, which may be another now
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:  # its counter is the step
+            ema.module.load_state_dict(checkpoint["ema"])
+    return checkpoint, complete

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.draw import draw_curves
-from model import Detector, read_metadata, save_weights, write_file
+from data import CocoDataset
+from data.draw import draw_curves, draw_detections, save_contact_sheet
+from model import Detector, save_weights, write_file
 
 from .checkpoint import save_checkpoint, writing
 
+SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
 
 
@@ -49,7 +51,7 @@ class RunFolder:
         return "".join(json.dumps(line) + "\n" for line in self.log)
 
     def write_line(self, line: dict) -> None:
-        """One more line of the log, its numbers to TensorBoard, and now and then the curves."""
+        """Add a line to the log, its numbers to TensorBoard, and now and then draw the curves."""
         self.log.append(line)
         with writing(self.path):
             with open(self.path / "log.jsonl", "a") as file:
@@ -61,6 +63,18 @@ class RunFolder:
                         self._events.add_scalar(f"{group}/{name}", value, line["step"])
             if time.monotonic() - self._drawn_at > REDRAW_S:
                 self.draw()
+
+    def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
+        """Add a line and show it: behind the bar, or without a terminal as a line of its own."""
+        self.write_line(line)
+        text = (
+            f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
+            f"pos/gt {line['positives_per_gt']:.1f}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
+        )
+        bar.set_postfix_str(text)
+        if bar.disable:
+            eta = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
 
     def draw(self) -> None:
         with writing(self.path):
@@ -75,11 +89,9 @@ class RunFolder:
     def write_evaluation(self, detector: Detector, step: int, metrics: dict, split: str) -> None:
         """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
         self.save_weights(detector, step, metrics)
-        best = self.path / "best.safetensors"
-        before = read_metadata(best).get("training", {}).get("metrics") or {} if best.exists() else {}
-        best_ap = before.get("AP", -math.inf)
+        best_ap = max((line["AP"] for line in self.log if "AP" in line), default=-math.inf)
         if metrics["AP"] > best_ap:
-            self.save_weights(detector, step, metrics, best.name)
+            self.save_weights(detector, step, metrics, "best.safetensors")
         self.write_line({"step": step, "split": split, **metrics})
         remark = ", the best so far" if metrics["AP"] > best_ap > -math.inf else ""
         own = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
@@ -99,6 +111,22 @@ class RunFolder:
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
         with writing(self.path):
             save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
+
+    @torch.no_grad()
+    def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:
+        """Write metrics.json, with which a run is complete, and pictures with detections of at least 0.5."""
+        about = {"data": str(dataset.split.annotations), "images": len(dataset), "total_s": round(seconds)}
+        with writing(self.path):
+            write_file(self.path / "metrics.json", json.dumps(about | metrics, indent=1).encode())
+            pictures = []
+            for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)):
+                image, target = dataset[i]
+                detections = detector.eval().predict(image, 0.5)._asdict()
+                pictures.append(draw_detections(image, target["boxes"], detections, dataset.class_names))
+            save_contact_sheet(pictures, self.path / "samples.png")
+        self.draw()
+        files = "ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png"
+        print(f"wrote {self.path}: {files}")
 
     def close(self) -> None:
         if self._events:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,3 +42,20 @@ def available_bytes(device: torch.device, ranks: int) -> float:
     if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         known.append(int(limit))
     return min(known, default=float("inf")) / ranks
+
+
+def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer: str, bf16: bool) -> str:
+    """A sentence where a step needs more than there is, else "": the system ends such a process without a word.
+
+    images: of a pass on this rank; sizes (n, 2): height and width, px, of the images of the data set once resized
+    """
+    height, width = sizes[sizes.prod(1).argmax()]
+    needed = step_bytes(detector, images * int(height * width), optimizer, bf16)
+    available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if needed <= available:
+        return ""
+    return (
+        f"warning: a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of "
+        f"memory, more than the {available / 2**30:.0f} there are; a smaller --image-size or --batch-size, or "
+        "--accumulate, needs less"
+    )

@@ -3,14 +3,17 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from data import BOXES, find_form
 from errors import UserError
 from kernels import OTAConfig
-from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from kernels.grid import MAX_SIDE_PX
 from model import DetectorConfig
 from model.assigners import STRATEGIES
@@ -19,178 +22,198 @@ from model.assigners.hungarian import NO_SCIPY
 COCO = {  # the paper's (section 4.1)
     "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
     "steps": 90_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4,
-    "schedule": "step", "warmup": 1000, "eval_every": 3, "max_detections": 100,
+    "schedule": "step", "warmup": 1000, "eval_every": 3, "max_detections": 100, "ota": {},
 }  # fmt: skip
-CROWDHUMAN = COCO | {  # the paper's, too; an image has up to 400 people
+CROWDHUMAN = COCO | {  # the paper's as well; an image has up to 400 people
     "image_size": [800, 1400], "steps": 30_000, "eval_every": 5, "max_detections": 500, "box": "fbox",
 }  # fmt: skip
 OWN = COCO | {
     "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
     "weight_decay": 0.05, "schedule": "cosine", "warmup": 200,
-    "per_q": 3,  # docs/assignment.md, "What the supply should follow"
+    "ota": {"per_q": 3},  # docs/assignment.md, "What the supply should follow"
 }  # fmt: skip
 SHAPES = OWN | {
     "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
-    "epochs": 14, "batch_size": 8, "lr": 4e-3, "warmup": 100, "eval_every": 7, "radius": 3, "top_q": 10,
-    "per_q": 1,
+    "epochs": 14, "lr": 4e-3, "warmup": 100, "eval_every": 7, "ota": {"radius": 3, "top_q": 10},
 }  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
-# What may change when a run is continued. The data set's path may, too: its annotation file is compared instead.
-FREE_FLAGS = {
-    "data", "workers", "out", "resume", "save_every", "eval_every", "log_every", "device", "fast_eval", "profile",
-    "follow_links",
-}  # fmt: skip
+# Settings that may change when a run is continued. The path of the data set may: its annotation file is compared.
+FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
+
+OTA_DEFAULTS = {field.name: field.default for field in dataclasses.fields(OTAConfig)}
+ALWAYS = "is always on; leave it out"
+GONE = {  # flags of before -> the remedy
+    **{name: f"is now --ota {name}=VALUE" for name in OTA_DEFAULTS},
+    **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), ALWAYS),
+    "frozen_norm": "follows --pretrained; leave it out",
+    "max_detections": "is the recipe's; leave it out",
+    "fast_eval": "is gone; evaluation is pycocotools'",
+    "resume": "is gone; a run in --out is continued, and a new one needs another --out",
+}
 
 
 class SettingsError(UserError):
-    """Flags that do not fit each other, the data or the machine; the message names them."""
+    """Flags do not fit each other, the data or the machine; the message names them."""
 
 
-def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of a flag that takes integers from `least` to `most`."""
+def number(kind: type, is_valid: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """Return the type of a flag that takes a finite number."""
 
-    def number(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return int(text)
+    def parse(text: str) -> float:
+        if not math.isfinite(value := kind(text)) or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
 
-    return number
-
-
-positive, not_negative, side_px, seed = whole(1), whole(0), whole(1, MAX_SIDE_PX), whole(-(2**63), 2**63 - 1)
+    return parse
 
 
-def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return float(text)
+positive = number(int, lambda n: 0 < n < 2**31, "an integer of at least 1")
+not_negative = number(int, lambda n: 0 <= n < 2**31, "an integer of at least 0")
+side_px = number(int, lambda n: 0 < n <= MAX_SIDE_PX, f"a side of 1 to {MAX_SIDE_PX} px")
+seed = number(int, lambda n: -(2**63) <= n < 2**63, "an integer of 64 bits")
+above_zero = number(float, lambda x: x > 0, "a finite number above 0")
+at_least_zero = number(float, lambda x: x >= 0, "a finite number of at least 0")
+decay = number(float, lambda x: 0 < x < 1, "a decay between 0 and 1, such as 0.9998")
+
+
+def ota_setting(text: str) -> tuple[str, object]:
+    """Parse key=value of --ota; a value is a number, true, false, null or a word."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in OTA_DEFAULTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no key=value with a key of {', '.join(OTA_DEFAULTS)}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+class Gone(argparse.Action):
+    """A flag of an earlier version: an error that names the new form."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} {GONE[self.dest]}")
+
+
+def create_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in any of README's forms")
+    add("--follow-links", action="store_true", help="read images that are links to other folders")
+    add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
+    add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
+    add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
+    add("--workers", type=not_negative, help="loader processes per rank")
+    add("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
+    add("--overfit", type=positive, metavar="K", help="learn the first K images by heart: 500 steps, no augmentation")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", help="any timm model with features at strides 8, 16 and 32")
+    add("--pretrained", action=on_off, help="timm's weights for the backbone, with its batch norms frozen")
+    add("--init", type=Path, metavar="WEIGHTS", help="start from a file that train.py wrote")
+    add("--channels", type=positive, help="width of neck and head")
+    add("--head-convs", type=not_negative, help="convolutions per head tower")
+    group = parser.add_argument_group("optimisation")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--epochs", type=positive)
+    add("--steps", type=positive)
+    add = group.add_argument
+    add("--batch-size", type=positive, help="images a step, over all ranks")
+    add("--accumulate", type=positive, default=1, metavar="N", help="passes per step: less memory, same gradient")
+    add("--lr", type=above_zero, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
+    add("--optimizer", choices=("sgd", "adamw"))
+    add("--weight-decay", type=at_least_zero)
+    add("--schedule", choices=("step", "cosine"), help="step: / 10 after 2/3 and 8/9 of the steps")
+    add("--warmup", type=not_negative, help="steps of linear warm-up")
+    add("--clip-norm", type=above_zero, metavar="NORM", help="scale the gradient down to this norm at most")
+    add("--ema", type=decay, metavar="DECAY", help="evaluate and save a moving average of the weights; e.g. 0.9998")
+    add("--seed", type=seed, default=0)
+    add = parser.add_argument_group("assignment").add_argument
+    add("--assigner", choices=STRATEGIES, default="ota", help="strategy of label assignment")
+    defaults = " ".join(f"{name}={json.dumps(value)}" for name, value in OTA_DEFAULTS.items()).replace('"', "")
+    help_ota = f"settings of --assigner ota, as in kernels/config.py; the paper's: {defaults}"
+    add("--ota", type=ota_setting, nargs="+", metavar="KEY=VALUE", help=help_ota)
+    add = parser.add_argument_group("speed").add_argument
+    add("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; default: on GPUs that have it")
+    add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), help="mode of torch.compile")
+    add("--device", help="cuda, cpu or mps; default: cuda if there is one")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="folder of the run, continued if it holds this run; default runs/<data>-<time>")
+    add("--eval-every", type=positive, metavar="EPOCHS", help="evaluate (and save) this often; always last")
+    add("--save-every", type=positive, default=1000, metavar="STEPS", help="checkpoint this often")
+    add("--log-every", type=positive, default=50, metavar="STEPS")
+    add("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
+    for name in GONE:
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, f"--no-{flag[2:]}", action=Gone, nargs="*", dest=name, help=argparse.SUPPRESS)
+    return parser
 
 
 def parse_args(description: str = "") -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_off = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="shapes", help="coco, crowdhuman, shapes or a folder of any of README's forms")
-    group.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
-    group.add_argument("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
-    group.add_argument("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
-    group.add_argument("--multi-scale", type=side_px, nargs="+", metavar="PX",
-                       help="train every image at one of these shorter sides, drawn at random")  # fmt: skip
-    group.add_argument("--workers", type=not_negative, help="loader processes per rank")
-    group.add_argument("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
-    group.add_argument("--overfit", type=positive, metavar="K",
-                       help="learn the first K images by heart, in 500 steps and without augmentation")  # fmt: skip
-    group = parser.add_argument_group("model")
-    group.add_argument("--backbone", help="any timm model with features at strides 8, 16 and 32")
-    group.add_argument("--pretrained", action=on_off, help="timm's weights for the backbone")
-    group.add_argument("--frozen-norm", action=on_off, help="the backbone's batch norms are constants; as --pretrained")
-    group.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from a file that train.py wrote")
-    group.add_argument("--channels", type=positive, help="width of neck and head")
-    group.add_argument("--head-convs", type=not_negative, help="convolutions per head tower")
-    group.add_argument("--max-detections", type=positive, help="that an image has at most, the best ones")
-    group = parser.add_argument_group("optimisation")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive)
-    length.add_argument("--steps", type=positive)
-    group.add_argument("--batch-size", type=positive, help="images a step, over all ranks")
-    group.add_argument("--accumulate", type=positive, default=1, metavar="N",
-                       help="take a step's images in N passes, for less memory; same gradient")  # fmt: skip
-    group.add_argument("--lr", type=finite, help=f"peak learning rate for {LR_BATCH} images a step; scaled linearly")
-    group.add_argument("--optimizer", choices=("sgd", "adamw"))
-    group.add_argument("--weight-decay", type=finite)
-    group.add_argument("--schedule", choices=("step", "cosine"), help="step: / 10 after 2/3 and 8/9 of the steps")
-    group.add_argument("--warmup", type=not_negative, help="steps of linear warm-up")
-    group.add_argument("--clip-norm", type=finite, metavar="NORM", help="scale the gradient down to this norm at most")
-    group.add_argument("--ema", type=finite, metavar="DECAY",
-                       help="evaluate and save a moving average of the weights; 0.9998, say")  # fmt: skip
-    group.add_argument("--seed", type=seed, default=0)
-    group = parser.add_argument_group("assignment (defaults: the paper's, and --per-q 3 for data of your own)")
-    group.add_argument("--assigner", choices=STRATEGIES, default="ota", help="strategy; the flags below are for ota")
-    group.add_argument("--center-prior", choices=CENTER_PRIORS)
-    group.add_argument("--radius", type=finite, help="closest: radius^2 points a level; radius: in strides")
-    group.add_argument("--top-q", type=positive, help="best IoUs that a dynamic k sums up")
-    group.add_argument("--per-q", type=positive, help="and of at most one in PER_Q of the object's candidates")
-    group.add_argument("--fixed-k", type=positive, help="the same supply for every object instead of a dynamic k")
-    group.add_argument("--cls-cost", choices=CLS_COSTS)
-    group.add_argument("--reg-cost", choices=REG_COSTS)
-    group.add_argument("--alpha", type=finite, help="weight of the regression cost")
-    group.add_argument("--eps", type=finite, help="entropic regularisation")
-    group.add_argument("--iterations", type=positive, help="of Sinkhorn-Knopp")
-    group.add_argument("--rescale", action=on_off, help="divide plan rows by their maximum before decoding")
-    group = parser.add_argument_group("speed")
-    group.add_argument("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; on GPUs with it")
-    group.add_argument("--channels-last", action=on_off, default=True, help="memory layout of images and weights")
-    group.add_argument("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"),
-                       help="torch.compile, in this mode; images are padded to few sizes")  # fmt: skip
-    group.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="folder of the run; default runs/<data>-<time>")
-    group.add_argument(
-        "--eval-every", type=positive, metavar="EPOCHS", help="evaluate (and save) this often; always last"
-    )
-    group.add_argument("--fast-eval", action="store_true", help="with the package faster-coco-eval, not pycocotools")
-    group.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="checkpoint this often")
-    group.add_argument("--resume", choices=("auto", "never"), default="auto",
-                       help="auto: continue the run in --out; never: refuse a folder that holds one")  # fmt: skip
-    group.add_argument("--log-every", type=positive, default=50, metavar="STEPS")
-    group.add_argument("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
+    """Return the flags with the values of their recipe filled in; `ota` has all settings of OTAConfig."""
+    parser = create_parser(description)
     args = parser.parse_args()
-
+    for name in GONE:
+        delattr(args, name)
     if args.assigner == "hungarian" and importlib.util.find_spec("scipy") is None:
         parser.error(NO_SCIPY)
-    if args.assigner != "ota":
-        given = [field.name for field in dataclasses.fields(OTAConfig) if getattr(args, field.name) is not None]
-        if given:
-            parser.error(f"--{given[0].replace('_', '-')} is a setting of --assigner ota, not of {args.assigner}")
+    if args.assigner != "ota" and args.ota:
+        parser.error(f"--ota is for --assigner ota, not for {args.assigner}")
     form = find_form(args.data)
     if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
+
     recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
-    recipe["frozen_norm"] = recipe["pretrained"] if args.pretrained is None else args.pretrained
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
-    if args.center_prior not in (None, "closest"):
-        recipe.pop("radius", None)  # the recipes' radius belongs to "closest"
+    given, ota = dict(args.ota or ()), dict(recipe["ota"])
+    if given.get("center_prior", "closest") != "closest":
+        ota.pop("radius", None)  # the recipes' radius belongs to "closest"
+    try:
+        args.ota = dataclasses.asdict(OTAConfig(**ota | given))
+    except (TypeError, ValueError) as error:
+        parser.error(f"--ota: {error}")
     for name, value in recipe.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
+
+    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
     if len(args.image_size) == 1:
         args.image_size.append(round(args.image_size[0] * 1333 / 800))
     if len(args.image_size) != 2 or not args.image_size[0] <= args.image_size[1] <= MAX_SIDE_PX:
-        parser.error(
-            f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {args.image_size}"
-        )
+        sides = f"the shorter and the longest side, up to {MAX_SIDE_PX} px"
+        parser.error(f"--image-size takes {sides}, not {args.image_size}")
     if args.multi_scale and max(args.multi_scale) > args.image_size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {args.image_size}")
     if args.multi_scale and args.overfit:
         parser.error("--overfit trains without augmentation, so not with --multi-scale")
     if args.compile == "reduce-overhead" and args.accumulate > 1:
         parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
-    if args.lr <= 0 or args.weight_decay < 0:
-        parser.error(f"--lr must be positive and --weight-decay not negative: {args.lr}, {args.weight_decay}")
-    if args.clip_norm is not None and args.clip_norm <= 0:
-        parser.error(f"--clip-norm must be positive, not {args.clip_norm}")
-    if args.ema is not None and not 0 < args.ema < 1:
-        parser.error(f"--ema is a decay between 0 and 1, such as 0.9998, not {args.ema}")
     return args
+
+
+def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
+    """Fill in --bf16 and --workers, and reduce the batch of --overfit. Raises SettingsError."""
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.workers is None:
+        args.workers = min(4, max(1, (os.cpu_count() or 1) // world))
+    if args.overfit:
+        args.batch_size = min(args.batch_size, images)
+    if args.batch_size % (world * args.accumulate) or args.batch_size > images:
+        raise SettingsError(
+            f"--batch-size {args.batch_size} must divide by {world} ranks x {args.accumulate} passes (--accumulate) "
+            f"and not pass the {images} images"
+        )
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
     """Raises SettingsError."""
-    assigner = {field.name: getattr(args, field.name) for field in dataclasses.fields(OTAConfig)}
+    same = {name: getattr(args, name) for name in ("backbone", "channels", "head_convs", "max_detections", "assigner")}
+    size, ota = tuple(args.image_size), OTAConfig(**args.ota)
     try:
-        return DetectorConfig(
-            num_classes=num_classes,
-            backbone=args.backbone,
-            image_size=tuple(args.image_size),
-            channels=args.channels,
-            head_convs=args.head_convs,
-            max_detections=args.max_detections,
-            frozen_norm=args.frozen_norm,
-            strategy=args.assigner,
-            assigner=OTAConfig(**{name: value for name, value in assigner.items() if value is not None}),
-        )
+        return DetectorConfig(num_classes, image_size=size, frozen_norm=args.pretrained, ota=ota, **same)
     except ValueError as error:
         raise SettingsError(str(error)) from error

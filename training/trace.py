@@ -4,35 +4,23 @@ import os
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr that it starts, and finds no GPU
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's notes on stderr
 WARMUP_STEPS = 5  # compiling, choosing algorithms, filling the allocator's cache
 
 
-class StepTrace:
-    """Call `done()` at the beginning of every step; it is true once `steps` of them are in `path` and on screen.
+def start_trace(steps: int, path: Path, device: torch.device) -> profile:
+    """A profiler to call `step()` on after every step; after the last one `path` and a table on screen are written."""
 
-    With a `path` of None, on ranks that are not profiled, it is true at the same step.
-    """
+    def write(trace: profile) -> None:
+        trace.export_chrome_trace(str(path))
+        by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+        print(trace.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=50))
+        print(f"wrote {path}: {steps} steps after {WARMUP_STEPS}, for ui.perfetto.dev or chrome://tracing")
 
-    def __init__(self, steps: int, path: Path | None, device: torch.device) -> None:
-        self.steps, self.path, self.device, self.seen = steps, path, device, 0
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        self.profiler = profile(activities=activities)
-
-    def done(self) -> bool:
-        if self.seen == WARMUP_STEPS and self.path:
-            self.profiler.start()
-        self.seen += 1
-        if self.seen <= WARMUP_STEPS + self.steps:
-            return False
-        if not self.path:
-            return True
-        self.profiler.stop()
-        self.profiler.export_chrome_trace(str(self.path))
-        device = "cuda" if self.device.type == "cuda" else "cpu"
-        averages = self.profiler.key_averages()
-        print(averages.table(sort_by=f"self_{device}_time_total", row_limit=25, max_name_column_width=50))
-        print(f"wrote {self.path}: {self.steps} steps after {WARMUP_STEPS}, for ui.perfetto.dev or chrome://tracing")
-        return True
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    plan = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
+    trace = profile(activities=activities, schedule=plan, on_trace_ready=write)
+    trace.start()
+    return trace

@@ -1,22 +1,22 @@
-"""Label assignment by name: OTA, and the strategies that it is compared with, on the same inputs and with one result.
+"""Label assignment by name: OTA, and strategies to compare it with, on the same inputs and with the same result.
 
     ota        optimal transport, for all objects of an image at once (kernels/)
     fcos       near the centre, on the level of the object's size
     retinanet  IoU of an anchor over a fixed threshold
-    atss       IoU of an anchor over a threshold from the object's own statistics
-    paa        the better of two Gaussians that are fitted to the losses of an object's candidates
+    atss       IoU of an anchor over a threshold from the object's statistics
+    paa        the better of two Gaussians fitted to the losses of an object's candidates
     simota     the k cheapest points of each object, k from its IoUs
     tal        the 13 points of each object that are best at class and box together
     hungarian  one point per object, with the least cost over all objects
 
-All but OTA let every object claim points and then settle who gets a point claimed twice (claims.py). They are written
-to be read and compared: image by image, dense (m, N), and the host may wait for the device.
+All except OTA let every object claim points, then settle who gets a point that several claim (claims.py). They are
+written to be read and compared: image by image, dense (m, N), and the host may wait for the device.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import Assignment, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, Inputs, OTAConfig, PointGrid, assignment_statistics, ota_assign
 from kernels.assign import check_inputs
 from kernels.assign_torch import solve
 from kernels.statistics import is_ambiguous, units_received
@@ -30,10 +30,8 @@ from .retinanet import retinanet_claims
 from .simota import simota_claims
 from .tal import tal_claims
 
-CLAIMS = {
-    "fcos": fcos_claims, "retinanet": retinanet_claims, "atss": atss_claims, "paa": paa_claims,
-    "simota": simota_claims, "tal": tal_claims, "hungarian": hungarian_claims,
-}  # fmt: skip
+FUNCTIONS = fcos_claims, retinanet_claims, atss_claims, paa_claims, simota_claims, tal_claims, hungarian_claims
+CLAIMS = {function.__name__.removesuffix("_claims"): function for function in FUNCTIONS}
 STRATEGIES = ("ota", *CLAIMS)
 
 __all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistics_of"]
@@ -41,21 +39,20 @@ __all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistic
 
 @torch.no_grad()
 def assign(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> Assignment:
-    """The inputs and the result of `kernels.ota_assign`, by any strategy; `config` is for "ota" alone.
+    """Return what `kernels.ota_assign` returns of its inputs, by any strategy; `config` is OTA's.
 
-    `k` counts the points that an object asks for, before conflicts are settled. Where a strategy wants a point to be
-    neither positive nor negative its gt_index is NEITHER.
+    `k` counts the points that an object claims. gt_index is NEITHER for a point that is neither positive nor negative.
     """
     return ota_assign(*inputs, config) if strategy == "ota" else assign_claims(CLAIMS[strategy], *inputs)[0]
 
 
 @torch.no_grad()
 def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> tuple[Assignment, Tensor]:
-    """`assign`, and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, whose largest
-    supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
+    """Return the assignment and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, whose
+    largest supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
     if strategy != "ota":
         return assign_claims(CLAIMS[strategy], *inputs)
-    match, plan = solve(*check_inputs(*inputs), inputs[-1], config)
+    match, plan = solve(check_inputs(Inputs(*inputs)), config)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
     ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous
@@ -63,13 +60,14 @@ def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTA
 
 @torch.no_grad()
 def statistics_of(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> dict[str, Tensor]:
-    """Numbers for the log, float32 scalars; see `kernels.assignment_statistics`. Other strategies than "ota" have no
-    `residual`, and `ambiguous` is the share of their claimed points that several objects claim."""
+    """Return numbers for the log, float32 scalars, see `kernels.assignment_statistics`.
+
+    Strategies other than OTA have no `residual`; their `ambiguous` is the share of claimed points that several claim.
+    """
     if strategy == "ota":
-        return assignment_statistics(*inputs, config)
+        return assignment_statistics(Inputs(*inputs), config)
     match, ambiguous = assign_claims(CLAIMS[strategy], *inputs)
-    positives = (match.gt_index >= 0).sum().float()
-    num_gts = (inputs[3] >= 0).sum().clamp(min=1)
+    positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs[3] >= 0).sum().clamp(min=1)
     return {
         "positives_per_gt": positives / num_gts,
         "mean_k": match.k.sum() / num_gts.float(),

@@ -1,8 +1,7 @@
-"""What the strategies that answer object by object have in common: objects claim points, then conflicts are settled.
+"""The part that strategies share which answer object by object: objects claim points, then conflicts are settled.
 
 One image at a time: m ground truths, N anchor points over all levels, C classes. A strategy is a function
-`Image -> Claims`; of several objects that claim a point the one with the lowest priority number gets it, of equal ones
-the first.
+`ImageInputs -> Claims`. A point goes to the claiming object with the lowest priority; ties go to the lower index.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Assignment, PointGrid
+from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
 from kernels.assign_reference import iou_and_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
@@ -20,8 +19,8 @@ NEITHER = -2  # gt_index of a point that is neither positive nor negative
 ANCHOR_STRIDES = 8  # side of the one square anchor per point, in strides (ATSS, section 3.1)
 
 
-class Image(NamedTuple):
-    """One image, its valid ground truths only, in float32."""
+class ImageInputs(NamedTuple):
+    """One image with its valid ground truths only, in float32."""
 
     logits: Tensor  # (N, C), 0 where not finite
     boxes: Tensor  # (N, 4) x1 y1 x2 y2 px, 0 where not finite
@@ -35,9 +34,13 @@ class Image(NamedTuple):
     strides: Tensor  # (N,)
 
     def to_sides(self) -> Tensor:
-        """(m, N, 4): how far every point is inside the left, upper, right and lower side of every object, px."""
+        """(m, N, 4): distances px of every point to the left, upper, right and lower side, positive inside."""
         box = self.gt_boxes[:, None]
         return torch.cat([self.points - box[..., :2], box[..., 2:] - self.points], -1)
+
+    def to_center(self) -> Tensor:
+        """(m, N, 2) px, from the object's centre to every point."""
+        return self.points - (self.gt_boxes[:, None, :2] + self.gt_boxes[:, None, 2:]) / 2
 
     def inside(self) -> Tensor:
         """(m, N) bool: the point lies in the object's box."""
@@ -45,8 +48,7 @@ class Image(NamedTuple):
 
     def near_center(self, radius: float) -> Tensor:
         """(m, N) bool: closer than `radius` strides to the object's centre along x and y."""
-        center = (self.gt_boxes[:, None, :2] + self.gt_boxes[:, None, 2:]) / 2
-        return (self.points - center).abs().amax(-1) < radius * self.strides
+        return self.to_center().abs().amax(-1) < radius * self.strides
 
     def anchor_iou(self) -> Tensor:
         """(m, N) of the square anchors, one a point."""
@@ -61,17 +63,14 @@ class Image(NamedTuple):
 class Claims(NamedTuple):
     wanted: Tensor  # (m, N) bool
     priority: Tensor  # (m, N) float
-    neither: Tensor | None = None  # (N,) bool: no negatives, should nobody claim them
+    neither: Tensor | None = None  # (N,) bool: no negatives if nobody claims them
 
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
-    """(m, n) bool: the `count` entries of every row with the lowest `value`, of those allowed; ties to the first."""
+    """(m, n) bool: the `count` (a number, or (m, 1)) lowest allowed values of every row; ties go to the lower index."""
     allowed = allowed & value.isfinite()
     order = value.masked_fill(~allowed, torch.inf).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(value.shape[1], device=value.device).expand_as(order)
-    )
-    return allowed & (rank < (count[:, None] if isinstance(count, Tensor) else count))
+    return allowed & (order.argsort(1) < count)
 
 
 def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) -> Tensor:
@@ -81,41 +80,25 @@ def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) 
     return torch.cat([best_per_row(v, a, count) for v, a in levels], 1)
 
 
-def assign_claims(
-    strategy: Callable[[Image], Claims],
-    logits: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_offsets: Tensor,
-    grid: PointGrid,
-) -> tuple[Assignment, Tensor]:
-    """The inputs and the contract of `ota_assign`; also the points (B, N) that more than one object claims."""
-    *_, gt_labels, gt_offsets = check_inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid)
-    num_images, num_points, num_classes = logits.shape
-    device = boxes.device
-    gt_index = torch.full((num_images, num_points), -1, device=device)
-    iou = torch.zeros(num_images, num_points, dtype=torch.float32, device=device)
-    k = torch.zeros(len(gt_boxes), dtype=torch.int32, device=device)
-    ambiguous = torch.zeros(num_images, num_points, dtype=torch.bool, device=device)
-    image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, num_classes)
-    points, strides = grid.points(device), grid.point_strides(device)
-    for b in range(num_images):
+def assign_claims(strategy: Callable[[ImageInputs], Claims], *inputs: Tensor | PointGrid) -> tuple[Assignment, Tensor]:
+    """Return the assignment, under the contract of `ota_assign`, and the points (B, N) that several objects claim."""
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = check_inputs(Inputs(*inputs))
+    gt_index = boxes.new_full(boxes.shape[:2], -1, dtype=torch.int64)
+    iou, ambiguous = torch.zeros_like(gt_index, dtype=torch.float32), torch.zeros_like(gt_index, dtype=torch.bool)
+    k = boxes.new_zeros(len(gt_boxes), dtype=torch.int32)
+    image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, logits.shape[2])
+    points, strides = grid.points(boxes.device), grid.point_strides(boxes.device)
+    for b in image_of_row[valid].unique().tolist():
         rows = (valid & (image_of_row == b)).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        labels = gt_labels[rows]
-        finite, finite_box = torch.isfinite(logits[b]), torch.isfinite(boxes[b]).all(1)
-        predicted, truth = boxes[b].float().masked_fill(~finite_box[:, None], 0), gt_boxes[rows].float()
+        labels, truth = gt_labels[rows], gt_boxes[rows].float()
+        finite, finite_box = logits[b].isfinite(), boxes[b].isfinite().all(1)
+        predicted = boxes[b].float().masked_fill(~finite_box[:, None], 0)
         pair_iou, giou = iou_and_giou(truth, predicted)
-        image = Image(
-            logits[b].float().masked_fill(~finite, 0), predicted, pair_iou, giou,
-            finite.T[labels] & finite_box & torch.isfinite(giou), truth, labels, grid, points, strides,
-        )  # fmt: skip
-        claims = strategy(image)
-        wanted = claims.wanted & image.usable
-        winner = claims.priority.masked_fill(~wanted, torch.inf).argmin(0)
-        positive = wanted.any(0)
+        usable = finite.T[labels] & finite_box & giou.isfinite()
+        scores = logits[b].float().masked_fill(~finite, 0)
+        claims = strategy(ImageInputs(scores, predicted, pair_iou, giou, usable, truth, labels, grid, points, strides))
+        wanted = claims.wanted & usable
+        winner, positive = claims.priority.masked_fill(~wanted, torch.inf).argmin(0), wanted.any(0)
         gt_index[b] = torch.where(positive, rows[winner], -1)
         if claims.neither is not None:
             gt_index[b, claims.neither & ~positive] = NEITHER

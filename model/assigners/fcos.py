@@ -4,17 +4,17 @@ import math
 
 import torch
 
-from .claims import Claims, Image
+from .claims import Claims, ImageInputs
 
 RADIUS = 1.5  # strides
 RANGE = 4, 8  # strides: with strides 8 to 128, 64 to 128 px on the second level, 256 to 512 px on the last but one
 
 
-def fcos_claims(image: Image) -> Claims:
-    """Points in the box and closer than 1.5 strides to its centre, on the level in whose range the distance to the
-    farthest side of the box lies; the first level's range starts at 0, the last one's has no end. A distance of exactly
-    64 px is out of the second level's range, as in torchvision (mmdetection: in). A point goes to the smallest object.
-    Depends on no prediction."""
+def fcos_claims(image: ImageInputs) -> Claims:
+    """Claim the points in the box and closer than 1.5 strides to its centre, on the level in whose range the distance
+    to the farthest side of the box lies; the first level's range starts at 0, the last one's has no end. The range
+    excludes its lower end, as in torchvision; mmdetection includes it. A point goes to the smallest object. Depends on
+    no prediction."""
     farthest = image.to_sides().amax(-1)
     low, high = (strides * image.strides for strides in RANGE)
     low = torch.where(image.strides == image.grid.strides[0], 0, low)

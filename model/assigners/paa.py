@@ -1,4 +1,4 @@
-"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): what an object's candidates lose tells the good from the bad."""
+"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): the losses of an object's candidates tell the good from the bad."""
 
 import math
 
@@ -8,80 +8,75 @@ from torch import Tensor
 
 from kernels.config import FOCAL_ALPHA
 
-from .claims import Claims, Image, best_per_level
+from .claims import Claims, ImageInputs, best_per_level
 
 CANDIDATE_IOU = 0.1
 PER_LEVEL = 9
-MOST_EM_STEPS, LEAST_EM_GAIN = 100, 1e-3  # and the variance's floor: those of scikit-learn, which the paper's code uses
-MIN_VARIANCE = 1e-6
+MAX_EM_STEPS, MIN_EM_GAIN, MIN_VARIANCE = 100, 1e-3, 1e-6  # scikit-learn's, which the paper's code uses
 
 
-def paa_claims(image: Image) -> Claims:
-    """Two Gaussians fitted to the losses of an object's candidates; it claims all up to the one of the better Gaussian
+def paa_claims(image: ImageInputs) -> Claims:
+    """Fit two Gaussians to the losses of an object's candidates, then claim all up to the one of the better Gaussian
     where the mixture is densest (separation scheme c of the paper's figure 3), or all where none is of the better.
 
     A point in the object's box is a candidate if its square anchor of 8 strides has the highest IoU of all objects with
     this one, and one of at least 0.1 or the object's best; of those, the 9 per level with the least loss. Loss: focal
-    loss over all classes + 1 - GIoU. The paper has candidates outside the box too, which this detector, whose boxes
-    contain their points, could not learn.
+    loss over all classes + 1 - GIoU. The paper also has candidates outside the box; this detector's boxes contain their
+    points.
     """
-    anchor_iou = image.anchor_iou()
-    own = torch.zeros_like(image.usable).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
+    anchor_iou, inside = image.anchor_iou(), image.inside()
+    is_highest = torch.zeros_like(inside).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
     loss = _focal_cost(image) + 1 - image.giou
-    inside = image.inside()
     best = anchor_iou.masked_fill(~inside, 0).amax(1, keepdim=True)
-    allowed = own & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
+    allowed = is_highest & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
     candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
-
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
     value, point = (x[:, : int(candidates.sum(1).max())] for x in (value, point))
     return Claims(torch.zeros_like(candidates).scatter_(1, point, up_to_the_densest(value)), loss)
 
 
-def up_to_the_densest(value: Tensor) -> Tensor:
-    """(m, n) bool from the ascending losses (m, n), infinite where a row has ended: the candidates of each row up to
-    the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
-    density, is_better = fit_two_gaussians(value)
-    if not value.shape[1]:
-        return is_better
-    densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True)
-    densest = densest.masked_fill(~is_better.any(1, keepdim=True), value.shape[1])
-    return value.isfinite() & (torch.arange(value.shape[1], device=value.device) <= densest)
-
-
-def _focal_cost(image: Image) -> Tensor:
-    """(m, N): focal loss (alpha 0.25, gamma 2) of every point over all classes, were it to learn the object's."""
+def _focal_cost(image: ImageInputs) -> Tensor:
+    """(m, N): focal loss (alpha 0.25, gamma 2) of every point over all classes, for the object's class."""
     negative = (1 - FOCAL_ALPHA) * image.logits.sigmoid() ** 2 * F.softplus(image.logits)
     positive = FOCAL_ALPHA * (-image.logits).sigmoid() ** 2 * F.softplus(-image.logits)
     return negative.sum(1) + (positive - negative).T[image.gt_labels]
 
 
-def fit_two_gaussians(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Log density (m, n) of the mixture, and whether the Gaussian that starts at a row's lowest value is likelier.
+def up_to_the_densest(value: Tensor) -> Tensor:
+    """Return (m, n) bool from the ascending losses (m, n), infinite where a row has ended: the candidates of each row
+    up to the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
+    if not value.shape[1]:
+        return torch.zeros_like(value, dtype=torch.bool)
+    density, is_better = fit_two_gaussians(value)
+    densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True)
+    densest = densest.masked_fill(~is_better.any(1, keepdim=True), value.shape[1])
+    return value.isfinite() & (torch.arange(value.shape[1], device=value.device) <= densest)
 
-    value (m, n), ascending, infinite where a row has ended. Expectation maximisation from the lowest and the highest
-    value, variance 1 and equal shares, until a step adds less than 1e-3 to the mean log likelihood of the row, as in
-    the paper's code; in float64. A single value is the better one's.
+
+def fit_two_gaussians(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log density (m, n) of the mixture, and where the Gaussian that starts at the lowest value is likelier.
+
+    value (m, n), n > 0, ascending, infinite where a row has ended. Expectation maximisation in float64 from the lowest
+    and the highest value, variance 1 and equal shares, until a step adds less than 1e-3 to the mean log likelihood of
+    the row, as in the paper's code. A single value is the better one's.
     """
     exists = value.isfinite()
     x = value.double().masked_fill(~exists, 0)[..., None]  # (m, n, 1), against two components
-    high = value.double().masked_fill(~exists, -torch.inf).amax(1) if value.shape[1] else value.new_zeros(len(value))
-    low = value[:, 0].double() if value.shape[1] else high
-    mean = torch.stack([low, high], 1).nan_to_num(0, 0, 0)[:, None]
+    mean = torch.stack([x[:, 0], x.masked_fill(~exists[..., None], -torch.inf).amax(1).nan_to_num(neginf=0)], 2)
     variance, share = torch.ones_like(mean), torch.full_like(mean, 0.5)
     likelihood, running = x.new_full((len(x),), -torch.inf), exists.any(1)
-    for step in range(MOST_EM_STEPS + 1):
+    for step in range(MAX_EM_STEPS + 1):
         log_joint = share.log() - 0.5 * ((x - mean) ** 2 / variance + (2 * math.pi * variance).log())
-        if step == MOST_EM_STEPS or not running.any():
+        if step == MAX_EM_STEPS or not running.any():
             break
         before, likelihood = likelihood, log_joint.logsumexp(-1).masked_fill(~exists, 0).sum(1) / exists.sum(1)
         weight = log_joint.softmax(-1) * exists[..., None]
         total = weight.sum(1, keepdim=True) + 10 * torch.finfo(torch.float64).eps
         new_mean = (weight * x).sum(1, keepdim=True) / total
         new_variance = (weight * (x - new_mean) ** 2).sum(1, keepdim=True) / total + MIN_VARIANCE
-        now = running[:, None, None]  # the last step of a row counts, too
+        now = running[:, None, None]  # a row's last step counts
         mean, variance = torch.where(now, new_mean, mean), torch.where(now, new_variance, variance)
         share = torch.where(now, total / total.sum(-1, keepdim=True), share)
-        running = running & ((likelihood - before).abs() >= LEAST_EM_GAIN)
+        running = running & ((likelihood - before).abs() >= MIN_EM_GAIN)
     is_better = (log_joint[..., 0] >= log_joint[..., 1]) & exists
     return log_joint.logsumexp(-1).masked_fill(~exists, -torch.inf), is_better

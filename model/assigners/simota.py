@@ -2,27 +2,25 @@
 
 import torch.nn.functional as F
 
-from .claims import Claims, Image, best_per_row
+from .claims import Claims, ImageInputs, best_per_row
 
-RADIUS = 2.5  # strides
+RADIUS = 2.5  # strides; that of YOLOX 0.2 and mmdetection, 1.5 in later versions of YOLOX
 REG_WEIGHT = 3.0
 TOP_Q = 10
 OUTSIDE_COST = 1e5  # of a point that is not both in the box and near its centre
 IOU_FLOOR = 1e-8
 
 
-def simota_claims(image: Image) -> Claims:
-    """The k cheapest of the points in the box or closer than 2.5 strides to its centre along x and y; k is the sum of
-    the 10 best IoUs among these, rounded down, at least 1. Cost: binary cross entropy over all classes - 3 log IoU,
-    and more than any of those for a point that is not both. A point goes to the object that it is cheapest for.
-    The radius is that of YOLOX 0.2 and mmdetection; YOLOX since then has 1.5. The class cost is of p, not of sqrt(p x
-    objectness), for there is no objectness here. k and the choice count each object's own candidates (YOLOX: those of
-    all objects of the image; 27 of 4,107 labels differ)."""
+def simota_claims(image: ImageInputs) -> Claims:
+    """Claim the k cheapest of the points in the box or closer than 2.5 strides to its centre along x and y; k is the
+    sum of the 10 best IoUs among these, rounded down, at least 1. Cost: binary cross entropy over all classes - 3 log
+    IoU, and more than any of those for a point that is not both. A point goes to the object that it is cheapest for.
+    The class cost is of p, not of sqrt(p x objectness): this head has no objectness. k and the choice count each
+    object's candidates (YOLOX: those of all objects of the image; 27 of 4,107 labels differ)."""
     inside, near = image.inside(), image.near_center(RADIUS)
     candidates = (inside | near) & image.usable
     cross_entropy = F.softplus(image.logits).sum(1) - image.class_logits()
-    cost = cross_entropy - REG_WEIGHT * (image.iou + IOU_FLOOR).log()
-    cost = cost + OUTSIDE_COST * ~(inside & near)
+    cost = cross_entropy - REG_WEIGHT * (image.iou + IOU_FLOOR).log() + OUTSIDE_COST * ~(inside & near)
     best = image.iou.masked_fill(~candidates, 0).topk(min(TOP_Q, candidates.shape[1]), dim=1).values
-    k = best.sum(1).floor().clamp(min=1)
+    k = best.sum(1, keepdim=True).floor().clamp(min=1)
     return Claims(best_per_row(cost, candidates, k), cost)

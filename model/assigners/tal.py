@@ -1,15 +1,15 @@
 """Task alignment learning (Feng et al., TOOD, ICCV 2021, arXiv 2108.07755)."""
 
-from .claims import Claims, Image, best_per_row
+from .claims import Claims, ImageInputs, best_per_row
 
 SCORE_POWER, IOU_POWER = 1, 6
 TOP = 13
 
 
-def tal_claims(image: Image) -> Claims:
-    """Of the 13 points with the highest score^1 x IoU^6, those in the object's box, if it is not 0. A point goes to the
-    object with the highest IoU. TOOD assigns by ATSS in its first epochs and weights its losses by the metric, too;
-    both are left out here."""
+def tal_claims(image: ImageInputs) -> Claims:
+    """Claim, of the 13 points with the highest score^1 x IoU^6, those in the object's box where it is not 0. A point
+    goes to the object with the highest IoU. TOOD also assigns by ATSS in its first epochs and weights its losses by the
+    metric; both are left out."""
     alignment = image.class_logits().sigmoid() ** SCORE_POWER * image.iou**IOU_POWER
     best = best_per_row(-alignment, image.usable & (alignment > 0), TOP)
     return Claims(best & image.inside(), -image.iou)

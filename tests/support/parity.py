@@ -81,21 +81,19 @@ def _result(scene: Scene, config: OTAConfig, backend: str | Callable[[], Assignm
     if callable(backend):
         return backend(), None
     if backend == "torch":
-        return solve_torch(*scene, config)
+        return solve_torch(scene, config)
     if backend == "triton":
         from kernels.assign_triton import solve as solve_triton
 
-        return solve_triton(*scene, config)
+        return solve_triton(scene, config)
     return ota_assign(*scene, config, backend=backend, check=False), None
 
 
 def _compare_image(
     result: Parity, scene: Scene, config: OTAConfig, match: Assignment, plan: Plan | None, b: int, rows: Tensor
 ) -> None:
-    exact = assign_image(
-        scene.logits[b].double(), scene.boxes[b].double(), scene.gt_boxes[rows].double(), scene.gt_labels[rows],
-        scene.grid, config,
-    )  # fmt: skip
+    wide = scene.logits[b].double(), scene.boxes[b].double(), scene.gt_boxes[rows].double()
+    exact = assign_image(*wide, scene.gt_labels[rows], scene.grid, config)
     candidates, k = exact["candidates"], match.k[rows].long()
     if plan is not None:
         found, cost, log_plan = _dense(plan, b, rows, scene)

@@ -12,27 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import PointGrid
+from kernels import Inputs, PointGrid
 
 PRIOR_LOGIT = -math.log(99)
 MISSED_SHARE = 0.1  # points inside a box that predict nothing of use
 
 
-class Scene(NamedTuple):
-    """The arguments of ota_assign, in its order."""
-
-    logits: Tensor  # (B, N, C)
-    boxes: Tensor  # (B, N, 4)
-    gt_boxes: Tensor  # (G, 4)
-    gt_labels: Tensor  # (G,)
-    gt_offsets: Tensor  # (B + 1,)
-    grid: PointGrid
-
-    def to(self, device: torch.device) -> "Scene":
-        return Scene(*(tensor.to(device) for tensor in self[:5]), self.grid)
+class Scene(Inputs):
+    """The inputs of ota_assign for a batch."""
 
     def images(self) -> Iterator["Scene"]:
-        """Every image as a scene of its own, B = 1."""
+        """Each image as a scene with B = 1."""
         offsets = self.gt_offsets.tolist()
         for b, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
             truth = self.gt_boxes[start:end], self.gt_labels[start:end], self.gt_offsets.new_tensor([0, end - start])

@@ -1,7 +1,7 @@
-"""Center prior of one ground truth on the device: the integer arithmetic of candidates.py and grid.py.
+"""Center prior of one ground truth in Triton: the integer arithmetic of center_prior_torch.py and grid.py.
 
-Everything is a scalar but the points that are looked at together. half is half a stride in units of 2^-16 px, as are
-centres; a level table has strides px, columns, rows, first points and reaches of the "radius" prior, (5, L) int64.
+Values are scalars, except the BLOCK points that a program handles at once. Centres and half strides are in units of
+2^-16 px. A level table has strides px, columns, rows, first points and reaches of the "radius" prior, (5, L) int64.
 """
 
 import triton
@@ -9,7 +9,8 @@ import triton.language as tl
 
 from .grid import INSIDE_MARGIN_PX, MAX_SIDE_PX, UNITS_PER_PX
 
-NO_POINT = tl.constexpr(2**31 - 1)  # sorts behind every point
+BLOCK = tl.constexpr(128)
+NO_POINT = tl.constexpr(2**31 - 1)  # sorts after every point
 FARTHEST = tl.constexpr(2**63 - 1)
 _MARGIN = tl.constexpr(INSIDE_MARGIN_PX)
 _MAX_SIDE = tl.constexpr(float(MAX_SIDE_PX))
@@ -18,7 +19,7 @@ HALF_UNITS = tl.constexpr(UNITS_PER_PX // 2)
 
 @triton.jit
 def _ceil_div(a, b):
-    """Ceiling of a / b for b > 0; // rounds towards zero."""
+    """Ceiling of a / b for b > 0; Triton's // rounds towards zero."""
     return a // b + (a % b > 0).to(tl.int64)
 
 
@@ -29,12 +30,12 @@ def is_finite(x):
 
 @triton.jit
 def fixed_point(side):
-    """A side in units of 2^-15 px, a half rounded to even."""
+    """Return a side in units of 2^-15 px, rounded half to even."""
     scaled = tl.minimum(tl.maximum(side, -_MAX_SIDE), 2 * _MAX_SIDE) * HALF_UNITS
     floor = tl.floor(scaled)
     rest = scaled - floor
-    whole = floor.to(tl.int64)
-    return whole + ((rest > 0.5) | ((rest == 0.5) & (whole % 2 != 0))).to(tl.int64)
+    units = floor.to(tl.int64)
+    return units + ((rest > 0.5) | ((rest == 0.5) & (units % 2 != 0))).to(tl.int64)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def range_in_box(low, high, center, stride, size, reach, PRIOR: tl.constexpr):
     high = tl.minimum(tl.maximum(high, -_MAX_SIDE), 2 * _MAX_SIDE)
     first = tl.floor(low / stride_px - 0.5)
     last = -tl.floor(0.5 - high / stride_px)
-    for _ in tl.static_range(2):  # the guess is at most two short; the test itself is the literal one
+    for _ in tl.static_range(2):  # the quotients are off by two at most; this comparison is the definition
         first += ((first + 0.5) * stride_px - low <= _MARGIN).to(tl.float32)
         last -= (high - (last + 0.5) * stride_px <= _MARGIN).to(tl.float32)
     first, last = first.to(tl.int32), last.to(tl.int32)
@@ -66,7 +67,7 @@ def range_in_box(low, high, center, stride, size, reach, PRIOR: tl.constexpr):
 
 @triton.jit
 def first_runs(center, half):
-    """Where the one and the two coordinates closest to a centre start, on an axis without ends.
+    """Starts of the runs of one and of two coordinates closest to a centre, on an unbounded axis.
 
     They are ceil(t / 2 - 1) and ceil(t / 2 - 3 / 2), t being the centre in half strides.
     """
@@ -83,7 +84,7 @@ def _run_start(length, one, two, size):
 
 @triton.jit
 def nearest(rank, one, two, size):
-    """The coordinate that is the rank-th closest to a centre (from 0), the lower one first on a tie."""
+    """The rank-th closest coordinate to a centre (from 0); ties go to the lower one."""
     start = _run_start(rank + 1, one, two, size)
     grew_right = (rank > 0) & (start == _run_start(rank, one, two, size))
     return tl.where(grew_right, start + rank, start)
@@ -91,18 +92,15 @@ def nearest(rank, one, two, size):
 
 @triton.jit
 def squared_distance(x, y, center_x, center_y, half):
-    """Exact, in units of 2^-16 px."""
+    """Squared distance of a point and a centre, exact, in squared units of 2^-16 px."""
     dx = (2 * x + 1).to(tl.int64) * half - center_x
     dy = (2 * y + 1).to(tl.int64) * half - center_y
     return dx * dx + dy * dy
 
 
 @triton.jit
-def rank_points(
-    ranked_distance, ranked_point, ranks, num_ranks, num_listed, center_x, center_y, half, columns, rows,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Squared distance and index in its level of every point that can be among the closest ones, to scratch memory."""
+def rank_points(ranked_distance, ranked_point, ranks, num_ranks, num_listed, center_x, center_y, half, columns, rows):
+    """Write the squared distance and the index in its level of every point that may be among the closest ones."""
     one_x, two_x = first_runs(center_x, half)
     one_y, two_y = first_runs(center_y, half)
     for base in range(0, num_listed, BLOCK):
@@ -119,26 +117,24 @@ def rank_points(
 
 
 @triton.jit
-def ground_truth(
-    g, gt_boxes, gt_labels, gt_offsets, box_row, box_col, label_step, offset_step, B, C, BLOCK: tl.constexpr
-):
+def load_boxes(box, mask):
+    """x1, y1, x2, y2 in float32 from pointers to x1; 0 0 1 1 where masked."""
+    x1 = tl.load(box, mask=mask, other=0.0).to(tl.float32)
+    y1 = tl.load(box + 1, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(box + 2, mask=mask, other=1.0).to(tl.float32)
+    return x1, y1, x2, tl.load(box + 3, mask=mask, other=1.0).to(tl.float32)
+
+
+@triton.jit
+def ground_truth(g, gt_boxes, gt_labels, gt_offsets, B, C):
     """Image, label, box and validity of row g, as grid.valid_rows has them."""
-    lane = tl.arange(0, BLOCK)
     passed = tl.zeros([BLOCK], tl.int32)
     for base in range(0, B + 1, BLOCK):
-        listed = base + lane < B + 1
-        offset = tl.load(gt_offsets + (base + lane).to(tl.int64) * offset_step, mask=listed, other=0)
-        passed += (listed & (offset <= g)).to(tl.int32)
+        b = base + tl.arange(0, BLOCK)
+        passed += ((b < B + 1) & (tl.load(gt_offsets + b, mask=b < B + 1, other=0) <= g)).to(tl.int32)
     image = tl.sum(passed, 0) - 1
-    label = tl.load(gt_labels + g * label_step).to(tl.int64)
-    box = gt_boxes + g * box_row
-    x1 = tl.load(box).to(tl.float32)
-    box += box_col
-    y1 = tl.load(box).to(tl.float32)
-    box += box_col
-    x2 = tl.load(box).to(tl.float32)
-    box += box_col
-    y2 = tl.load(box).to(tl.float32)
+    label = tl.load(gt_labels + g).to(tl.int64)
+    x1, y1, x2, y2 = load_boxes(gt_boxes + g * 4, True)
     valid = is_finite(x1) & is_finite(y1) & is_finite(x2) & is_finite(y2) & (x2 > x1) & (y2 > y1)
     valid = valid & (label >= 0) & (label < C) & (image >= 0) & (image < B)
     return tl.minimum(tl.maximum(image, 0), B - 1).to(tl.int64), label, x1, y1, x2, y2, valid

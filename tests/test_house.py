@@ -1,0 +1,57 @@
+"""The house: imports follow DESIGN's direction, and sizes stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GROUND = {"errors", "images", "kernels"}
+MAY_IMPORT = {  # room -> the rooms below it
+    "errors": set(),
+    "images": {"errors"},
+    "kernels": set(),
+    "data": GROUND,
+    "model": GROUND,
+    "training": GROUND | {"data", "model"},
+    "eval": GROUND | {"data", "model", "training"},
+    "train": GROUND | {"data", "model", "training", "eval"},
+    "predict": GROUND | {"data", "model", "training", "eval"},
+    "export": GROUND | {"data", "model", "training", "eval"},
+}
+PRODUCT = set(MAY_IMPORT)
+MAY_IMPORT |= {"benchmarks": PRODUCT | {"tests"}, "studies": PRODUCT | {"tests", "benchmarks"}}
+ROOMS = set(MAY_IMPORT) | {"tests"}
+LONGEST, LONGER = 350, set()  # lines of a file of the product; files that may have more, with the reason
+
+
+def files() -> list[Path]:
+    folders = [ROOT / room for room in MAY_IMPORT if (ROOT / room).is_dir()]
+    return [p.relative_to(ROOT) for p in (*ROOT.glob("*.py"), *(p for folder in folders for p in folder.rglob("*.py")))]
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a file imports anywhere, in functions as well; a relative import stays in its room."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} & ROOMS
+
+
+@pytest.mark.parametrize("path", files(), ids=str)
+def test_no_import_runs_upwards(path):
+    room = room_of(path)
+    upwards = imported_rooms(path) - MAY_IMPORT[room] - {room}
+    assert not upwards, f"{path} imports {upwards}, which {room} does not stand on"
+
+
+def test_files_of_the_product_are_readable():
+    lines = {str(path): len((ROOT / path).read_text().splitlines()) for path in files() if room_of(path) in PRODUCT}
+    assert not {name: count for name, count in lines.items() if count > LONGEST and name not in LONGER}
