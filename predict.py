@@ -116,7 +116,7 @@ def predict(detector: Detector, paths: list[Path], out: Path, score: float, batc
                 rows = coco_results(i + 1, found, detector.category_ids)
                 rows = zip(rows, found.names, strict=True)
                 results += [row | {"file_name": str(paths[i]), "category_name": name} for row, name in rows]
-                picture = draw_detections(image, torch.empty(0, 4), found._asdict(), detector.class_names)
+                picture = draw_detections(image, torch.empty(0, 4), *found)
                 pictures[i].parent.mkdir(parents=True, exist_ok=True)
                 to_pil_image(picture).save(pictures[i], quality=JPEG_QUALITY)
             bar.update(len(images))
