@@ -331,21 +331,21 @@ def test_folders_and_globs(tmp_path, monkeypatch):
 def test_files_of_the_same_name_do_not_overwrite_one_another(tmp_path):
     names = ["x/a.jpg", "y/a.jpg", "y/A.JPG", "a.jpg", "z/b.jpg", "z/c.gif"]
     pictures = picture_paths([tmp_path / name for name in names], tmp_path / "out")
-    wanted = ["x/a.jpg", "y/a.jpg", "y/A.JPG", "a.jpg", "b.jpg", "c.gif.png"]
+    wanted = ["a.jpg", "1-a.jpg", "2-A.JPG", "3-a.jpg", "b.jpg", "c.gif.png"]
     assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == wanted
     with pytest.raises(SettingsError, match=r"b\.jpg would overwrite it"):
         picture_paths([tmp_path / "b.jpg"], tmp_path)
 
 
 def test_pictures_stay_below_out(tmp_path, monkeypatch):
-    """However the images are named; each gets a place of its own."""
+    """Whatever path names an image; no two get the same place."""
     for name in ("here/a.png", "there/a.png", "here/b.gif", "here/b.gif.png"):
         photo(tmp_path / name)
     monkeypatch.chdir(tmp_path / "here")
     found = predict_script.find_images(["a.png", "../there/a.png", "../here/a.png", "b.gif", "b.gif.png"])
     assert len(found) == 4
     pictures = predict_script.picture_paths(found, Path("out"))
-    wanted = ["out/here/a.png", "out/there/a.png", "out/b.gif.png", "out/1-b.gif.png"]
+    wanted = ["out/a.png", "out/1-a.png", "out/b.gif.png", "out/1-b.gif.png"]
     assert [str(path) for path in pictures] == wanted
 
 
