@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import CocoDataset
 from data.draw import draw_curves, draw_detections, save_contact_sheet
-from model import Detector, read_metadata, save_weights, write_file
+from model import Detector, save_weights, write_file
 
 from .checkpoint import save_checkpoint, writing
 
@@ -89,11 +89,9 @@ class RunFolder:
     def write_evaluation(self, detector: Detector, step: int, metrics: dict, split: str) -> None:
         """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
         self.save_weights(detector, step, metrics)
-        best = self.path / "best.safetensors"
-        before = read_metadata(best).get("training", {}).get("metrics") or {} if best.exists() else {}
-        best_ap = before.get("AP", -math.inf)
+        best_ap = max((line["AP"] for line in self.log if "AP" in line), default=-math.inf)
         if metrics["AP"] > best_ap:
-            self.save_weights(detector, step, metrics, best.name)
+            self.save_weights(detector, step, metrics, "best.safetensors")
         self.write_line({"step": step, "split": split, **metrics})
         remark = ", the best so far" if metrics["AP"] > best_ap > -math.inf else ""
         own = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
