@@ -24,8 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, collate, crowd_metrics, eval_transform, find_splits, printable
-from data.crowdhuman import BOXES
+from data import BOXES, CocoDataset, collate, eval_transform, find_splits, printable
 from errors import UserError
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -120,8 +119,8 @@ def evaluate(
     detector.train(training)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     metrics = coco_metrics(dataset.annotations, results) if is_main else {}
-    if is_main and dataset.split.is_crowdhuman:
-        metrics |= crowd_metrics(dataset.annotations, results)
+    if is_main and dataset.split.form.metrics:
+        metrics |= dataset.split.form.metrics(dataset.annotations, results)
     wait_for_main()
     return metrics, results
 
@@ -160,7 +159,7 @@ def evaluation_dataset(
 ) -> CocoDataset:
     """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
     objects. known_ids: the category ids of the training."""
-    train, val = find_splits(data, box or "fbox", follow_links)
+    train, val = find_splits(data, box, follow_links)
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -184,7 +183,7 @@ def load_with_data(
         raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
     size, ids = detector.config.image_size, detector.category_ids
     dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
-    if box and not dataset.split.is_crowdhuman:
+    if box and not dataset.split.form.boxes:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
     if differences:

@@ -1,1 +1,1 @@
-"""What the parts cost, measured only after they have been shown to be right."""
+"""Cost of the parts, reported only after their results have been shown to be right."""

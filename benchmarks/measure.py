@@ -1,5 +1,9 @@
-"""What one call costs: milliseconds, memory beyond inputs and outputs, launches, waits of the host for the device."""
+"""Measure a call: milliseconds, memory beyond inputs and outputs, kernel launches, host synchronisations.
 
+A row is a dict of COLUMNS for a JSON file, with None for what this device cannot measure; or its `skipped` says why.
+"""
+
+import argparse
 import json
 import os
 import tempfile
@@ -7,83 +11,105 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from training.environment import environment
+
 MIB = 2**20
-FLUSH_BYTES = 512 * MIB  # more than any cache of a GPU; writing it takes longer than launching a graph
-SYNC_WARNING = "called a synchronizing CUDA operation"
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch.profiler tells stderr that it starts and finds no GPU
+FLUSH_BYTES = 2048 * MIB  # larger than the caches of a GPU; writing it takes longer than launching a few kernels
+COLUMNS = "ms_median ms_quantile_20 ms_quantile_80 device_ms peak_mib kernel_launches copies_and_memsets host_syncs"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of torch.profiler on stderr
 
 
-@dataclass
-class Row:
-    """One line of the table; None is what cannot be measured on this device, or means nothing for this row."""
-
-    ms_median: float
-    ms_quantile_20: float
-    ms_quantile_80: float
-    calls: int  # that were timed
-    peak_mib: float | None  # of tensors, beyond inputs and outputs; on a CPU of the calling thread
-    kernel_launches: int | None
-    copies_and_memsets: int | None
-    host_syncs: int | None
+def start(parser: argparse.ArgumentParser, argv: list[str] | None, repeats: int) -> tuple:
+    """Parse the flags and print what the benchmark runs on: (flags, device, environment)."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file, rewritten after every row")
+    parser.add_argument("--repeats", type=int, default=repeats, help="measured calls of a row")
+    args, device = parser.parse_args(argv), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = environment(device)
+    print(f"{about['device']}, threads {about['threads']}, torch {about['torch']}, triton {about['triton']}")
+    return args, device, about
 
 
-def measure(
-    call: Callable[[], Iterable[torch.Tensor]], repeats: int, device: torch.device, *, replay: bool = False
-) -> Row:
-    """A row; `replay` for a captured graph, whose memory was set aside before and which is timed without its launch."""
-    times = torch.tensor(time_ms(call, repeats, device, queued=replay), dtype=torch.float64)
+def write_report(path: Path | None, report: dict) -> None:
+    """Replace the whole JSON file: a process killed while it writes leaves the previous one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".tmp").replace(path)
+
+
+def line(name: str, row: dict | None = None, more: str = "") -> str:
+    """A row of the printed table, with `more` columns; without a row its headings."""
+    if row and "skipped" in row:
+        return f"{name:34}{row['skipped']}"
+    cells = {column: row[column] if row else column for column in f"{COLUMNS} {more}".split()}
+    texts = {c: "-" if v is None else f"{v:,.3f}" if isinstance(v, float) else f"{v}" for c, v in cells.items()}
+    return f"{name:34}" + "".join(f"{text:>{len(column) + 2}}" for column, text in texts.items())
+
+
+def measure(call: Callable[[], Iterable[Tensor]], repeats: int, device: torch.device) -> dict:
+    """The row of a call. `device_ms` leaves out what the host needs to launch the first kernels."""
+    row = row_of(time_ms(call, repeats, device), call, device)
+    if device.type == "cuda":
+        row["device_ms"] = float(torch.tensor(time_ms(call, repeats, device, queued=True)).median())
+    return row
+
+
+def row_of(times_ms: list[float], call: Callable[[], Iterable[Tensor]], device: torch.device) -> dict:
+    times = torch.tensor(times_ms, dtype=torch.float64)
     low, median, high = times.quantile(times.new_tensor([0.2, 0.5, 0.8])).tolist()
-    memory = None if replay else peak_mib(call, device)
-    return Row(median, low, high, repeats, memory, *launches(call, device), host_syncs(call, device))
+    counts = peak_mib(call, device), *launches(call, device), host_syncs(call, device)
+    return dict(zip(COLUMNS.split(), (median, low, high, None, *counts), strict=True), calls=len(times))
+
+
+def now(device: torch.device) -> torch.cuda.Event | float:
+    """An event in the queue of a GPU; on a CPU the time in seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_ms(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    return 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def time_ms(call: Callable[[], object], repeats: int, device: torch.device, *, queued: bool = False) -> list[float]:
-    """Milliseconds of every one of `repeats` calls, after a tenth as many to warm up.
+    """Milliseconds of `repeats` calls, after a tenth as many to warm up; on a GPU with its caches flushed before each.
 
-    On a GPU between two events, the caches flushed before. `queued` launches a call while the device is still
-    flushing, which leaves device time; otherwise the device is idle when the call begins, and launching counts.
+    `queued` launches while the device is still flushing; otherwise the device is idle when the call begins.
     """
     for _ in range(1 + repeats // 10):
         call()
-    if device.type != "cuda":
-        return [_host_ms(call) for _ in range(repeats)]
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    return [_event_ms(call, flush, queued) for _ in range(repeats)]
+    times, flush = [], torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+    for _ in range(repeats):
+        flush.zero_()
+        if not queued:
+            wait_for(device)
+        begin = now(device)
+        call()
+        end = now(device)
+        wait_for(device)
+        times.append(elapsed_ms(begin, end))
+    return times
 
 
-def _host_ms(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _event_ms(call: Callable[[], object], flush: torch.Tensor, queued: bool) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    if not queued:
-        torch.cuda.synchronize(flush.device)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def peak_mib(call: Callable[[], Iterable[torch.Tensor]], device: torch.device) -> float:
-    """The most MiB that a call's tensors hold at a time, its inputs and outputs left out.
-
-    On a CPU the profiler sees the calling thread only. What a thread of a pool allocates by itself is left out: the
-    buffers of the losses' torch backend, 512 KiB a thread, when it has several.
-    """
+def peak_mib(call: Callable[[], Iterable[Tensor]], device: torch.device) -> float:
+    """The most MiB that a call's tensors hold at a time, without inputs and outputs; on a CPU of the calling thread."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         outputs = call()
@@ -104,18 +130,16 @@ def launches(call: Callable[[], object], device: torch.device) -> tuple[int | No
 
 
 def _traced(call: Callable[[], object], device: torch.device) -> tuple[object, list[dict]]:
-    """A call's result, and its events: the tensor memory of a CPU, the activities of a GPU."""
+    """A call's result and its events: the tensor memory of a CPU, the activities of a GPU."""
     on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu]
+    with warnings.catch_warnings(), tempfile.NamedTemporaryFile(suffix=".json") as file:
         warnings.filterwarnings("ignore", "Warning: Profiler clears events")
         with profile(activities=activities, profile_memory=not on_gpu) as profiler:
             outputs = call()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return outputs, json.loads(path.read_text(errors="replace"))["traceEvents"]
+            wait_for(device)
+        profiler.export_chrome_trace(file.name)
+        return outputs, json.loads(Path(file.name).read_text(errors="replace"))["traceEvents"]
 
 
 def host_syncs(call: Callable[[], object], device: torch.device) -> int | None:
@@ -129,4 +153,4 @@ def host_syncs(call: Callable[[], object], device: torch.device) -> int | None:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum(SYNC_WARNING in str(warning.message) for warning in caught)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)

@@ -109,14 +109,14 @@ def _assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 @_assign.register_fake
 def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     gt_index = boxes.new_empty(boxes.shape[:2], dtype=torch.int64)
-    k = gt_boxes.new_empty(len(gt_boxes), dtype=torch.int32)
+    k = gt_boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32)
     return gt_index, torch.empty_like(gt_index, dtype=torch.float32), k
 
 
 def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
     """The inputs with labels and offsets as int64. Raises what `ota_assign` documents."""
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
-    num_images, num_rows = len(logits), len(gt_boxes)
+    num_images, num_rows = logits.shape[0], gt_boxes.shape[0]  # len() would be a constant for torch.compile
     expected = {
         "logits": (logits, (num_images, grid.num_points, logits.shape[-1]), FLOATS),
         "boxes": (boxes, (num_images, grid.num_points, 4), FLOATS),

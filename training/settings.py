@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import is_crowdhuman
-from data.crowdhuman import BOXES
+from data import BOXES, find_form
 from errors import UserError
 from kernels import OTAConfig
 from kernels.grid import MAX_SIDE_PX
@@ -161,11 +160,11 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:
         parser.error(f"--ota is for --assigner ota, not for {args.assigner}")
-    known = "crowdhuman" if is_crowdhuman(args.data) else args.data
-    if args.box and known != "crowdhuman":
+    form = find_form(args.data)
+    if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
 
-    recipe = RECIPES.get(known, OWN) | (OVERFIT if args.overfit else {})
+    recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
     given, ota = dict(args.ota or ()), dict(recipe["ota"])

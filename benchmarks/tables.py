@@ -1,0 +1,121 @@
+"""Write the tables of README.md and docs/ from the files in benchmarks/results: python -m benchmarks.tables
+
+A table stands between <!-- table: NAME --> and <!-- end -->, NAME is a key of TABLES.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "assignment.md")
+AUDITS = ("shapes", "bccd", "coco", "crowd")
+CELLS = {"RBC": "red cells", "WBC": "white cells", "Platelets": "platelets"}
+POINTS, AMBIGUOUS = {"positives_per_gt": "points / object"}, {"ambiguous_share": "ambiguous"}
+SIZES = {"APs": "AP small", "APm": "AP medium"}
+
+
+def results(pattern: str) -> Iterator[dict]:
+    for path in sorted((ROOT / "benchmarks" / "results").glob(pattern)):
+        yield json.loads(path.read_text())
+
+
+def markdown(head: tuple, rows: list[tuple]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def runs() -> str:
+    """Trainings, a row for each."""
+    reports = [r for report in results("train-*.json") for r in report.get("runs", {"": report}).values()]
+    rows = [
+        (r["title"], f"{m['AP']:.3f}", f"{m['AP50']:.3f}", f"{m['total_s'] / 60:.1f}", r["device"], r["date"][:10])
+        for r in reports
+        if (m := r.get("metrics"))
+    ]
+    return markdown(("run", "AP", "AP50", "minutes, all in all", "on", "measured"), rows)
+
+
+def costs(pattern: str, key: str) -> str:
+    """Calls with their milliseconds and memory."""
+    rows = [
+        (case, name, f"{row['ms_median']:,.1f}", f"{row['peak_mib']:,.1f}", report["device"], report["date"][:10])
+        for report in results(pattern)
+        for case, content in report[key].items()
+        for name, row in content.get("rows", content).items()
+        if "skipped" not in row
+    ]
+    return markdown(("inputs", "backend", "ms", "memory, MiB", "on", "measured"), rows)
+
+
+def train_step() -> str:
+    """Images a second of training steps."""
+    cases = [(r["device"], *case) for r in results("train-step-*.json") for case in r["cases"].items()]
+    titles = list(dict.fromkeys(title for *_, case in cases for title in case["rows"]))
+    rows = []
+    for device, name, case in cases:
+        height, width = case["about"]["image_size"]
+        speeds = [case["rows"].get(title, {}).get("images_per_s") for title in titles]
+        shown = ["-" if speed is None else f"{speed:.2f}" for speed in speeds]
+        rows.append((f"{name}, {case['about']['images']} x {height} x {width}", device, *shown))
+    return markdown(("images / s", "on", *titles), rows)
+
+
+def compare(name: str, columns: dict[str, str], rows: slice = slice(None)) -> str:
+    """Mean and standard deviation over the seeds of trainings with different assigners or settings."""
+    (report,), lines = results(f"compare-{name}.json"), []
+    for title, seeds in list(report["rows"].items())[rows]:
+        cells = []
+        for column in columns:
+            values = [seed["per_class"][column] if column in CELLS else seed[column] for seed in seeds]
+            digits = 1 if column in POINTS else 2 if column in AMBIGUOUS else 3
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}")
+        lines.append((title, *cells, len(seeds)))
+    return markdown(("", *columns.values(), "seeds"), lines)
+
+
+def audits() -> str:
+    reports = {name: next(results(f"audit-{name}.json")) for name in AUDITS}
+    head = (
+        "eps",
+        "iterations",
+        *(f"{name}: {column}" for name in AUDITS for column in ("changed", "cost", "residual")),
+    )
+    rows = []
+    for lines in zip(*(report["rows"] for report in reports.values()), strict=True):
+        cells = []
+        for row in lines:
+            changed = row["decoded"]["rescaled"]["changed_share"]
+            cells += [f"{changed:.1%}", f"{row['plan_cost_ratio']:.3f}", f"{row['residual']:.0e}"]
+        rows.append((lines[0]["eps"], lines[0]["iterations"], *cells))
+    counted = [f"{name}: {r['images']} images, {r['ground_truths']} objects, {r['positives']:,} positives"
+               for name, r in reports.items()]  # fmt: skip
+    return f"{markdown(head, rows)}\n\n{'; '.join(counted)}."
+
+
+APS = {name: name for name in ("AP", "AP50", "AP75")}
+TABLES = {
+    "runs": runs,
+    "assign": partial(costs, "assign-*.json", "workloads"),
+    "losses": partial(costs, "losses-*.json", "results"),
+    "train_step": train_step,
+    "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
+    "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
+    "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
+    "studies": partial(compare, "studies", {"AP": "AP", "AP75": "AP75"} | POINTS | AMBIGUOUS),
+    "audits": audits,
+}
+
+
+def filled(text: str) -> str:
+    """The document with its tables written anew."""
+    pattern = r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text()))
