@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from images import ImageError, ImageLike, to_tensor
-from kernels import Assignment, OTAConfig, PointGrid
+from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
@@ -131,7 +131,7 @@ class Detector(nn.Module):
         config, (predictions, grid) = self.config, self.predict_raw(self.normalise(batch.images, batch.sizes))
         truth, detached = (batch.gt_boxes, batch.gt_labels), Predictions(*(tensor.detach() for tensor in predictions))
         with torch.autocast(batch.images.device.type, enabled=False):
-            assignment = assign(config.assigner, *detached[:2], *truth, batch.gt_offsets, grid, config=config.ota)
+            assignment = assign(config.assigner, Inputs(*detached[:2], *truth, batch.gt_offsets, grid), config.ota)
             ignored = None if config.assigner == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
                 points = grid.points(batch.images.device)
@@ -144,7 +144,7 @@ class Detector(nn.Module):
         """Numbers about the assignment of a training batch, see model.assigners.statistics_of. Waits for the device."""
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
         grid = PointGrid.for_image(tuple(batch.images.shape[-2:]), STRIDES)
-        return statistics_of(self.config.assigner, *predictions[:2], *truth, grid, config=self.config.ota)
+        return statistics_of(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)
 
     def compile_training(self, mode: str) -> str:
         """Compile a training step in place; without Triton's assignment only the network. Returns what, in words."""
