@@ -16,7 +16,7 @@ from kernels.grid import MAX_SIDE_PX
 from .assigners import NEITHER, STRATEGIES, assign, statistics_of
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
-from .fields import Rule, first_flaw, number, one_of_type, whole
+from .fields import Rule, first_flaw, integer, number, one_of_type
 from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import Detections, postprocess, suppressed, unpad
@@ -31,16 +31,16 @@ def _is_image_size(value: object) -> bool:
 
 # The upper bounds are far from use: no weights file can ask for more.
 RULES: dict[str, Rule] = {
-    "num_classes": whole(1, 100_000),
+    "num_classes": integer(1, 100_000),
     "backbone": one_of_type(str, "the name of a timm model"),
     "image_size": (_is_image_size, f"the shorter and the longest side in px, up to {MAX_SIDE_PX}"),
     "channels": (lambda value: type(value) is int and value in CHANNELS, "a multiple of 8 (--channels) up to 16384"),
-    "head_convs": whole(0, 100),
+    "head_convs": integer(0, 100),
     "frozen_norm": one_of_type(bool, "true or false"),
     "score_threshold": number(0, 1),
-    "topk_per_level": whole(1, 1_000_000),
+    "topk_per_level": integer(1, 1_000_000),
     "nms_iou": number(0, 1),
-    "max_detections": whole(1, 1_000_000),
+    "max_detections": integer(1, 1_000_000),
     "assigner": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
     "ota": one_of_type(OTAConfig, "settings of the assigner ota"),
 }
