@@ -95,7 +95,7 @@ def assignment_of(predictor: Predictor) -> dict[str, float]:
     config, positives, objects, ambiguous = predictor.detector.config, 0, 0, 0
     for i in range(len(predictor.dataset)):
         _, scene = predictor.scene(i)
-        match, torn = assign_and_ambiguous(config.assigner, *scene, config=config.ota)
+        match, torn = assign_and_ambiguous(config.assigner, scene, config.ota)
         positives += int((match.gt_index >= 0).sum())
         objects += len(scene.gt_boxes)
         ambiguous += int(torn.sum())
