@@ -201,10 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     unused = all_kernels() - {binary.kernel for binary in binaries}
     failures += [f"{name} is launched by no call: can any input reach it?" for name in sorted(unused)]
     print_table(binaries)
-    print(f"{len(binaries)} binaries, {len(failures)} failures")
+    print("\n".join([f"{len(binaries)} binaries, {len(failures)} failures", *failures]))
     rows = [{name: value for name, value in asdict(b).items() if name != "specialization"} for b in binaries]
     write_report(args.out, environment(torch.device("cpu")) | {"binaries": rows, "failures": failures})
-    print("\n".join(failures), file=sys.stderr)
     return int(bool(failures))
 
 
