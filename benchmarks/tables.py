@@ -40,7 +40,7 @@ def runs() -> str:
 
 
 def costs(pattern: str, key: str) -> str:
-    """Calls with their milliseconds and memory."""
+    """Measured calls, a row for each."""
     rows = [
         (case, name, f"{row['ms_median']:,.1f}", f"{row['peak_mib']:,.1f}", report["device"], report["date"][:10])
         for report in results(pattern)
@@ -49,19 +49,6 @@ def costs(pattern: str, key: str) -> str:
         if "skipped" not in row
     ]
     return markdown(("inputs", "backend", "ms", "memory, MiB", "on", "measured"), rows)
-
-
-def train_step() -> str:
-    """Images a second of training steps."""
-    cases = [(r["device"], *case) for r in results("train-step-*.json") for case in r["cases"].items()]
-    titles = list(dict.fromkeys(title for *_, case in cases for title in case["rows"]))
-    rows = []
-    for device, name, case in cases:
-        height, width = case["about"]["image_size"]
-        speeds = [case["rows"].get(title, {}).get("images_per_s") for title in titles]
-        shown = ["-" if speed is None else f"{speed:.2f}" for speed in speeds]
-        rows.append((f"{name}, {case['about']['images']} x {height} x {width}", device, *shown))
-    return markdown(("images / s", "on", *titles), rows)
 
 
 def seeds_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
@@ -106,7 +93,7 @@ TABLES = {
     "runs": runs,
     "assign": partial(costs, "assign-*.json", "workloads"),
     "losses": partial(costs, "losses-*.json", "results"),
-    "train_step": train_step,
+    "train_step": partial(costs, "train-step-*.json", "cases"),
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
