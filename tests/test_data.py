@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.decode import mean_difference, pipelines, write_jpegs
 from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
