@@ -65,7 +65,7 @@ class RunFolder:
                 self.draw()
 
     def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
-        """Add a line and show it: behind the bar, or without a terminal as a line of its own."""
+        """Add a line and show it: behind the bar, or, without a terminal, on a new line."""
         self.write_line(line)
         text = (
             f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "

@@ -55,6 +55,6 @@ def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer
         return ""
     return (
         f"warning: a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of "
-        f"memory, more than the {available / 2**30:.0f} there are; a smaller --image-size or --batch-size, or "
+        f"memory, and {available / 2**30:.0f} are available; a smaller --image-size or --batch-size, or "
         "--accumulate, needs less"
     )

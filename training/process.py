@@ -69,7 +69,7 @@ _waits = itertools.count()
 def wait_for_main() -> None:
     """Hold every other rank until rank 0 calls this too. A collective would end with its group's time limit of minutes,
     and Python handles no signal in it."""
-    name = f"main is here {next(_waits)}"
+    name = f"main has arrived {next(_waits)}"
     if dist.is_initialized() and dist.get_rank() == 0:
         _store.set(name, "")
     while dist.is_initialized() and not _store.check([name]):

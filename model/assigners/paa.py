@@ -1,4 +1,4 @@
-"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): the losses of an object's candidates tell the good from the bad."""
+"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): an object claims the candidates with the better losses."""
 
 import math
 
