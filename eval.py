@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
