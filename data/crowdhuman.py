@@ -27,7 +27,13 @@ def read_crowdhuman(split: Split, digest, look_at_files: bool) -> dict:
     """
     problems: Problems = defaultdict(list)
     lines = []  # number, file name, boxes
-    for number, text in enumerate(_text(split, digest).split("\n"), 1):
+    try:
+        content = split.annotations.read_bytes()
+        digest.update(content)
+        texts = json_text(content).split("\n")
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{split.annotations}: cannot be read: {error}") from error
+    for number, text in enumerate(texts, 1):
         if text.strip():
             try:
                 lines.append((number, *_parse(text, split.box)))
@@ -47,15 +53,6 @@ def read_crowdhuman(split: Split, digest, look_at_files: bool) -> dict:
             record = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(ignored)}
             annotations.append(record | {"bbox": _clipped(box, width, height)})
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": BOXES[split.box]}]}
-
-
-def _text(split: Split, digest) -> str:
-    try:
-        content = split.annotations.read_bytes()
-        digest.update(content)
-        return json_text(content)
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{split.annotations}: cannot be read: {error}") from error
 
 
 def _parse(text: str, kind: str) -> tuple[str, Boxes]:

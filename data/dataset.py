@@ -73,11 +73,10 @@ class CocoDataset(torch.utils.data.Dataset):
         self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
 
         # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
-        boxes = records.boxes.copy()
+        boxes, limits = records.boxes.copy(), np.tile(self._sizes[records.owners, ::-1], 2)
         with np.errstate(over="ignore", invalid="ignore"):
             boxes[:, 2:] += boxes[:, :2]
-        limits = np.tile(self._sizes[records.owners, ::-1], 2)
-        boxes = boxes.clip(0, limits).astype(np.float32)
+        boxes = boxes.clip(0, limits, out=boxes).astype(np.float32)
         self._valid = np.isfinite(records.boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
         labels = np.where(records.crowd, IGNORE, np.searchsorted(self.category_ids, records.category_ids))
         rows = np.lexsort((records.crowd, records.owners))
@@ -89,7 +88,6 @@ class CocoDataset(torch.utils.data.Dataset):
 
     @property
     def classes(self) -> dict[str, list]:
-        """What weights files name the classes by."""
         return {"class_names": self.class_names, "category_ids": self.category_ids}
 
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:

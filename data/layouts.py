@@ -18,11 +18,7 @@ VOC = Form("Pascal VOC", read_voc)
 
 # form, (annotation file, image folder) of train, and of val
 LAYOUTS = (
-    (
-        COCO,
-        ("annotations/instances_train2017.json", "train2017"),
-        ("annotations/instances_val2017.json", "val2017"),
-    ),
+    (COCO, ("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "val2017")),
     (COCO, ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
     (COCO, ("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
     (CROWDHUMAN, ("annotation_train.odgt", "Images"), ("annotation_val.odgt", "Images")),

@@ -16,13 +16,11 @@ def seed_of(*parts: int | str) -> int:
 
 
 def grouped_by_orientation(order: list[int], tall: Sequence[bool], batch_size: int) -> list[int]:
-    """Reorder the images of `order` so that a batch holds only images that are `tall`, or only others.
+    """Reorder the images of `order` so that a batch, less padded, holds only images that are `tall`, or only others.
 
-    These batches are padded less. They come in the order in which they fill up, images within one in that of `order`.
-    The rest that fills no batch comes last, so that at most one batch is mixed.
+    Batches come in the order in which they fill up; the rest that fills none comes last: at most one batch is mixed.
     """
-    filling: dict[bool, list[int]] = {True: [], False: []}
-    grouped: list[int] = []
+    filling, grouped = {True: [], False: []}, []
     for i in order:
         batch = filling[bool(tall[i])]
         batch.append(i)
@@ -47,8 +45,8 @@ def batches_from(
         if epoch != order_epoch:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
             order, order_epoch = torch.randperm(len(tall), generator=generator).tolist(), epoch
-            order = order[: epoch_steps * batch_size]  # before grouping, or it would always be the rare orientation's
-            order = grouped_by_orientation(order, tall, batch_size)
+            # The remainder goes before grouping, or it would always be the rare orientation's.
+            order = grouped_by_orientation(order[: epoch_steps * batch_size], tall, batch_size)
         first = position * batch_size + rank * share
         yield [(epoch, i) for i in order[first : first + share]]
 
