@@ -57,7 +57,7 @@ class Binary:
     num_warps: int
     specialization: str  # Triton's JSON of types, constants, alignments and options
     registers: int = 0  # of a thread; AMD: vector registers
-    shared_bytes: int = 0  # of a block of threads
+    shared_bytes: int = 0  # of a block of threads; from sm_90 on with the 1 KiB that CUDA reserves if it has any
     spills: int = 0  # NVIDIA: instructions that access the stack; AMD: vector registers
     error: str = ""
 
