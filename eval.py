@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -24,8 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, collate, crowd_metrics, eval_transform, find_splits, printable
-from data.crowdhuman import BOXES
+from data import BOXES, CocoDataset, collate, eval_transform, find_splits, printable
 from errors import UserError
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -78,18 +76,15 @@ def detect_dataset(
     return sorted(results, key=lambda r: r["image_id"])
 
 
-def box_area(record: dict) -> float:
-    """The record's own area, as a rule a segment's; the box's where there is none or one larger than the box."""
-    area, (_, _, width, height) = record.get("area"), record["bbox"]
-    return area if isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1) else width * height
-
-
 def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
     # pycocotools takes the id 0 for no match, keeps ids as floats, and leaves out areas outside of [0, 1e10].
-    records = enumerate(annotations["annotations"], 1)
-    records = [record | {"id": number, "area": box_area(record)} for number, record in records]
-    truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into them
+    truth, records, results = COCO(), [], [dict(result) for result in results]  # loadRes writes into results
+    for number, record in enumerate(annotations["annotations"], 1):
+        _, _, width, height = record["bbox"]
+        area = record.get("area") or 0
+        area = area if 0 < area <= (width + 1) * (height + 1) else width * height
+        records.append(record | {"id": number, "area": area})
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -120,8 +115,8 @@ def evaluate(
     detector.train(training)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     metrics = coco_metrics(dataset.annotations, results) if is_main else {}
-    if is_main and dataset.split.is_crowdhuman:
-        metrics |= crowd_metrics(dataset.annotations, results)
+    if is_main and dataset.split.form.metrics:
+        metrics |= dataset.split.form.metrics(dataset.annotations, results)
     wait_for_main()
     return metrics, results
 
@@ -151,18 +146,13 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(
-    data: str,
-    image_size: tuple[int, int],
-    overfit: int | None = None,
-    box: str | None = None,
-    follow_links: bool = False,
-    known_ids: Collection[int] = (),
+    data: str, size: tuple[int, int], overfit: int | None, box: str | None, follow_links: bool, known_ids: list[int]
 ) -> CocoDataset:
     """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
     objects. known_ids: the category ids of the training."""
-    train, val = find_splits(data, box or "fbox", follow_links)
+    train, val = find_splits(data, box, follow_links)
     val = None if overfit else val
-    dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
+    dataset = CocoDataset(val or train, eval_transform(size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         if val is None and not overfit:
             note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
@@ -184,7 +174,7 @@ def load_with_data(
         raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
     size, ids = detector.config.image_size, detector.category_ids
     dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
-    if box and not dataset.split.is_crowdhuman:
+    if box and not dataset.split.form.boxes:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
     if differences:
@@ -193,10 +183,8 @@ def load_with_data(
 
 
 def describe(dataset: CocoDataset) -> str:
-    text = (
-        f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: "
-        f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
-    )
+    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
+    text = f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
     if dataset.grouping:
         text += f", category {dataset.grouping['id']} {printable(dataset.grouping['name'])}, which groups the others"
     return text
@@ -219,7 +207,7 @@ def main() -> None:
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
     metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers)
     if rank == 0:
-        names = [Path(args.data).resolve().name] * bool(args.data) + [args.box] * bool(args.box)
+        names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]
         on_hub = is_on_hub(args.weights)
         folder = Path() if on_hub else weights.parent
         out = args.out or folder / ("-".join(["eval", *names]) if names or on_hub else "")

@@ -5,14 +5,13 @@
 
 Inputs    images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, 0 too, and H and W
           in multiples of 32 from 160 to 16384 px
-          sizes (B, 2) int64: height and width of every image, px, cut to its slot; 0 means no image
+          sizes (B, 2) int64: height and width of every image, px, clamped to its slot; 0 means no image
 Outputs   boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that
           are no detection come last, with score 0, label -1 and a box of zeros
 
 With --nms these are the detector's detections; without, its candidates, to be suppressed by the caller. Normalisation
-is inside; resizing is not, for decoders and resizers belong to where the file runs. The file's metadata (ONNX:
-metadata_props; .pt2: the extra file ota.json) have class_names, category_ids, image_size, preprocessing, nms and the
-thresholds, as JSON.
+is inside; resizing is not. The file's metadata (ONNX: metadata_props; .pt2: the extra file ota.json) have class_names,
+category_ids, image_size, preprocessing, nms and the thresholds, as JSON.
 """
 
 import argparse
@@ -36,15 +35,12 @@ from training.process import print_any_text
 from training.settings import SettingsError
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
-INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
-ONNX_PACKAGES = ("onnx", "onnxscript")
 OPSET = 18
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
 PREPROCESSING = (
-    "RGB, upright, uint8 0..255. Resize with antialiased bilinear interpolation until the shorter side is "
-    "image_size[0], or, where the longer side would exceed it, until that is image_size[1]. Put the image into the "
-    "upper left corner of a slot whose sides are multiples of 32 px, at least 160. Divide boxes by the factors of the "
-    "resizing."
+    "RGB, upright, uint8 0..255. Resize (bilinear, antialiased) to a shorter side of image_size[0], or less where the "
+    "longer side would exceed image_size[1]. Put the image into the upper left corner of a slot whose sides are "
+    "multiples of 32 px, at least 160. Divide boxes by the factors of the resizing."
 )
 
 # One node for torch, so that ONNX can have its own operator in its place.
@@ -52,12 +48,8 @@ suppress_op = torch.library.custom_op("ota_triton::suppressed", suppressed, muta
 suppress_op.register_fake(lambda boxes, scores, *_: torch.empty_like(scores))
 
 
-class ExportError(UserError):
-    """torch cannot export this network."""
-
-
 class ExportedDetector(nn.Module):
-    """Inputs and outputs as above; `suppress` carries out NMS, see model.postprocess.suppressed. None leaves it out."""
+    """Inputs and outputs as above. `suppress` does the NMS, see model.postprocess.suppressed; None leaves it out."""
 
     def __init__(self, detector: Detector, suppress: Callable[..., Tensor] | None = None):
         super().__init__()
@@ -69,8 +61,8 @@ class ExportedDetector(nn.Module):
         return self.detector.detect_padded(images, sizes, self.suppress)
 
 
-def export_program(detector: Detector, suppress=None) -> ExportedProgram:
-    """The graph for any batch and size. `suppress`: see ExportedDetector. Raises ExportError."""
+def export_program(detector: Detector, suppress: Callable[..., Tensor] | None) -> ExportedProgram:
+    """The graph for any batch and size. Raises UserError."""
     # Two images and two sides that differ: torch would take equal numbers, and 1, for the same or for constants.
     images = torch.zeros(2, 3, 5 * SIZE_DIVISOR, 7 * SIZE_DIVISOR, dtype=torch.uint8)
     sizes = torch.tensor([images.shape[-2:]] * 2)
@@ -82,7 +74,7 @@ def export_program(detector: Detector, suppress=None) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(network, (images, sizes), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # what a backbone does to symbolic sizes can fail in any way
-        raise ExportError(f"torch cannot export {detector.config.backbone} for images of any size: {error}") from error
+        raise UserError(f"torch cannot export {detector.config.backbone} for images of any size: {error}") from error
 
 
 def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, max_detections: int):
@@ -97,44 +89,29 @@ def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, max
     return op.ScatterND(op.Mul(scores, 0.0), place, op.GatherND(scores, place))
 
 
-def onnx_stable_sort(x, stable=None, dim: int = -1, descending: bool = False):
-    """torch.onnx has no translation; TopK is stable by its definition."""
-    from onnxscript import opset18 as op
-
-    return op.TopK(x, op.Shape(x, start=dim, end=dim + 1), axis=dim, largest=descending, sorted=1)
-
-
-def metadata_of(detector: Detector, nms: bool) -> dict[str, str]:
-    c = detector.config
-    values = {
-        "class_names": detector.class_names, "category_ids": detector.category_ids, "image_size": c.image_size,
-        "preprocessing": PREPROCESSING, "nms": nms, "score_threshold": c.score_threshold, "nms_iou": c.nms_iou,
-        "max_detections": c.max_detections,
-    }  # fmt: skip
-    return {name: json.dumps(value) for name, value in values.items()}
+def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
+    names = ("image_size", "score_threshold", "nms_iou", "max_detections")
+    about = {"class_names": detector.class_names, "category_ids": detector.category_ids, "nms": nms}
+    return about | {"preprocessing": PREPROCESSING} | {name: getattr(detector.config, name) for name in names}
 
 
 def export_onnx(detector: Detector, nms: bool) -> bytes:
-    """Raises SettingsError: packages are missing. Raises ExportError."""
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    """Raises UserError: packages are missing, or torch cannot export the network."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
-    translations = {
-        torch.ops.ota_triton.suppressed.default: onnx_suppressed,
-        torch.ops.aten.sort.stable: onnx_stable_sort,
-    }
-    program = torch.onnx.export(
-        export_program(detector, suppress_op if nms else None), dynamo=True, opset_version=OPSET, verbose=False,
-        input_names=INPUTS, output_names=OUTPUTS, custom_translation_table=translations,
-    )  # fmt: skip
-    program.model.metadata_props.update(metadata_of(detector, nms))
+    names = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels")}
+    settings = {"dynamo": True, "opset_version": OPSET, "verbose": False}
+    settings["custom_translation_table"] = {torch.ops.ota_triton.suppressed.default: onnx_suppressed}
+    program = torch.onnx.export(export_program(detector, suppress_op if nms else None), **names, **settings)
+    metadata = {name: json.dumps(value) for name, value in metadata_of(detector, nms).items()}
+    program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
 
 
 def export_torch(detector: Detector, nms: bool) -> bytes:
-    """What torch.export.load reads; with NMS it needs `import torchvision` before. Raises ExportError."""
-    buffer = io.BytesIO()
-    files = {"ota.json": json.dumps({n: json.loads(v) for n, v in metadata_of(detector, nms).items()})}
+    """A file for torch.export.load; with NMS it needs `import torchvision` before. Raises UserError."""
+    buffer, files = io.BytesIO(), {"ota.json": json.dumps(metadata_of(detector, nms))}
     torch.export.save(export_program(detector, suppressed if nms else None), buffer, extra_files=files)
     return buffer.getvalue()
 
@@ -158,8 +135,8 @@ def main() -> None:
         write_file(out, data)
     except OSError as error:
         raise SettingsError(f"cannot write {out}: {error}; name another file with --out") from error
-    size = f"{len(data) / 2**20:.1f} MiB, {len(detector.class_names)} classes"
-    print(f"wrote {out}: {size}, {'detections' if args.nms else 'candidates, without NMS'}")
+    kind = "detections" if args.nms else "candidates, without NMS"
+    print(f"wrote {out}: {len(data) / 2**20:.1f} MiB, {len(detector.class_names)} classes, {kind}")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small af
 
 def load_data(args: argparse.Namespace) -> tuple[CocoDataset, CocoDataset]:
     """The training and the evaluation data set. Raises DatasetError."""
-    split, _ = find_splits(args.data, args.box or "fbox", args.follow_links)
+    split, _ = find_splits(args.data, args.box, args.follow_links)
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
-    dataset = CocoDataset(split, transform, bad_images=args.bad_images, first=args.overfit)
+    dataset = CocoDataset(split, transform, args.bad_images, args.overfit)
     print(f"training on {split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
         raise DatasetError(f"{split.annotations} has no boxes to learn from: {describe(dataset)}")
@@ -120,7 +120,7 @@ def create_loader(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return DataLoader(
         SeededDataset(dataset, args.seed),
-        batch_sampler=batches_from(start, steps, len(dataset), args.batch_size, args.seed, rank, world, dataset.tall),
+        batch_sampler=batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world),
         collate_fn=partial(pack_passes, passes=args.accumulate, sides=sides),
         num_workers=args.workers,
         pin_memory=device.type == "cuda",

@@ -1,25 +1,10 @@
-"""Annotation files in COCO layout, CrowdHuman's or Pascal VOC's (or generated shapes) to uint8 images and boxes."""
+"""Annotation files in any form of the table in layouts.py (or generated shapes) to uint8 images and boxes."""
 
-from data.checks import DatasetError, check_annotations
-from data.coco import CocoDataset, collate
-from data.crowd_metrics import crowd_metrics
-from data.files import printable
+# ruff: noqa: F401
+from data.checks import check_annotations
+from data.dataset import CocoDataset, collate
+from data.files import DatasetError, printable
+from data.layouts import BOXES, find_form, find_splits
 from data.shapes import generate_shapes
-from data.splits import Split, find_splits, is_crowdhuman
+from data.split import Split
 from data.transforms import eval_transform, resized_size, train_transform
-
-__all__ = [
-    "CocoDataset",
-    "DatasetError",
-    "Split",
-    "check_annotations",
-    "collate",
-    "crowd_metrics",
-    "eval_transform",
-    "find_splits",
-    "generate_shapes",
-    "is_crowdhuman",
-    "printable",
-    "resized_size",
-    "train_transform",
-]

@@ -1,7 +1,7 @@
-"""What has to hold for an annotation file before anything is trained on it.
+"""Checks of an annotation file before anything is trained on it.
 
-`check_annotations` reads the records and the headers of the image files, collects every problem, and
-raises one error that lists them by kind. A box is x, y, width, height in px, as COCO has it.
+`check_annotations` reads the records and the headers of the image files, collects every problem, and raises one error
+that lists them by kind. A box is x, y, width, height in px, as COCO has it.
 """
 
 import math
@@ -9,7 +9,11 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from data.files import VALUE, DatasetError, leaves_folder, near_misses, path_inside, printable
 from images import header_size
@@ -17,36 +21,62 @@ from images import header_size
 OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
 CULPRITS_SHOWN, CULPRIT_LENGTH = 5, 400
-MOST_BOXES = 0.95  # so large a share of them says that the numbers mean something else
+MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, not tiny objects
 LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
 
-def check_annotations(
-    annotations: dict, images_dir: Path, source: Path, look_at_files: bool = True, follow_links: bool = False
-) -> None:
-    """Raise one DatasetError that lists every problem of the parsed file `source`.
+class Records(NamedTuple):
+    """The records of an annotation file as arrays: n images and m annotations, in file order."""
 
-    Image files (there, readable, inside `images_dir`, of the size that the record says) are looked at
-    by their headers: all of them up to 5,000, above that an evenly spaced 2,000, none with
-    `look_at_files` off. Every image is checked again as it is loaded. Degenerate boxes and boxes up to
-    1 px outside are no problem here: the dataset drops and clips them.
+    categories: list[dict]  # id, name and the rest of each
+    image_ids: np.ndarray  # (n,) int64
+    file_names: np.ndarray  # (n,) str
+    sizes: np.ndarray  # (n, 2) int64, height and width in px
+    ids: np.ndarray  # (m,) int64
+    owners: np.ndarray  # (m,) row of the image
+    category_ids: np.ndarray  # (m,) int64
+    boxes: np.ndarray  # (m, 4) float64
+    crowd: np.ndarray  # (m,) bool, iscrowd
+    areas: np.ndarray  # (m,) float64, px^2; NaN if the file has none
+    digest: str = ""  # SHA-256 of the annotation files, hex
+
+    def first_images(self, count: int) -> "Records":
+        """Return the records of the first `count` images that have boxes."""
+        rows = np.unique(self.owners[~self.crowd])[:count]
+        kept = np.isin(self.owners, rows)
+        images = {name: getattr(self, name)[rows] for name in ("image_ids", "file_names", "sizes")}
+        columns = ("ids", "category_ids", "boxes", "crowd", "areas")
+        objects = {name: getattr(self, name)[kept] for name in columns}
+        return self._replace(**images, **objects, owners=np.searchsorted(rows, self.owners[kept]))
+
+
+def check_annotations(
+    content: object, images_dir: Path, source: Path, look_at_files: bool = True, follow_links: bool = False
+) -> Records:
+    """Return the records of the parsed file `source`, or raise one DatasetError that lists every problem.
+
+    Image files (present, readable, inside `images_dir`, of the recorded size) are checked by their headers: all of them
+    up to 5,000, above that an evenly spaced 2,000, none without `look_at_files`. Every image is checked again when it
+    is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
     """
     problems: Problems = defaultdict(list)
-    if not isinstance(annotations, dict):
-        raise DatasetError(f"{source}: the top level is a {type(annotations).__name__}, not an object")
-    categories = _check_records("categories", annotations, problems)
-    images = _check_records("images", annotations, problems)
-    objects = _check_records("annotations", annotations, problems)
-    _check_names(categories, problems)
-    _check_boxes(objects, _ids(annotations, "categories"), _ids(annotations, "images"), images, problems)
-    _check_units(objects, problems)
+    if not isinstance(content, dict):
+        raise DatasetError(f"{source}: the top level is a {type(content).__name__}, not an object")
+    categories, images, objects = (_sound_records(key, content, problems) for key in FIELDS)
+    for name, count in Counter(category["name"] for category in categories).items():
+        if count > 1:
+            problems["category names that occur twice"].append(repr(name))
+    records = _columns(categories, images, objects)
+    known = {key: _ids(content.get(key)) for key in ("categories", "images")}
+    _check_boxes(records, objects, images, known, problems)
     inside, missing = _check_file_names(images, images_dir, problems)
     if look_at_files:
         missing += _check_files(inside, images_dir, follow_links, problems)
     if problems:
         raise DatasetError(report(source, problems, near_misses(missing, images_dir)))
+    return records
 
 
 def _is_id(value: object) -> bool:
@@ -65,47 +95,55 @@ def _is_file_name(value: object) -> bool:
     return _is_name(value) and "\0" not in value and len(value) <= 4096
 
 
+def _is_number(value: object) -> bool:
+    return type(value) is float or _is_id(value)
+
+
 def is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(type(v) is float or _is_id(v) for v in value)
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
-# What a record must have: field -> (predicate, the wanted thing in words).
+# The fields that a record must have: name -> (predicate, the required value in words).
 Fields = dict[str, tuple[Callable[[object], bool], str]]
 _ID = (_is_id, "an integer of at most 64 bits")
-_NAME = (_is_name, "a name")
-_FILE_NAME = (_is_file_name, "the name of a file")
 _SIZE = (_is_size, "a number of pixels")
 BOX = "four numbers (x, y, width, height) of at most 64 bits"
 FIELDS: dict[str, Fields] = {
-    "categories": {"id": _ID, "name": _NAME},
-    "images": {"id": _ID, "file_name": _FILE_NAME, "width": _SIZE, "height": _SIZE},
-    "annotations": {
-        "id": _ID,
-        "image_id": _ID,
-        "category_id": _ID,
-        "bbox": (is_box, BOX),
-    },
+    "categories": {"id": _ID, "name": (_is_name, "a name")},
+    "images": {"id": _ID, "file_name": (_is_file_name, "the name of a file"), "width": _SIZE, "height": _SIZE},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (is_box, BOX)},
 }
 
 
-def _check_records(key: str, annotations: dict, problems: Problems) -> list[dict]:
-    """The well-formed records under a top-level key, each id once."""
-    records = annotations.get(key)
+def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
+    """Return the well-formed records under a top-level key, each id once."""
+    records = content.get(key)
     if not isinstance(records, list):
         problems["missing top-level lists"].append(f"{key!r}: a COCO file has images, annotations, categories")
         return []
     if not records and key != "annotations":
         problems["empty top-level lists"].append(f"{key!r} has no records")
+    if _all_sound(records, FIELDS[key]):  # in a third of the time
+        return records
     sound: dict[int, dict] = {}
     for row, record in enumerate(records):
         flaw = _flaw(record, FIELDS[key])
         if flaw:
-            problems[f"malformed records in {key!r}"].append(f"{_who(record, row)}: {flaw}")
+            problems[f"malformed records in {key!r}"].append(f"{_describe(record, row)}: {flaw}")
         elif record["id"] in sound:
-            problems[f"ids that occur twice in {key!r}"].append(_who(record, row))
+            problems[f"ids that occur twice in {key!r}"].append(_describe(record, row))
         else:
             sound[record["id"]] = record
     return list(sound.values())
+
+
+def _all_sound(records: list, fields: Fields) -> bool:
+    """Return whether every record is well-formed and every id unique."""
+    if not all(isinstance(record, dict) and fields.keys() <= record.keys() for record in records):
+        return False
+    valid = (all(map(is_valid, (record[name] for record in records))) for name, (is_valid, _) in fields.items())
+    crowd = all(record.get("iscrowd", 0) in (0, 1) for record in records)
+    return crowd and all(valid) and len({record["id"] for record in records}) == len(records)
 
 
 def _flaw(record: object, fields: Fields) -> str | None:
@@ -121,83 +159,84 @@ def _flaw(record: object, fields: Fields) -> str | None:
     return None
 
 
-def _who(record: object, row: int) -> str:
-    """Whatever names the record: its own fields and its position, as any of them may be missing."""
+def _describe(record: object, row: int) -> str:
+    """Name a record by its position and the identifying fields that it has."""
     names = ("id", "image_id", "file_name", "name")
     known = [f"{n} {VALUE.repr(record[n])}" for n in names if n in record] if isinstance(record, dict) else []
     return ", ".join([f"record {row}", *known])
 
 
-def _check_names(categories: list[dict], problems: Problems) -> None:
-    for name, count in Counter(category["name"] for category in categories).items():
-        if count > 1:
-            problems["category names that occur twice"].append(repr(name))
+def _ids(records: object) -> list[int]:
+    """Return the ids of all records, malformed ones too, as a reference to those is no mistake."""
+    records = records if isinstance(records, list) else []
+    return [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
 
 
-def _ids(annotations: dict, key: str) -> set:
-    """The ids of all records under a key, malformed ones too: what refers to those is not to blame."""
-    records = annotations.get(key)
-    ids = [record.get("id") for record in records if isinstance(record, dict)] if isinstance(records, list) else []
-    return {i for i in ids if _is_id(i)}
-
-
-def _check_boxes(
-    objects: list[dict], category_ids: set[int], image_ids: set[int], images: list[dict], problems: Problems
-) -> None:
-    sound_images = {image["id"]: image for image in images}
-    for record in objects:
-        image = sound_images.get(record["image_id"])
-        if record["category_id"] not in category_ids:
-            culprit = f"{_object(record, image)}: category_id {record['category_id']}"
-            problems["annotations of unknown categories"].append(culprit)
-        if record["image_id"] not in image_ids:
-            problems["annotations of unknown images"].append(_object(record, image))
-        elif image and _is_outside(record["bbox"], image["width"], image["height"]):
-            culprit = f"{_object(record, image)}: {record['bbox']} in {image['width']} x {image['height']}"
-            problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(culprit)
-
-
-def _check_units(objects: list[dict], problems: Problems) -> None:
-    """Boxes no larger than a pixel, or within the first of their image, teach nothing; where nearly all are, they are
-    in other units."""
-    ends = [(record, *record["bbox"]) for record in objects if min(record["bbox"][2:]) > 0]
-    tiny = [record for record, x, y, w, h in ends if max(w, h) <= 1 or max(x + w, y + h) <= 1]
-    if tiny and len(tiny) >= MOST_BOXES * len(ends):
-        share = f"{len(tiny) / len(ends):.0%} of all"
-        kind = f"boxes of a pixel at most, {share} (normalised, fractions of the image's sides? They have to be in px)"
-        problems[kind] += [f"annotation {record['id']}: {record['bbox']}" for record in tiny]
-
-
-def _object(record: dict, image: dict | None) -> str:
-    file_name = f" ({image['file_name']})" if image else ""
-    return f"annotation {record['id']}, image {record['image_id']}{file_name}"
-
-
-def _is_outside(box: list[float], width: float, height: float) -> bool:
-    x, y, w, h = box
-    far = OUTSIDE_TOLERANCE_PX
-    return (
-        (x < -far or y < -far or x + w > width + far or y + h > height + far)
-        and (w > 0 and h > 0)
-        and all(map(math.isfinite, box))
+def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
+    """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
+    row_of = {image["id"]: row for row, image in enumerate(images)}
+    areas = (record.get("area") for record in objects)
+    return Records(
+        categories,
+        np.array([image["id"] for image in images], np.int64),
+        np.array([image["file_name"] for image in images], str),
+        np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
+        np.array([record["id"] for record in objects], np.int64),
+        np.array([row_of.get(record["image_id"], -1) for record in objects], np.int64),
+        np.array([record["category_id"] for record in objects], np.int64),
+        np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4),
+        np.array([record.get("iscrowd", 0) for record in objects], bool),
+        np.array([area if _is_number(area) else math.nan for area in areas], np.float64),
     )
 
 
+def _check_boxes(
+    records: Records, objects: list[dict], images: list[dict], known: dict[str, list[int]], problems: Problems
+) -> None:
+    """Check references of annotations to `known` ids, that boxes lie in their images, and that they are in px."""
+    boxes, owners = records.boxes, records.owners
+    image_ids = np.array([record["image_id"] for record in objects], np.int64)
+    sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
+    with np.errstate(over="ignore", invalid="ignore"):
+        starts, sides, ends = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
+        positive = (sides > 0).all(1)
+        far = (starts < -OUTSIDE_TOLERANCE_PX) | (ends > sizes[:, ::-1] + OUTSIDE_TOLERANCE_PX)
+        outside = far.any(1) & positive & np.isfinite(boxes).all(1) & (owners >= 0)
+        tiny = positive & ((sides <= 1).all(1) | (ends <= 1).all(1))
+
+    def describe(row: int) -> str:
+        file_name = f" ({images[owners[row]]['file_name']})" if owners[row] >= 0 else ""
+        return f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
+
+    for row in np.flatnonzero(~np.isin(records.category_ids, known["categories"])):
+        line = f"{describe(row)}: category_id {records.category_ids[row]}"
+        problems["annotations of unknown categories"].append(line)
+    for row in np.flatnonzero(~np.isin(image_ids, known["images"])):
+        problems["annotations of unknown images"].append(describe(row))
+    for row in np.flatnonzero(outside):
+        line = f"{describe(row)}: {objects[row]['bbox']} in {sizes[row, 1]} x {sizes[row, 0]}"
+        problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(line)
+    if tiny.any() and tiny.sum() >= MOST_BOXES * positive.sum():
+        share = f"{tiny.sum() / positive.sum():.0%} of all"
+        kind = f"boxes of a pixel at most, {share} (normalised, fractions of the image's sides? They have to be in px)"
+        lines = [f"annotation {records.ids[row]}: {objects[row]['bbox']}" for row in np.flatnonzero(tiny)]
+        problems[kind] += lines
+
+
 def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> tuple[list[dict], list[str]]:
-    """One record for each file name that stays in the image folder; the other names, where no file has them."""
-    if not images_dir.is_dir():
-        problems["missing image folder"].append(str(images_dir.absolute()))
-        return [], []
+    """Return one record for each file name inside the image folder, and the other names that no file has."""
     first_with: dict[str, dict] = {}
     for record in images:
         first = first_with.setdefault(record["file_name"], record)
         if first is not record:
-            culprit = f"{record['file_name']}: images {first['id']} and {record['id']}"
-            problems["file names that occur twice"].append(culprit)
-        if leaves_folder(record["file_name"]):
-            problems[LEAVING].append(_image(record))
-    inside = [record for name, record in first_with.items() if not leaves_folder(name)]
-    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
+            line = f"{record['file_name']}: images {first['id']} and {record['id']}"
+            problems["file names that occur twice"].append(line)
+    outside = {name for name in first_with if leaves_folder(name)}
+    problems_of_names = [_image(record) for record in images if record["file_name"] in outside]
+    if problems_of_names:
+        problems[LEAVING] += problems_of_names
+    inside = [record for name, record in first_with.items() if name not in outside]
+    return inside, [name for name in first_with if name in outside and not os.path.exists(images_dir / name)]
 
 
 def _image(record: dict) -> str:
@@ -205,52 +244,53 @@ def _image(record: dict) -> str:
 
 
 def _check_files(images: list[dict], images_dir: Path, follow_links: bool, problems: Problems) -> list[str]:
-    """The names of missing files."""
+    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
     sample, coverage = images, ""
     if len(images) > ALL_FILES_UP_TO:
         sample = [images[i * len(images) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
         coverage = f" (in {FILES_SAMPLED} of {len(images)} files looked at)"
     named = [(_image(record), record["file_name"]) for record in sample]
     sizes, missing = read_sizes(named, images_dir, follow_links, problems, coverage)
-    for record, (width, height) in ((r, s) for r, s in zip(sample, sizes, strict=True) if s):
-        if (width, height) != (record["width"], record["height"]):
-            sizes_of = f"{record['width']} x {record['height']} in the record, {width} x {height} in the file"
+    for record, size in zip(sample, sizes, strict=True):
+        if size and size != (record["width"], record["height"]):
+            both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
-            problems[kind].append(f"{_image(record)}: {sizes_of}")
+            problems[kind].append(f"{_image(record)}: {both}")
     return missing
 
 
 def read_sizes(
     named: list[tuple[str, str]], images_dir: Path, follow_links: bool, problems: Problems, coverage: str = ""
 ) -> tuple[list[tuple[int, int] | None], list[str]]:
-    """(width, height) of images as displayed, without decoding; and the names of those that are missing.
+    """Return (width, height) of images as displayed, from their headers, and the names of missing files.
 
-    named: who names the image, in words, and its file name. One that gives no size is None, and goes into `problems`.
+    named: a description of each image, for messages, and its file name. The size of an image that cannot be read is
+    None, and `problems` names the image.
     """
+
+    def size_or_problem(file_name: str) -> tuple[tuple[int, int] | None, str, str]:
+        """Return the size; or None, the kind of problem, and a remark on it."""
+        try:
+            return header_size(path_inside(images_dir, file_name, follow_links)), "", ""
+        except DatasetError as error:
+            return None, LEAVING, str(error)
+        except FileNotFoundError as error:  # the system's error has a number, and repeats the name
+            return None, f"image files missing in {images_dir.absolute()}", "" if error.errno else str(error)
+        except Exception as error:  # Pillow's readers raise nearly anything on a broken file
+            return None, "image files that cannot be read", getattr(error, "strerror", None) or str(error)
+
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda pair: _size_or_problem(pair[1], images_dir, follow_links), named))
+        answers = list(pool.map(size_or_problem, (file_name for _, file_name in named)))
     missing = []
-    for (who, file_name), (size, kind, remark) in zip(named, found, strict=True):
+    for (who, file_name), (size, kind, remark) in zip(named, answers, strict=True):
         if size is None:
-            problems[kind + coverage].append(f"{who}{remark and ': '}{remark}")
-            missing += [file_name] * (not remark)
-    return [size for size, _, _ in found], missing
-
-
-def _size_or_problem(file_name: str, images_dir: Path, follow_links: bool) -> tuple[tuple[int, int] | None, str, str]:
-    """The size; or None, the kind of problem, and a remark on it."""
-    try:
-        return header_size(path_inside(images_dir, file_name, follow_links)), "", ""
-    except DatasetError as error:
-        return None, LEAVING, str(error)
-    except FileNotFoundError as error:  # the system's own has a number, and repeats the name
-        return None, f"image files missing in {images_dir.absolute()}", "" if error.errno else str(error)
-    except Exception as error:  # Pillow's readers raise nearly anything on a broken file
-        return None, "image files that cannot be read", getattr(error, "strerror", None) or str(error)
+            problems[kind + coverage].append(f"{who}: {remark}" if remark else who)
+            missing += [] if remark else [file_name]
+    return [size for size, _, _ in answers], missing
 
 
 def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str:
-    """The message of a DatasetError: every kind of problem with its first culprits, then the remarks."""
+    """Return the message of a DatasetError: every kind of problem with its first culprits, then the remarks."""
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():

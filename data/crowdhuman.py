@@ -1,74 +1,65 @@
-"""CrowdHuman's annotation files as the content of a file in COCO layout.
+"""CrowdHuman's form: a file whose lines are the JSON records of images.
 
-A line is the JSON record of an image, {"ID": name of Images/ID.jpg, "gtboxes": [...]}. An entry of gtboxes has a tag,
-"person" or "mask" (a crowd, a reflection, a picture of a person), and three boxes x, y, width, height in px: `fbox`
-of the whole body, which reaches as far as the hidden parts and those outside the image do, `vbox` of what is visible
-of it, `hbox` of the head. Shao et al., CrowdHuman: A Benchmark for Detecting Human in a Crowd, arXiv 1805.00123.
+A line is {"ID": name of Images/ID.jpg, "gtboxes": [...]}. An entry of gtboxes has a tag, "person" or "mask" (a crowd, a
+reflection, a picture of a person), and three boxes x, y, width, height in px: `fbox` of the whole body, with its hidden
+parts and those outside the image, `vbox` of its visible part, `hbox` of the head.
+Shao et al., CrowdHuman: A Benchmark for Detecting Human in a Crowd, arXiv 1805.00123.
 """
 
 import math
 from collections import defaultdict
-from pathlib import Path
-from typing import NamedTuple
 
 from data.checks import BOX, Problems, is_box, read_sizes, report
 from data.files import VALUE, DatasetError, json_text, near_misses, parse_json
+from data.split import Split
 
 BOXES = {"fbox": "person", "vbox": "person", "hbox": "head"}  # kind of box -> name of the one class
-CATEGORY_ID = 1
+Boxes = list[tuple[list[float], bool]]  # x, y, width, height in px, and whether it is a region to ignore
 
 
-class Line(NamedTuple):
-    number: int  # from 1 on
-    file_name: str
-    boxes: list[list[float]]
-    ignored: list[bool]
-
-
-def read_crowdhuman(
-    path: Path, images_dir: Path, box: str = "fbox", look_at_files: bool = True, follow_links: bool = False
-) -> dict:
-    """The images, annotations and categories of a COCO file; an image's id is the number of its line.
+def read_crowdhuman(split: Split, digest, look_at_files: bool) -> dict:
+    """Return the images, annotations and categories of a COCO file; an image's id is the number of its line.
 
     Regions to ignore have iscrowd 1: `mask` tags, entries whose extra.ignore is set, and, for `hbox`, those whose
-    head_attr.ignore is. Boxes are clipped to the image. Sizes of images are not in the file, so they are read from the
-    headers of all image files, by 16 threads, whenever it is read; without `look_at_files`, an image that has none
-    that can be read is as large as its boxes need, and loading it will tell.
-    Raises DatasetError: lines that are malformed, or image files that are missing or cannot be read; names all of them.
+    head_attr.ignore is. Boxes are clipped to the image. The file has no image sizes: they are read from the headers of
+    all image files. Without `look_at_files`, an image that cannot be read gets the size that its boxes need.
+    Raises DatasetError that names all malformed lines and all image files that are missing or cannot be read.
     """
     problems: Problems = defaultdict(list)
-    lines = _read_lines(path, box, problems)
-    named = [(f"line {line.number} ({line.file_name})", line.file_name) for line in lines]
-    sizes, missing = read_sizes(named, images_dir, follow_links, problems if look_at_files else defaultdict(list))
-    if problems:
-        raise DatasetError(report(path, problems, near_misses(missing if look_at_files else [], images_dir)))
-    images, annotations = [], []
-    for line, size in zip(lines, sizes, strict=True):
-        width, height = size or _extent(line.boxes)
-        images.append({"id": line.number, "file_name": line.file_name, "width": width, "height": height})
-        for bbox, ignored in zip(line.boxes, line.ignored, strict=True):
-            ids = {"id": len(annotations) + 1, "image_id": line.number, "category_id": CATEGORY_ID}
-            annotations.append(ids | {"bbox": _clipped(bbox, width, height), "iscrowd": int(ignored)})
-    return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY_ID, "name": BOXES[box]}]}
-
-
-def _read_lines(path: Path, box: str, problems: Problems) -> list[Line]:
-    try:
-        content = json_text(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path}: cannot be read: {error}") from error
-    lines = []
-    for number, text in enumerate(content.split("\n"), 1):
+    lines = []  # number, file name, boxes
+    for number, text in enumerate(_text(split, digest).split("\n"), 1):
         if text.strip():
             try:
-                lines.append(_parse(number, text, box))
+                lines.append((number, *_parse(text, split.box)))
             except ValueError as error:
                 problems["malformed lines"].append(f"line {number}: {error}")
-    return lines
+    named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
+    found = problems if look_at_files else defaultdict(list)
+    sizes, missing = read_sizes(named, split.images, split.follow_links, found)
+    if problems:
+        missing = missing if look_at_files else []
+        raise DatasetError(report(split.annotations, problems, near_misses(missing, split.images)))
+    images, annotations = [], []
+    for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
+        width, height = size or _extent(boxes)
+        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
+        for box, ignored in boxes:
+            record = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(ignored)}
+            annotations.append(record | {"bbox": _clipped(box, width, height)})
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": BOXES[split.box]}]}
 
 
-def _parse(number: int, text: str, box: str) -> Line:
-    """Raises ValueError that says what is wrong with the line."""
+def _text(split: Split, digest) -> str:
+    try:
+        content = split.annotations.read_bytes()
+        digest.update(content)
+        return json_text(content)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{split.annotations}: cannot be read: {error}") from error
+
+
+def _parse(text: str, kind: str) -> tuple[str, Boxes]:
+    """Return the file name and boxes of a line. Raises ValueError that describes the mistake."""
     record = parse_json(text)
     name = record.get("ID") if isinstance(record, dict) else None
     if not isinstance(name, str) or not name:
@@ -76,30 +67,29 @@ def _parse(number: int, text: str, box: str) -> Line:
     entries = record.get("gtboxes")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"ID {name}: gtboxes is no list of objects")
-    boxes, ignored = [], []
+    boxes = []
     for row, entry in enumerate(entries):
-        tag, bbox = entry.get("tag"), entry.get(box)
+        tag, box = entry.get("tag"), entry.get(kind)
+        extra, head = (entry.get(key) or {} for key in ("extra", "head_attr"))
         if tag not in ("person", "mask"):
             raise ValueError(f"ID {name}, gtboxes[{row}]: tag is {VALUE.repr(tag)}, not 'person' or 'mask'")
-        if not is_box(bbox):
-            raise ValueError(f"ID {name}, gtboxes[{row}]: {box} is {VALUE.repr(bbox)}, not {BOX}")
-        marks = [entry.get(key) or {} for key in ("extra", "head_attr")]
-        if not all(isinstance(mark, dict) for mark in marks):
+        if not is_box(box):
+            raise ValueError(f"ID {name}, gtboxes[{row}]: {kind} is {VALUE.repr(box)}, not {BOX}")
+        if not isinstance(extra, dict) or not isinstance(head, dict):
             raise ValueError(f"ID {name}, gtboxes[{row}]: extra and head_attr have to be objects")
-        extra, head = (bool(mark.get("ignore", 0)) for mark in marks)
-        boxes.append(bbox)
-        ignored.append(tag == "mask" or extra or (box == "hbox" and head))
-    return Line(number, f"{name}.jpg", boxes, ignored)
+        ignored = extra.get("ignore", 0) or (kind == "hbox" and head.get("ignore", 0))
+        boxes.append((box, tag == "mask" or bool(ignored)))
+    return f"{name}.jpg", boxes
 
 
-def _extent(boxes: list[list[float]]) -> tuple[int, int]:
-    """Width and height that hold the boxes."""
-    ends = [(x + w, y + h) for x, y, w, h in boxes if math.isfinite(x + y + w + h)]
+def _extent(boxes: Boxes) -> tuple[int, int]:
+    """Return the width and height that hold the boxes."""
+    ends = [(x + w, y + h) for (x, y, w, h), _ in boxes if math.isfinite(x + y + w + h)]
     return tuple(math.ceil(max(side)) for side in zip((1, 1), *ends, strict=True))
 
 
 def _clipped(box: list[float], width: int, height: int) -> list[float]:
-    """One that lies outside gets a width or height of at most 0; what is not finite stays so."""
+    """Clip a box to the image; outside, its width or height becomes at most 0. A box that is not finite stays."""
     x, y, w, h = box
     if not math.isfinite(x + y + w + h):
         return box

@@ -11,15 +11,15 @@ from torch.utils.data import Dataset
 
 
 def seed_of(*parts: int | str) -> int:
-    """An integer of 32 bits for torch.manual_seed; neighbouring parts give unrelated ones."""
+    """Return an integer of 32 bits for torch.manual_seed; neighbouring parts give unrelated ones."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
 
 
 def grouped_by_orientation(order: list[int], tall: Sequence[bool], batch_size: int) -> list[int]:
-    """The images of `order` in an order whose batches hold only images that are `tall`, or only others.
+    """Reorder the images of `order` so that a batch holds only images that are `tall`, or only others.
 
-    Such batches are padded less. They come in the order in which they fill up, images within one in that of `order`;
-    what fills none comes last, so that at most one batch is mixed. A function of its arguments alone.
+    These batches are padded less. They come in the order in which they fill up, images within one in that of `order`.
+    The rest that fills no batch comes last, so that at most one batch is mixed.
     """
     filling: dict[bool, list[int]] = {True: [], False: []}
     grouped: list[int] = []
@@ -33,36 +33,28 @@ def grouped_by_orientation(order: list[int], tall: Sequence[bool], batch_size: i
 
 
 def batches_from(
-    step: int,
-    steps: int,
-    images: int,
-    batch_size: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    tall: Sequence[bool] | None = None,
+    step: int, steps: int, tall: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, image index) of this rank's share of every batch from `step` to the last one.
+    """Yield (epoch, image index) of this rank's share of every batch from `step` to the last one.
 
-    `batch_size` counts over all ranks, each takes its slice. An epoch is a permutation of the images without the
-    remainder that fills no batch. `tall`, a bool for each image, groups them by it.
+    tall: for each image, whether it is higher than wide. `batch_size` counts over all ranks, each takes its slice. An
+    epoch is a permutation of the images without the remainder that fills no batch.
     """
-    share, epoch_steps = batch_size // world, images // batch_size
+    share, epoch_steps = batch_size // world, len(tall) // batch_size
     order, order_epoch = [], -1
     for s in range(step, steps):
         epoch, position = divmod(s, epoch_steps)
         if epoch != order_epoch:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-            order, order_epoch = torch.randperm(images, generator=generator).tolist(), epoch
+            order, order_epoch = torch.randperm(len(tall), generator=generator).tolist(), epoch
             order = order[: epoch_steps * batch_size]  # before grouping, or it would always be the rare orientation's
-            if tall is not None:
-                order = grouped_by_orientation(order, tall, batch_size)
+            order = grouped_by_orientation(order, tall, batch_size)
         first = position * batch_size + rank * share
         yield [(epoch, i) for i in order[first : first + share]]
 
 
 class SeededDataset(Dataset):
-    """Sample (epoch, i): image i of `dataset`, whose random transforms depend on seed, epoch and i, nothing else.
+    """Sample (epoch, i): image i of `dataset`, with random transforms that depend on seed, epoch and i alone.
 
     Reseeds the process's global generator, which is what torchvision's transforms draw from.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .assign_reference import ota_assign_reference
 from .assign_torch import ota_assign_torch
-from .config import Assignment, Inputs, OTAConfig
+from .config import NAMESPACE, Assignment, Inputs, OTAConfig
 from .grid import PointGrid
 
 try:
@@ -24,7 +24,6 @@ except ImportError as error:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
-NAMESPACE = __package__.replace(".", "_")  # a process may hold two copies of this folder; operators need unique names
 
 
 def choose_backend(backend: str | None, backends: Iterable[str], device: torch.device) -> str:
@@ -109,14 +108,14 @@ def _assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 @_assign.register_fake
 def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     gt_index = boxes.new_empty(boxes.shape[:2], dtype=torch.int64)
-    k = gt_boxes.new_empty(len(gt_boxes), dtype=torch.int32)
+    k = gt_boxes.new_empty(gt_boxes.shape[0], dtype=torch.int32)
     return gt_index, torch.empty_like(gt_index, dtype=torch.float32), k
 
 
 def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
     """The inputs with labels and offsets as int64. Raises what `ota_assign` documents."""
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
-    num_images, num_rows = len(logits), len(gt_boxes)
+    num_images, num_rows = logits.shape[0], gt_boxes.shape[0]  # len() would be a constant for torch.compile
     expected = {
         "logits": (logits, (num_images, grid.num_points, logits.shape[-1]), FLOATS),
         "boxes": (boxes, (num_images, grid.num_points, 4), FLOATS),

@@ -10,7 +10,6 @@ from .weights import (
     load,
     load_weights,
     local_file,
-    read_metadata,
     save_weights,
     write_file,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "load",
     "load_weights",
     "local_file",
-    "read_metadata",
     "save_weights",
     "write_file",
 ]

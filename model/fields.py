@@ -4,19 +4,16 @@ import reprlib
 from collections.abc import Callable, Mapping
 
 Rule = tuple[Callable[[object], bool], str]  # predicate, the wanted thing in words
-MISSING = ...  # the value of a field that is not there
+MISSING = ...  # the value of a field that is missing
 
 
-def whole(low: int, high: int) -> Rule:
+def integer(low: int, high: int) -> Rule:
     return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
 
 def number(low: float, high: float) -> Rule:
-    """NaN lies in no range."""
-    return (
-        lambda value: type(value) in (int, float) and low <= value <= high,
-        f"a number from {low:g} to {high:g}",
-    )
+    wanted = f"a number from {low:g} to {high:g}"
+    return lambda value: type(value) in (int, float) and low <= value <= high, wanted  # NaN lies in no range
 
 
 def one_of_type(kind: type, words: str) -> Rule:
@@ -28,12 +25,11 @@ def optional(rule: Rule) -> Rule:
 
 
 def first_flaw(values: object, rules: dict[str, Rule]) -> str | None:
-    """Say what is wrong with the first field that breaks its rule. A name "a.b" means field b of the mapping in a."""
+    """Describe the first field that breaks its rule. A name "a.b" means field b of the mapping in a."""
     for name, (is_valid, wanted) in rules.items():
         value = values
         for key in name.split("."):
             value = value.get(key, MISSING) if isinstance(value, Mapping) else MISSING
         if not is_valid(value):
-            found = "missing" if value is MISSING else reprlib.repr(value)
-            return f"{name} is {found}, not {wanted}"
+            return f"{name} is {'missing' if value is MISSING else reprlib.repr(value)}, not {wanted}"
     return None

@@ -78,8 +78,8 @@ def postprocess(
     boxes, labels = rows_of(boxes, places // num_classes).clamp(min=0).minimum(limits), places % num_classes
     if suppress:
         scores = suppress(boxes, scores, labels, num_classes, nms_iou, max_detections)
-        scores, best = (x[:, :max_detections] for x in scores.sort(dim=1, descending=True, stable=True))
-        boxes, labels = rows_of(boxes, best), labels.gather(1, best)
+        best = best_first(scores, min(max_detections, scores.shape[1]))
+        boxes, scores, labels = rows_of(boxes, best), scores.gather(1, best), labels.gather(1, best)
     is_detection = scores > 0
     return torch.where(is_detection[..., None], boxes, 0), scores, torch.where(is_detection, labels, -1)
 
@@ -96,19 +96,28 @@ def rows_of(table: Tensor, rows: Tensor) -> Tensor:
     return table.gather(1, rows[..., None].expand(-1, -1, table.shape[2]))
 
 
-def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Tensor]:
-    """Scores (B, N, C) -> the `topk` best of each level and their places in (N, C), both (B, K), best first.
+def best_first(scores: Tensor, k: int) -> Tensor:
+    """Indices (B, k) of the k best of scores (B, n), best first; ties go to the lower index."""
+    # topk orders equal scores at will. The last bits of a float64 make the lower of up to 2^27 indices the larger.
+    index = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device)
+    return (scores.double() * (1 - index * 2**-51)).topk(k).indices
 
-    Ties go to the lower place. A level with fewer scores is filled up with score 0.
+
+def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Tensor]:
+    """The `topk` best of scores (B, N, C) on each level, and their places in (N, C), both (B, K), best first.
+
+    A level with fewer scores is filled up with score 0.
     """
     num_classes, best, places = scores.shape[2], [], []
     counts = [rows * columns for rows, columns in grid.sizes]
     for start, level in zip(grid.level_offsets, scores.split(counts, 1), strict=False):
-        flat = F.pad(level.flatten(1), (0, topk))
-        # topk takes any of equal scores. The last bits of a float64 make the lower of up to 2^27 places the larger.
-        index = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)
-        place = (flat.double() * (1 - index * 2**-51)).topk(topk).indices.sort(1).values
-        best.append(flat.gather(1, place))
-        places.append((place + start * num_classes).clamp(max=scores.shape[1] * num_classes - 1))
-    best, order = torch.cat(best, 1).sort(dim=1, descending=True, stable=True)
-    return best, torch.cat(places, 1).gather(1, order)
+        level = F.pad(level, (0, 0, 0, topk))
+        point = best_first(level.amax(2), topk).sort(1).values  # no other can have one of the `topk` best scores
+        flat = rows_of(level, point).flatten(1)
+        index = best_first(flat, topk)
+        best.append(flat.gather(1, index))
+        place = (start + point.gather(1, index // num_classes)) * num_classes + index % num_classes
+        places.append(place.clamp(max=scores.shape[1] * num_classes - 1))
+    best, places = torch.cat(best, 1), torch.cat(places, 1)
+    order = best_first(best, best.shape[1])
+    return best.gather(1, order), places.gather(1, order)

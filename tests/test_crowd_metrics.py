@@ -9,8 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from data import crowd_metrics
-from data.crowd_metrics import FPPI_POINTS, JI_THRESHOLDS, matching_sizes, overlaps
+from data.crowd_metrics import FPPI_POINTS, JI_THRESHOLDS, crowd_metrics, matching_sizes, overlaps
 
 A, B, FAR = [0, 0, 10, 10], [20, 0, 10, 10], [70, 70, 10, 10]
 

@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import export as export_script
+from errors import UserError
 from export import ExportedDetector
 from images import load_image
 from model import Detector, DetectorConfig, load, save_weights
@@ -216,7 +217,7 @@ def test_backbone_that_cannot_be_exported_is_named(call, weights, monkeypatch):
         raise RuntimeError("constraints violated")
 
     monkeypatch.setattr(torch.export, "export", fail)
-    with pytest.raises(export_script.ExportError, match="cannot export test_resnet .* any size: constraints violated"):
+    with pytest.raises(UserError, match="cannot export test_resnet .* any size: constraints violated"):
         call(export_script, "--weights", weights, "--format", "torch")
 
 

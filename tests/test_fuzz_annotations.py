@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data import CocoDataset, DatasetError, Split, collate, train_transform
+from data.layouts import COCO
 from eval import coco_metrics
 from model.batch import pack
 
@@ -60,7 +61,7 @@ def sound(tmp_path_factory) -> tuple[Split, dict]:
             record |= {"bbox": [x, y, w, h], "area": w * h, "iscrowd": int(i == 5), "segmentation": [[x, y, x + w, y]]}
             content["annotations"].append(record)
         picture.save(root / "train" / f"{i}.jpg")
-    return Split("train", root / "instances_train.json", root / "train"), content
+    return Split("train", root / "instances_train.json", root / "train", COCO), content
 
 
 def spoil(content: dict, rng: random.Random) -> bytes:

@@ -106,7 +106,7 @@ def test_labels_of_any_integer_type(dtype):
     narrow = [targets[0] | {"labels": targets[0]["labels"].to(dtype)}, targets[1]]
     losses = [tiny_detector().train()(images, t)[0] for t in (targets, narrow)]
     assert losses[0] == losses[1]
-    with pytest.raises(TypeError, match="gt_labels is torch.float32, expected integers"):
+    with pytest.raises(TypeError, match="gt_labels is torch.float32, expected torch.int64"):
         tiny_detector().train()(images, [targets[0] | {"labels": targets[0]["labels"].float()}, targets[1]])
 
 

@@ -139,20 +139,20 @@ def test_static_sides(shortest, longest, sides):
 def test_batches_of_one_orientation(batch_size):
     tall = (torch.rand(101, generator=torch.Generator().manual_seed(batch_size)) < 0.3).tolist()
     steps = 3 * (101 // batch_size)
-    batches = list(batches_from(0, steps, 101, batch_size, 5, tall=tall))
-    assert list(batches_from(steps // 2, steps, 101, batch_size, 5, tall=tall)) == batches[steps // 2 :]
+    batches = list(batches_from(0, steps, tall, batch_size, 5))
+    assert list(batches_from(steps // 2, steps, tall, batch_size, 5)) == batches[steps // 2 :]
     for epoch in range(3):
         mine = [[i for e, i in batch if e == epoch] for batch in batches]
         seen = [i for batch in mine for i in batch]
         assert len(set(seen)) == len(seen) == 101 // batch_size * batch_size
         assert sum(len({tall[i] for i in batch}) > 1 for batch in mine) <= 1
-    plain = list(batches_from(0, steps, 101, batch_size, 5, tall=[True] * 101))
-    assert plain == list(batches_from(0, steps, 101, batch_size, 5))
+    plain = list(batches_from(0, steps, [True] * 101, batch_size, 5))
+    assert plain == list(batches_from(0, steps, [False] * 101, batch_size, 5))
 
 
 def test_images_of_a_rare_orientation_are_seen():
     tall = [i < 3 for i in range(99)]
-    seen = [i for batch in batches_from(0, 50 * (99 // 8), 99, 8, 0, tall=tall) for _, i in batch]
+    seen = [i for batch in batches_from(0, 50 * (99 // 8), tall, 8, 0) for _, i in batch]
     assert min(seen.count(i) for i in range(99)) > 40
 
 
@@ -267,7 +267,7 @@ def test_init_takes_everything_where_the_classes_are_the_same(tmp_path, frozen):
     detector = tiny_detector("resnet10t", frozen_norm=frozen)
     detector.head.cls.weight.data.fill_(7.0)
     said = init_weights(detector, tmp_path / "a.safetensors", ["a", "b", "c"])
-    assert "3 classes are these" in said and detector.mean.flatten().tolist() == pytest.approx([0.3] * 3)
+    assert "same 3 classes" in said and detector.mean.flatten().tolist() == pytest.approx([0.3] * 3)
     theirs = source.state_dict()
     assert all(torch.equal(v, theirs[n]) for n, v in detector.state_dict().items() if n in theirs)
 
@@ -286,7 +286,7 @@ def test_init_starts_the_class_layer_afresh_for_other_classes(tmp_path):
 
 def test_init_from_another_network_is_refused(tmp_path):
     save_weights(tmp_path / "a.safetensors", tiny_detector(), {"class_names": ["a", "b", "c"]})
-    with pytest.raises(WeightsError, match="another network: channels 32 there, 64 here"):
+    with pytest.raises(WeightsError, match="another network: channels is 32, not 64"):
         init_weights(tiny_detector(channels=64), tmp_path / "a.safetensors", ["a", "b", "c"])
 
 

@@ -222,7 +222,7 @@ def test_annotations_outside_the_set_are_not_read(tmp_path, line):
         split, _ = find_splits(str(root), follow_links=follow_links)
         if follow_links and line == "link":
             outside.write_text(scene("link", ("dog", 3, 3, 12, 12, 0)))
-            assert CocoDataset(split).class_names == ["cat", "dog"] and len(split.files()) == 3
+            assert CocoDataset(split).class_names == ["cat", "dog"]
             continue
         with pytest.raises(DatasetError, match=rf"1 problem(.|\n)*{line}.xml' leaves the folder {root}/Anno") as error:
             CocoDataset(split)

@@ -1,0 +1,210 @@
+"""Images and boxes of one split of a data set.
+
+Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and boxes are x1 y1 x2 y2 in px; the file's
+ids and names are kept for the output.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Collection
+from functools import cached_property
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from data.checks import Records
+from data.files import DatasetError, path_inside, printable
+from data.split import Split
+from data.transforms import resized_size
+from images import load_image
+
+IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
+MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
+
+
+class CocoDataset(torch.utils.data.Dataset):
+    """One split: image i and its boxes, checked at the start (see `check_annotations`).
+
+    class_names    class c -> name
+    category_ids   class c -> the file's own id, ascending
+    grouping       the category that was left out because it only groups the others, None as a rule
+    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
+    num_boxes      boxes that are targets
+    crowd_boxes    iscrowd regions; these are regions to ignore, not targets
+    digest         SHA-256 of the annotation files, hex
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable | None = None,
+        bad_images: str = "stop",
+        first: int | None = None,
+        known_ids: Collection[int] = (),
+        records: Records | None = None,
+    ) -> None:
+        """Raises DatasetError.
+
+        transform: a torchvision.transforms.v2 callable on (image, target); the boxes of its target end with the regions
+        to ignore, whose label is IGNORE
+        bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
+        next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
+        first: only so many images, the first ones that have boxes
+        known_ids: category ids of a detector or of the training split, which are never left out, see `_grouping`
+        records: what split.read() returned; the split is read if it is None
+        """
+        self.split, self.transform = split, transform
+        self.records = records = split.read(look_at_files=bad_images == "stop") if records is None else records
+        self.grouping = _grouping(records, known_ids)
+        self.digest = records.digest
+        records = self._used = records if first is None else records.first_images(first)
+        categories = [category for category in records.categories if category != self.grouping]
+        self.categories = sorted(categories, key=lambda category: category["id"])
+        self.class_names = [category["name"] for category in self.categories]
+        self.category_ids = [category["id"] for category in self.categories]
+        # Loader workers are forks: reading a Python object there counts references, which copies its page into every
+        # worker. So __getitem__ reads a few arrays.
+        self._image_ids, self._file_names, self._sizes = records.image_ids, records.file_names, records.sizes
+        # The images that were skipped, in shared memory: the loader's workers count together.
+        self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
+        self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
+
+        # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
+        boxes = records.boxes.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            boxes[:, 2:] += boxes[:, :2]
+        limits = np.tile(self._sizes[records.owners, ::-1], 2)
+        boxes = boxes.clip(0, limits).astype(np.float32)
+        self._valid = np.isfinite(records.boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        labels = np.where(records.crowd, IGNORE, np.searchsorted(self.category_ids, records.category_ids))
+        rows = np.lexsort((records.crowd, records.owners))
+        rows = rows[self._valid[rows]]
+        self._boxes, self._labels = boxes[rows], labels[rows]
+        self._offsets = np.searchsorted(records.owners[rows], np.arange(len(self) + 1))
+        self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
+        self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
+
+    @property
+    def classes(self) -> dict[str, list]:
+        """What weights files name the classes by."""
+        return {"class_names": self.class_names, "category_ids": self.category_ids}
+
+    def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
+        """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
+        sizes, which = np.unique(self._sizes, axis=0, return_inverse=True)
+        return np.array([resized_size(*size, tuple(image_size)) for size in sizes.tolist()])[which]
+
+    def share_under(self, side_px: float, image_size: tuple[int, int]) -> float:
+        """Return the share of the targets whose shorter side is under `side_px` in the resized images."""
+        scale = self.resized_sizes(image_size) / self._sizes
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2]) * np.repeat(scale[:, ::-1], np.diff(self._offsets), axis=0)
+        return float((sides.min(1) < side_px)[self._labels != IGNORE].mean())
+
+    @cached_property
+    def images(self) -> list[dict]:
+        """id, file_name, width and height of each image, in file order."""
+        columns = (self._image_ids.tolist(), self._file_names.tolist(), self._sizes.tolist())
+        return [{"id": i, "file_name": name, "width": w, "height": h} for i, name, (h, w) in zip(*columns, strict=True)]
+
+    @cached_property
+    def annotations(self) -> dict:
+        """The content of a COCO file for evaluation: regions to ignore have iscrowd 1, dropped boxes are left out."""
+        used, kept = self._used, np.flatnonzero(self._valid | self._used.crowd)
+        fields = {"id": used.ids, "image_id": used.image_ids[used.owners], "category_id": used.category_ids}
+        fields |= {"bbox": used.boxes, "area": used.areas, "iscrowd": used.crowd.astype(int)}
+        rows = zip(*(column[kept].tolist() for column in fields.values()), strict=True)
+        annotations = [dict(zip(fields, row, strict=True)) for row in rows]
+        return {"images": self.images, "annotations": annotations, "categories": self.categories}
+
+    @property
+    def tall(self) -> list[bool]:
+        """Whether each image is higher than wide."""
+        return (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
+
+    def __len__(self) -> int:
+        return len(self._image_ids)
+
+    def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
+        """Return the uint8 (3, H, W) image and its target, both after the transform.
+
+        boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
+        image_id the file's own, and orig_size (H, W) in px from before the transform.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
+        """
+        i, image = self._load(i) if self._bad is None else self._load_next_good(i)
+        height, width = self._sizes[i].tolist()
+        rows = slice(self._offsets[i], self._offsets[i + 1])
+        boxes = torch.from_numpy(self._boxes[rows].copy())
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.from_numpy(self._labels[rows].copy()),
+            "image_id": int(self._image_ids[i]),
+            "orig_size": (height, width),
+        }
+        image = tv_tensors.Image(image)
+        if self.transform:
+            image, target = self.transform(image, target)
+        boxes, ignored = target["boxes"], target["labels"] == IGNORE
+        target["ignore"] = tv_tensors.wrap(boxes[ignored], like=boxes)
+        target["boxes"], target["labels"] = tv_tensors.wrap(boxes[~ignored], like=boxes), target["labels"][~ignored]
+        return image, target
+
+    def _load(self, i: int) -> tuple[int, Tensor]:
+        """Return i and its image. Raises DatasetError."""
+        source = f"{self.split.annotations}, image {int(self._image_ids[i])}"
+        height, width = self._sizes[i].tolist()
+        try:
+            image = load_image(path_inside(self.split.images, str(self._file_names[i]), self.split.follow_links))
+        except (OSError, ValueError) as error:
+            raise DatasetError(printable(f"{source}: {error}")) from error
+        if image.shape[1:] != (height, width):
+            raise DatasetError(
+                f"{source} ({printable(self._file_names[i])}): {width} x {height} in the record, "
+                f"{image.shape[2]} x {image.shape[1]} in the file with its EXIF orientation applied"
+            )
+        return i, image
+
+    def _load_next_good(self, i: int) -> tuple[int, Tensor]:
+        """Return the first good image from i on, in file order and around its end. Raises DatasetError over the cap."""
+        for candidate in chain(range(i, len(self)), range(i)):
+            try:
+                return self._load(candidate)
+            except DatasetError as error:
+                self._count_bad(candidate, error)
+        raise DatasetError(f"{self.split.annotations}: not one image can be used")
+
+    def _count_bad(self, i: int, error: DatasetError) -> None:
+        """Report once that image i is skipped. Raises DatasetError over the cap."""
+        with self._bad_lock:
+            if self._bad[i]:
+                return
+            self._bad[i] = True
+            count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+            if count <= cap:  # one write, or the lines of two workers mix
+                sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
+                sys.stderr.flush()
+                return
+        raise DatasetError(
+            f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
+        ) from error
+
+
+def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
+    """Return the category that no annotation uses and that all others name as their `supercategory`, as in Roboflow's
+    exports; it would be a class that is never learned."""
+    used = {*np.unique(records.category_ids).tolist(), *known_ids}
+    for category in records.categories:
+        others = [other for other in records.categories if other is not category]
+        if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
+            return category
+    return None
+
+
+def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
+    """Return images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
+    images = [image.as_subclass(Tensor) for image, _ in batch]
+    targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
+    return images, targets

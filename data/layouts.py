@@ -1,0 +1,115 @@
+"""The table of forms and layouts, and `find_splits`, which finds a data set in one of them."""
+
+import os
+import re
+from pathlib import Path
+
+from data.coco import read_coco
+from data.crowd_metrics import crowd_metrics
+from data.crowdhuman import BOXES, read_crowdhuman
+from data.files import DatasetError
+from data.shapes import generate_shapes, shapes_folder
+from data.split import Form, Split
+from data.voc import read_voc
+
+COCO = Form("COCO", read_coco)
+CROWDHUMAN = Form("CrowdHuman", read_crowdhuman, "crowdhuman", tuple(BOXES), crowd_metrics)
+VOC = Form("Pascal VOC", read_voc)
+
+# form, (annotation file, image folder) of train, and of val
+LAYOUTS = (
+    (
+        COCO,
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/instances_val2017.json", "val2017"),
+    ),
+    (COCO, ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
+    (COCO, ("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
+    (CROWDHUMAN, ("annotation_train.odgt", "Images"), ("annotation_val.odgt", "Images")),
+    (VOC, ("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
+    (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
+)
+COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
+CROWDHUMAN_FILES = (
+    *("annotation_train.odgt", "annotation_val.odgt", "CrowdHuman_val.zip"),
+    *("CrowdHuman_train01.zip", "CrowdHuman_train02.zip", "CrowdHuman_train03.zip"),
+)
+Halves = tuple[Split | None, Split | None]
+
+
+def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> Halves:
+    """Return the train and the val split; one of them may be missing.
+
+    data: "coco" ($OTA_DATA/coco), "crowdhuman" ($OTA_DATA/crowdhuman), "shapes" (generated under $OTA_DATA on first
+    use) or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
+    OTA_DATA is ./datasets by default. box: for forms with several kinds of boxes.
+    Raises DatasetError if neither split exists.
+    """
+    root = _root(data)
+    if data == "shapes" and not root.is_dir():
+        print(f"generating the shapes data set in {root}: some seconds, once")
+        generate_shapes(root)
+    halves = _halves(root, box, follow_links)
+    if not any(halves):
+        raise DatasetError(_missing_message(data, root.absolute()))
+    return halves
+
+
+def find_form(data: str) -> Form:
+    """Return the form of `data`, as in `find_splits`; COCO's if the data set is not on this machine."""
+    split = next(filter(None, _halves(_root(data))), None)
+    return split.form if split else CROWDHUMAN if data == "crowdhuman" else COCO
+
+
+def _root(data: str) -> Path:
+    home = Path(os.environ.get("OTA_DATA", "datasets"))
+    named = {"coco": home / "coco", "crowdhuman": home / "crowdhuman", "shapes": home / shapes_folder()}
+    return named.get(data, Path(data).expanduser())
+
+
+def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> Halves:
+    known = []
+    for form, *halves in LAYOUTS:
+        kind = (box or form.boxes[0]) if form.boxes else None
+        splits = [
+            Split(name, root / annotations, root / images, form, kind, follow_links)
+            for name, (annotations, images) in zip(("train", "val"), halves, strict=True)
+        ]
+        known.append(tuple(split if os.path.isfile(split.annotations) else None for split in splits))
+    return next(filter(all, known), None) or next(filter(any, known), (None, None))
+
+
+def _missing_message(data: str, root: Path) -> str:
+    if data == "coco":
+        urls = "".join(f"\n  http://images.cocodataset.org/{name}" for name in COCO_ZIPS)
+        return (
+            f"COCO is not in {root}: no {LAYOUTS[0][1][0]} there. Unzip these three into that folder"
+            f" (or set OTA_DATA to the folder that holds coco/):{urls}"
+        )
+    if data == "crowdhuman":
+        return (
+            f"CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so download"
+            f" {', '.join(CROWDHUMAN_FILES)} from https://www.crowdhuman.org/download.html into that folder (or set"
+            f" OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root / 'Images'}"
+        )
+    layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
+    state = "does not exist; wanted a folder with one of"
+    if _is_yolo(root):
+        state = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"
+    elif os.path.isfile(root):
+        folder = next((folder for folder in root.parents[:3] if any(_halves(folder))), None)
+        state = f"is a file; --data takes the folder of a data set{f', here {folder}' if folder else ''}, with one of"
+    elif os.path.isdir(root):
+        state = "has none of"
+    return f'no data set for --data {data} ("coco", "crowdhuman", "shapes" or a folder): {root} {state}{layouts}'
+
+
+def _is_yolo(root: Path) -> bool:
+    """Return whether this is a YOLO data set's data.yaml, or a folder with one, or with boxes in labels/*.txt."""
+    try:
+        yamls = [root] if root.suffix in (".yaml", ".yml") else [*root.glob("*.yaml"), *root.glob("*.yml")]
+        heads = [path.read_text(errors="replace") for path in yamls if path.is_file()]
+        labels = any(next(folder.rglob("*.txt"), None) for way in ("labels", "*/labels") for folder in root.glob(way))
+    except OSError:
+        return False
+    return labels or any(re.search(r"^ *(names|train) *:", head, re.MULTILINE) for head in heads)
