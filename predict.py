@@ -99,7 +99,7 @@ def predict(detector: Detector, paths: list[Path], out: Path, score: float, batc
             for (i, image), found in zip(images.items(), detections, strict=True):
                 rows = zip(coco_results(i + 1, found, detector.category_ids), found.names, strict=True)
                 results += [row | {"file_name": str(paths[i]), "category_name": name} for row, name in rows]
-                picture = draw_detections(image, torch.empty(0, 4), found._asdict(), detector.class_names)
+                picture = draw_detections(image, torch.empty(0, 4), *found)
                 to_pil_image(picture).save(pictures[i], quality=JPEG_QUALITY)
             bar.update(batch_size)
     return results, failed

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from images import ImageError, ImageLike, to_tensor
-from kernels import Assignment, OTAConfig, PointGrid
+from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
 from .assigners import NEITHER, STRATEGIES, assign, statistics_of
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
-from .fields import Rule, first_flaw, number, one_of_type, whole
+from .fields import Rule, first_flaw, integer, number, one_of_type
 from .head import GROUP_CHANNELS, Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import Detections, postprocess, suppressed, unpad
@@ -31,16 +31,16 @@ def _is_image_size(value: object) -> bool:
 
 # The upper bounds are far from use: no weights file can ask for more.
 RULES: dict[str, Rule] = {
-    "num_classes": whole(1, 100_000),
+    "num_classes": integer(1, 100_000),
     "backbone": one_of_type(str, "the name of a timm model"),
     "image_size": (_is_image_size, f"the shorter and the longest side in px, up to {MAX_SIDE_PX}"),
     "channels": (lambda value: type(value) is int and value in CHANNELS, "a multiple of 8 (--channels) up to 16384"),
-    "head_convs": whole(0, 100),
+    "head_convs": integer(0, 100),
     "frozen_norm": one_of_type(bool, "true or false"),
     "score_threshold": number(0, 1),
-    "topk_per_level": whole(1, 1_000_000),
+    "topk_per_level": integer(1, 1_000_000),
     "nms_iou": number(0, 1),
-    "max_detections": whole(1, 1_000_000),
+    "max_detections": integer(1, 1_000_000),
     "assigner": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
     "ota": one_of_type(OTAConfig, "settings of the assigner ota"),
 }
@@ -131,7 +131,7 @@ class Detector(nn.Module):
         config, (predictions, grid) = self.config, self.predict_raw(self.normalise(batch.images, batch.sizes))
         truth, detached = (batch.gt_boxes, batch.gt_labels), Predictions(*(tensor.detach() for tensor in predictions))
         with torch.autocast(batch.images.device.type, enabled=False):
-            assignment = assign(config.assigner, *detached[:2], *truth, batch.gt_offsets, grid, config=config.ota)
+            assignment = assign(config.assigner, Inputs(*detached[:2], *truth, batch.gt_offsets, grid), config.ota)
             ignored = None if config.assigner == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
                 points = grid.points(batch.images.device)
@@ -144,7 +144,7 @@ class Detector(nn.Module):
         """Numbers about the assignment of a training batch, see model.assigners.statistics_of. Waits for the device."""
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
         grid = PointGrid.for_image(tuple(batch.images.shape[-2:]), STRIDES)
-        return statistics_of(self.config.assigner, *predictions[:2], *truth, grid, config=self.config.ota)
+        return statistics_of(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)
 
     def compile_training(self, mode: str) -> str:
         """Compile a training step in place; without Triton's assignment only the network. Returns what, in words."""

@@ -7,7 +7,7 @@ Rule = tuple[Callable[[object], bool], str]  # predicate, the wanted thing in wo
 MISSING = ...  # the value of a field that is missing
 
 
-def whole(low: int, high: int) -> Rule:
+def integer(low: int, high: int) -> Rule:
     return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
 

@@ -104,14 +104,13 @@ def local_file(weights: str | Path) -> Path:
     if not is_on_hub(weights):
         return Path(weights)
     user, repo, file = (*str(weights).removeprefix(HUB).split("/", 2), "", "")[:3]
-    if not user or not repo:
-        raise WeightsError(f"{weights} is no name on the hub; wanted hf://user/repo or hf://user/repo/file")
     try:
         return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or HUB_FILE))
     except Exception as error:  # network, hub, disk or name
         raise WeightsError(
-            f"{weights}: the hub gives no {file or HUB_FILE}: {type(error).__name__}: {error}\nCheck the name and the "
-            "connection (HF_TOKEN for a private repository), or download the file and give its path."
+            f"{weights}: the hub gives no {file or HUB_FILE}: {type(error).__name__}: {error}\nCheck the name "
+            "(hf://user/repo or hf://user/repo/file) and the connection (HF_TOKEN for a private repository), or "
+            "download the file and give its path."
         ) from error
 
 
@@ -168,8 +167,8 @@ def _parse(header: str) -> tuple[dict, DetectorConfig]:
     if flaw := first_flaw(metadata, RULES):
         raise ValueError(flaw)
     ota = _build(OTAConfig, "architecture.ota", architecture["ota"])
-    fields = architecture | {"ota": ota, "image_size": tuple(architecture["image_size"])}
-    config = _build(DetectorConfig, "architecture", fields)
+    new = {"ota": ota, "image_size": tuple(architecture["image_size"])}
+    config = _build(DetectorConfig, "architecture", architecture | new)
     for name in ("class_names", "category_ids"):
         if len(metadata.get(name, range(config.num_classes))) != config.num_classes:
             raise ValueError(f"{len(metadata[name])} {name} for {config.num_classes} classes")
@@ -215,5 +214,5 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     detector.std.copy_(other.std)
     if same_classes:
         return f"weights from {path}, which has the same {len(class_names)} classes"
-    classes = f"its {len(metadata['class_names'])} classes are not these {len(class_names)}"
-    return f"weights from {path}; the class layer of the head starts afresh: {classes}"
+    others = f"its {len(metadata['class_names'])} classes are not these {len(class_names)}"
+    return f"weights from {path}; the class layer of the head starts afresh: {others}"

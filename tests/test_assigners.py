@@ -27,7 +27,7 @@ def strategy(request) -> str:
 
 
 def labels_of(strategy: str, scene: Scene) -> Assignment:
-    return assign(strategy, *scene, config=OTAConfig())
+    return assign(strategy, scene, OTAConfig())
 
 
 def scene_of(gt_boxes: list, offsets: list[int] | None = None) -> Scene:
@@ -194,7 +194,7 @@ def test_any_scene(seed, counts):
     grid = PointGrid((8, 32), ((1, 1 + seed % 7), (1 + seed % 3, 2)))
     scene = make_scene(grid, tuple(counts), C, seed=seed, size_px=(3, 70))
     for strategy in STRATEGIES:
-        match, ambiguous = assign_and_ambiguous(strategy, *scene, config=OTAConfig())
+        match, ambiguous = assign_and_ambiguous(strategy, scene, OTAConfig())
         assert match.gt_index.shape == match.iou.shape == ambiguous.shape == scene.logits.shape[:2]
         positives = torch.bincount(match.gt_index[match.gt_index >= 0], minlength=sum(counts))
         assert match.iou.isfinite().all() and (strategy == "ota" or (positives <= match.k).all())
@@ -203,16 +203,16 @@ def test_any_scene(seed, counts):
 def test_ambiguous_points_are_those_that_several_objects_claim():
     """Two objects that share half of their points, and one that is alone."""
     scene = scene_of([[16, 16, 80, 80], [24, 16, 88, 80], [104, 72, 136, 104]])
-    _, ambiguous = assign_and_ambiguous("fcos", *scene, config=OTAConfig())
+    _, ambiguous = assign_and_ambiguous("fcos", scene, OTAConfig())
     x, y = GRID.points()[ambiguous[0]].unbind(1)
     assert ambiguous.any() and ((x > 24) & (x < 80) & (y > 16) & (y < 80)).all()
-    assert not assign_and_ambiguous("hungarian", *scene, config=OTAConfig())[1].any()
-    assert assign_and_ambiguous("ota", *scene, config=OTAConfig())[1].any()
+    assert not assign_and_ambiguous("hungarian", scene, OTAConfig())[1].any()
+    assert assign_and_ambiguous("ota", scene, OTAConfig())[1].any()
 
 
 def test_statistics(strategy):
     scene = make_scene(GRID, (5, 3), C)
-    numbers = statistics_of(strategy, *scene, config=OTAConfig())
+    numbers = statistics_of(strategy, scene, OTAConfig())
     match = labels_of(strategy, scene)
     assert numbers["positives_per_gt"] == pytest.approx((match.gt_index >= 0).sum().item() / 8)
     assert numbers["mean_k"] == pytest.approx(match.k.sum().item() / 8)
@@ -382,7 +382,7 @@ def test_claims_are_the_literal_ones(name, crowded):
         seen.extend({int(j) for j in row.nonzero()[:, 0]} for row in claims.wanted)
         return claims
 
-    match, ambiguous = assign_claims(watched, *scene)
+    match, ambiguous = assign_claims(watched, scene)
     assert seen == expected
     assert ambiguous[0].nonzero()[:, 0].tolist() == [j for j in range(N) if sum(j in c for c in expected) > 1]
     for j in range(N):
@@ -409,7 +409,7 @@ def test_retinanet_ignores_what_lies_between():
 def test_hungarian_match_is_the_cheapest_of_all():
     grid = PointGrid((32,), ((2, 3),))
     scene = make_scene(grid, (3,), C, seed=5, size_px=(20, 60))
-    match = assign("hungarian", *scene, config=OTAConfig())
+    match = assign("hungarian", scene, OTAConfig())
 
     def cost(i: int, j: int) -> float:
         gt, box = scene.gt_boxes[i], scene.boxes[0, j]
@@ -426,7 +426,7 @@ def test_hungarian_match_is_the_cheapest_of_all():
 
 def test_more_objects_than_points():
     grid = PointGrid((32,), ((1, 2),))
-    match = assign("hungarian", *make_scene(grid, (5,), C, size_px=(20, 60)), config=OTAConfig())
+    match = assign("hungarian", make_scene(grid, (5,), C, size_px=(20, 60)), OTAConfig())
     assert (match.gt_index >= 0).all() and match.k.sum() == 2
 
 

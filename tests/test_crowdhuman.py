@@ -319,7 +319,7 @@ def test_other_boxes_or_annotations_are_another_run(trained, crowds, tmp_path, c
     same = ["--data", crowds, *SMALL, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 20]
     same += ["--schedule", "cosine", "--out", out]
     call(train, *same)  # is complete
-    with pytest.raises(Exception, match="--box: fbox there, vbox now"):
+    with pytest.raises(Exception, match="--box: was fbox, is vbox now"):
         call(train, *same, "--box", "vbox")
     moved = tmp_path / "crowds"
     shutil.copytree(crowds, moved)

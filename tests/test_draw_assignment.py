@@ -46,7 +46,7 @@ def weights(shapes, dataset, tmp_path_factory):
 
 def test_labels_are_those_of_ota_assign_and_ambiguity_that_of_the_log():
     scene, config = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (5, 0, 7), 3, seed=1), OTAConfig()
-    match, ambiguous = assign_and_ambiguous("ota", *scene, config=config)
+    match, ambiguous = assign_and_ambiguous("ota", scene, config)
     expected = ota_assign(*scene, config, backend="torch")
     assert all(torch.equal(one, other) for one, other in zip(match, expected, strict=True))
     points = sum(len(draw_assignment.solve(image, config)[1].points) for image in scene.images())
@@ -73,7 +73,7 @@ def test_objects_of_the_toy_scene_contend():
     sent = torch.zeros(3, scene.grid.num_points, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     contended = (sent > 0.05).sum(0) > 1
-    assert contended.any() and assign_and_ambiguous("ota", *scene, config=config)[1][0, contended].all()
+    assert contended.any() and assign_and_ambiguous("ota", scene, config)[1][0, contended].all()
 
 
 def test_pictures_of_a_generated_crowd(tmp_path, capsys):

@@ -300,7 +300,7 @@ def test_full_disk(shapes, undisturbed, tmp_path):
     out = tmp_path / "out"
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.RLIM_INFINITY))"
     run = Run(shapes, out, before=limit)
-    assert run.end() == 1 and f"cannot write to {out}" in run.said and "00000000.pt, is whole" in run.said, run.said
+    assert run.end() == 1 and f"cannot write to {out}" in run.said and "00000000.pt, is complete" in run.said, run.said
     assert "Traceback" not in run.said and load_checkpoint(out)["step"] == 0 and not list(out.glob(".*"))
     tell("file size limit", run.said.splitlines()[-1])
     Run(shapes, out).ends_well()

@@ -247,7 +247,7 @@ def test_flags_of_before_name_the_new_form(call, capsys, args, message):
 def test_train_refuses_a_folder_with_another_run(call, four_images, trained):
     before = (trained / "ota.safetensors").read_bytes()
     args = ["--data", four_images, *TINY, "--batch-size", "4", "--out", trained]
-    with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: 0.008 there, 0.01 now(.|\n)*--out"):
+    with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: was 0.008, is 0.01 now(.|\n)*--out"):
         call(train, *args, "--lr", "0.01", "--steps", "1")
     assert (trained / "ota.safetensors").read_bytes() == before
 

@@ -1,1 +1,1 @@
-"""What the scripts need around the detector: flags and recipes, processes and signals, the folder of a run."""
+"""Flags and recipes, processes and signals, checkpoints and the folder of a run."""

@@ -1,7 +1,7 @@
-"""What a run needs to continue, on disk: whole or absent, never half.
+"""Checkpoints: all that a run needs to continue.
 
-A checkpoint is `checkpoint-<step>.pt`: what torch.save writes, then the SHA-256 of that (32 bytes, which torch.load
-passes over). The two newest are kept, so there is always one to continue from while the next is being written.
+A checkpoint is `checkpoint-<step>.pt`: what torch.save writes, then its SHA-256 (32 bytes, which torch.load ignores).
+The two newest are kept, so there is one to continue from while the next is being written.
 """
 
 import contextlib
@@ -33,37 +33,53 @@ class CheckpointError(UserError):
     """The run's folder cannot be read, written or used now; the message names it and the remedy."""
 
 
-def previous_checkpoint(folder: Path, identity: dict) -> dict | None:
-    """Takes the folder for this process; what the run is to continue from, None for a new run.
+def resume(
+    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, bool]:
+    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
 
-    `identity` has the settings that decide a run's result, as JSON has them. Raises CheckpointError: the folder
-    cannot be used, holds a run with others, or, with `resume` "never", any run.
+    The main rank locks the folder until its process ends. `identity`: the settings that decide a run's result, as JSON.
+    Raises CheckpointError: the folder cannot be used, or holds a run with other settings.
     """
-    open_folder(folder)
+    received = [None, False]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        received = [_previous_checkpoint(folder, identity), (folder / "metrics.json").exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(received)
+    checkpoint, complete = received
+    if checkpoint:
+        detector.load_state_dict(checkpoint["model"])
+        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = present["fused"]  # the device's, which may be another now
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:  # its counter is the step
+            ema.module.load_state_dict(checkpoint["ema"])
+    return checkpoint, complete
+
+
+def _previous_checkpoint(folder: Path, identity: dict) -> dict | None:
+    _lock(folder)
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
             raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
         return None
     before = json.loads(checkpoint["identity"])
-    differences = [
-        f"\n  {name}: {before.get(name, 'unknown')} there, {identity.get(name, 'unknown')} now"
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
-    ]
-    if differences:
+    names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
+    if names:
+        lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
         raise CheckpointError(
-            f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(differences)}\n"
+            f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(lines)}\n"
             "Give the old ones to continue it, or name another folder with --out."
         )
     return checkpoint
 
 
-def open_folder(folder: Path) -> None:
-    """Creates the folder and locks it until this process ends, however it ends. Raises CheckpointError.
+def _lock(folder: Path) -> None:
+    """Create the folder and lock it until this process ends. Raises CheckpointError.
 
-    A POSIX record lock: unlike flock's it does not pass to forked loader processes, which outlive a killed parent
-    by seconds. The descriptor stays open on purpose. Where there are no such locks, on Windows, this is reported.
+    A POSIX record lock: unlike flock's, loader processes do not inherit it, which outlive a killed parent by seconds.
+    The descriptor stays open on purpose.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,32 +93,29 @@ def open_folder(folder: Path) -> None:
             print(f"note: this system has no file locks; start no second run in {folder}", file=sys.stderr)
     except (BlockingIOError, PermissionError) as error:
         holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise CheckpointError(
-            f"{folder} is in use by {holder}. Wait for that run or end it, or name another folder with --out"
-        ) from error
-    with writing(folder):
+        remedy = "Wait for that run or end it, or name another folder with --out"
+        raise CheckpointError(f"{folder} is in use by {holder}. {remedy}") from error
+    with disk_errors_named(folder):
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for left_by_a_kill in folder.glob(".*.tmp"):
-            left_by_a_kill.unlink()
+        for temporary in folder.glob(".*.tmp"):  # left by a kill
+            temporary.unlink()
 
 
 @contextlib.contextmanager
-def writing(folder: Path):
-    """What fails for want of space or permission in here becomes a CheckpointError that names the folder."""
+def disk_errors_named(folder: Path):
+    """Turn an OSError into a CheckpointError that names the folder."""
     try:
         yield
     except OSError as error:
-        newest = _newest_first(folder)
-        kept = f"the last checkpoint, {newest[0].name}, is whole" if newest else "there is no checkpoint yet"
-        raise CheckpointError(
-            f"cannot write to {folder}: {error}; {kept}. Make room there and start the same command again to continue"
-        ) from error
+        newest = _newest_first(folder)[:1]
+        kept = f"the last checkpoint, {newest[0].name}, is complete" if newest else "there is no checkpoint yet"
+        remedy = "Make room there and start the same command again to continue"
+        raise CheckpointError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """`state` has a `step`, and nothing but tensors, numbers, strings, lists and dicts. Raises OSError."""
+    """`state`: a `step`, and nothing except tensors, numbers, strings, lists and dicts. Raises OSError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -112,10 +125,9 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """The newest checkpoint that is whole, on the CPU; None where there is none.
+    """Return the newest undamaged checkpoint, on the CPU; None where there is none.
 
-    A damaged one is renamed, so that it does not count as one of those that are kept, and that is said.
-    Raises CheckpointError: all of them are damaged, or cannot be read.
+    A damaged one is renamed *.damaged, with a warning. Raises CheckpointError: none can be read.
     """
     paths = _newest_first(folder)
     for path in paths:
@@ -126,8 +138,8 @@ def load_checkpoint(folder: Path) -> dict | None:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
-        except Exception as error:  # torch.load raises nearly anything on what it does not understand
-            with writing(folder):
+        except Exception as error:  # torch.load raises many types
+            with disk_errors_named(folder):
                 path.rename(path.with_suffix(".damaged"))
             print(f"note: {path} is damaged ({error}); kept as {path.stem}.damaged", file=sys.stderr)
     if paths:
@@ -137,26 +149,3 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
-
-
-def resume(
-    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> tuple[dict | None, bool]:
-    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
-
-    Raises CheckpointError.
-    """
-    received = [None, False]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        received = [previous_checkpoint(folder, identity), (folder / "metrics.json").exists()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(received)
-    checkpoint, complete = received
-    if checkpoint:
-        detector.load_state_dict(checkpoint["model"])
-        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-            group["fused"] = present["fused"]  # the device's, which may be another now
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:  # its counter is the step
-            ema.module.load_state_dict(checkpoint["ema"])
-    return checkpoint, complete

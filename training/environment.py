@@ -1,4 +1,4 @@
-"""What the parts cost, measured only after they have been shown to be right."""
+"""The machine and the versions that a run or a measurement was made with."""
 
 import datetime
 import platform
@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parent.parent
+
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What a measurement was made on and with, and when."""
-    here = str(Path(__file__).parent)
-    about = {
-        "device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "torchvision": _version("torchvision"), "timm": _version("timm"), "triton": _version("triton"),
-        "pycocotools": _version("pycocotools"), "python": platform.python_version(),
-        "commit": _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    """Return device, versions, commit and date, as JSON."""
+    about = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about |= {package: _version(package) for package in ("torchvision", "timm", "triton", "pycocotools")}
+    about["python"] = platform.python_version()
+    about["commit"] = _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
+    about["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if device.type == "cuda" and torch.version.cuda:
         about["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return about
@@ -41,7 +40,7 @@ def _version(package: str) -> str:
 
 
 def _first_line(*command: str) -> str:
-    """What a command prints first; "unknown" when it fails, as git does outside a checkout."""
+    """Return the first line that a command prints, "unknown" when it fails, as git does outside a checkout."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):

@@ -12,14 +12,14 @@ from data import CocoDataset
 from data.draw import draw_curves, draw_detections, save_contact_sheet
 from model import Detector, save_weights, write_file
 
-from .checkpoint import save_checkpoint, writing
+from .checkpoint import disk_errors_named, save_checkpoint
 
 SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
 
 
 def tensorboard_writer(folder: Path, first_step: int):
-    """A SummaryWriter, or None where TensorBoard is not installed; events from `first_step` on are written again."""
+    """Return a SummaryWriter that replaces events from `first_step` on; None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -28,12 +28,12 @@ def tensorboard_writer(folder: Path, first_step: int):
 
 
 class RunFolder:
-    """What a run leaves behind; only the main rank has one. Every method raises CheckpointError when it cannot write.
+    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write.
 
     settings   the command, its flags, versions and dates, as JSON
     identity   those of them that decide the result, to be compared when the run is continued
     metadata   class names, ids and the data set, for weights files
-    log        lines of log.jsonl so far: all but those written after the checkpoint that the run continues from
+    log        lines of log.jsonl up to `step`, from which the run continues
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class RunFolder:
     ) -> None:
         self.path, self.settings, self.identity, self.metadata = path, settings, identity, metadata
         self.steps, self.log, self._drawn_at = steps, log, time.monotonic()
-        with writing(path):
+        with disk_errors_named(path):
             write_file(path / "args.json", json.dumps(settings, indent=1).encode())
             if (path / "log.jsonl").exists():
                 write_file(path / "log.jsonl", self._log_text().encode())
@@ -53,7 +53,7 @@ class RunFolder:
     def write_line(self, line: dict) -> None:
         """Add a line to the log, its numbers to TensorBoard, and now and then draw the curves."""
         self.log.append(line)
-        with writing(self.path):
+        with disk_errors_named(self.path):
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if self._events:
@@ -65,7 +65,7 @@ class RunFolder:
                 self.draw()
 
     def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
-        """Add a line and show it: behind the bar, or without a terminal as a line of its own."""
+        """Add a line and show it: behind the bar, or, without a terminal, on a new line."""
         self.write_line(line)
         text = (
             f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
@@ -77,52 +77,51 @@ class RunFolder:
             print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
 
     def draw(self) -> None:
-        with writing(self.path):
+        with disk_errors_named(self.path):
             draw_curves(self.log, self.path / "curves.png")
         self._drawn_at = time.monotonic()
 
     def save_weights(self, detector: Detector, step: int, metrics: dict | None, name: str = "ota.safetensors") -> None:
         training = {"step": step, "steps": self.steps, "metrics": metrics, **self.settings}
-        with writing(self.path):
+        with disk_errors_named(self.path):
             save_weights(self.path / name, detector, {**self.metadata, "training": training})
 
     def write_evaluation(self, detector: Detector, step: int, metrics: dict, split: str) -> None:
-        """Weights with their metrics, again as best.safetensors where no evaluation before gave a higher AP."""
+        """Write weights with their metrics, also as best.safetensors where no evaluation before gave as high an AP."""
         self.save_weights(detector, step, metrics)
         best_ap = max((line["AP"] for line in self.log if "AP" in line), default=-math.inf)
         if metrics["AP"] > best_ap:
             self.save_weights(detector, step, metrics, "best.safetensors")
         self.write_line({"step": step, "split": split, **metrics})
         remark = ", the best so far" if metrics["AP"] > best_ap > -math.inf else ""
-        own = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
-        tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{own} ({split}{remark})")
+        crowd = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
+        tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{crowd} ({split}{remark})")
 
     def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
-        """`state` beside what this folder knows. Raises FloatingPointError for weights that are not finite.
+        """Save `state` beside model, log and settings. Raises FloatingPointError for weights that are not finite.
 
-        Without random states: every step and every sample seeds its own. The learning rate follows the step.
+        Random states are not needed: every step and sample is seeded, and the learning rate follows the step.
         """
-        spoilt = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
-        if spoilt:
+        broken = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
             raise FloatingPointError(
-                f"step {step}: parameters that are not finite: {len(spoilt)}, {spoilt[0]} first; so no checkpoint is "
+                f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first; so no checkpoint is "
                 f"written; the one before is in {self.path}. A lower --lr or a longer --warmup is the usual remedy."
             )
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
-        with writing(self.path):
+        with disk_errors_named(self.path):
             save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
 
     @torch.no_grad()
     def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:
         """Write metrics.json, with which a run is complete, and pictures with detections of at least 0.5."""
         about = {"data": str(dataset.split.annotations), "images": len(dataset), "total_s": round(seconds)}
-        with writing(self.path):
+        with disk_errors_named(self.path):
             write_file(self.path / "metrics.json", json.dumps(about | metrics, indent=1).encode())
             pictures = []
             for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)):
                 image, target = dataset[i]
-                detections = detector.eval().predict(image, 0.5)._asdict()
-                pictures.append(draw_detections(image, target["boxes"], detections, dataset.class_names))
+                pictures.append(draw_detections(image, target["boxes"], *detector.eval().predict(image, 0.5)))
             save_contact_sheet(pictures, self.path / "samples.png")
         self.draw()
         files = "ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png"

@@ -1,4 +1,4 @@
-"""How much memory a training step needs, before one is tried: a process that takes too much is killed unheard."""
+"""Estimate the memory of a training step before the first one: the system kills a process that takes too much."""
 
 import os
 from pathlib import Path
@@ -15,13 +15,12 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> int:
-    """Parameters, their gradients, the optimizer's state, and what the network keeps for the gradient of images with so
-    many pixels in all: that of a small image, in proportion. What the losses and convolutions take comes on top."""
+    """Estimate parameters, gradients, optimizer state, and what the network keeps for the gradient of images with this
+    many pixels in all, in proportion to a small image. Losses and the convolutions' work space come on top."""
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     training = detector.training
@@ -29,13 +28,13 @@ def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> i
         detector.eval().predict_raw(torch.zeros(1, 3, PROBE_PX, PROBE_PX, device=detector.mean.device))
     detector.train(training)
     weights = {tensor.untyped_storage().data_ptr() for tensor in detector.state_dict().values()}
-    activations = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    activations = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
     parameters = sum(parameter.nbytes for parameter in detector.parameters())
     return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * (2 + STATES[optimizer])
 
 
 def available_bytes(device: torch.device, ranks: int) -> float:
-    """Memory that is free on a GPU, or a rank's share of the machine's; infinite where nothing tells."""
+    """Return the free memory of a GPU, or a rank's share of the machine's; infinite where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
@@ -45,7 +44,7 @@ def available_bytes(device: torch.device, ranks: int) -> float:
 
 
 def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer: str, bf16: bool) -> str:
-    """A sentence where a step needs more than there is, else "": the system ends such a process without a word.
+    """Return a warning where a step needs more memory than is available, else "".
 
     images: of a pass on this rank; sizes (n, 2): height and width, px, of the images of the data set once resized
     """
@@ -56,6 +55,6 @@ def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer
         return ""
     return (
         f"warning: a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of "
-        f"memory, more than the {available / 2**30:.0f} there are; a smaller --image-size or --batch-size, or "
+        f"memory, and {available / 2**30:.0f} are available; a smaller --image-size or --batch-size, or "
         "--accumulate, needs less"
     )

@@ -4,17 +4,25 @@ import atexit
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from errors import UserError
+
 from .settings import SettingsError
 
-# The last says most: torchrun follows a SIGINT by SIGTERM. Windows has no SIGUSR1.
+T = TypeVar("T")
+
+# In rising precedence: torchrun sends SIGTERM after SIGINT. Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM", "SIGINT") if hasattr(signal, name))
 DEVICES = ("cuda", "cpu", "mps")
 WAIT_S = 0.1  # between two looks at the store
@@ -22,35 +30,35 @@ ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the pr
 
 
 def print_any_text() -> None:
-    """Escape characters that the encoding of stdout lacks, as Python does on stderr, instead of raising an error."""
-    if hasattr(sys.stdout, "reconfigure"):  # not where a caller has put another object in its place
+    """Make stdout escape characters that its encoding lacks, as stderr does, instead of raising an error."""
+    if hasattr(sys.stdout, "reconfigure"):  # a caller may have replaced it
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def end_children() -> None:
-    """At exit: loader processes ignore the SIGTERM that Python ends them with, and would be waited for, for ever, after
-    an exception whose traceback keeps their loader alive."""
+    """Kill loader processes at exit: they ignore SIGTERM, and Python would wait for them forever if a traceback keeps
+    the DataLoader alive."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def store_of_this_start() -> tuple[dist.Store, int, int]:
-    """torchrun's store, under a prefix that no earlier start of these ranks has used; rank and world size.
+    """Return torchrun's store under a prefix that no earlier start of these ranks has used, rank and world size.
 
-    After a restart the store still holds the addresses of the processes that ended, and torch takes them for the new
-    ones' when it is quick. So rank 0 draws a name, and the others take the one that answers to a number of their own.
+    After a restart the store still holds the addresses of the processes that ended, and a quick rank would use them.
+    So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name.
     """
     store, rank, world = next(dist.rendezvous("env://"))
-    own = uuid.uuid4().hex
+    name = uuid.uuid4().hex
     if rank == 0:
-        store.set("start", own)
-        store.set(f"{own}/all", "".join(store.get(f"{own}/{other}").decode() for other in range(1, world)))
-        return dist.PrefixStore(own, store), rank, world
+        store.set("start", name)
+        store.set(f"{name}/all", "".join(store.get(f"{name}/{other}").decode() for other in range(1, world)))
+        return dist.PrefixStore(name, store), rank, world
     while True:
-        start = store.get("start").decode()
-        store.set(f"{start}/{rank}", own)
-        if store.check([f"{start}/all"]) and own in store.get(f"{start}/all").decode():
-            return dist.PrefixStore(start, store), rank, world
+        prefix = store.get("start").decode()
+        store.set(f"{prefix}/{rank}", name)
+        if store.check([f"{prefix}/all"]) and name in store.get(f"{prefix}/all").decode():
+            return dist.PrefixStore(prefix, store), rank, world
         time.sleep(WAIT_S)
 
 
@@ -59,17 +67,49 @@ _waits = itertools.count()
 
 
 def wait_for_main() -> None:
-    """Hold every other rank until rank 0 gets here, too. A collective would give up after the time-out of its group, of
-    some minutes, and would keep a signal from being heard."""
-    name = f"main is here {next(_waits)}"
+    """Hold every other rank until rank 0 calls this too. A collective would end with its group's time limit of minutes,
+    and Python handles no signal in it."""
+    name = f"main has arrived {next(_waits)}"
     if dist.is_initialized() and dist.get_rank() == 0:
         _store.set(name, "")
     while dist.is_initialized() and not _store.check([name]):
         time.sleep(WAIT_S)
 
 
+def from_main(make: Callable[[], T]) -> T:
+    """Return what `make` returns on the first rank of this machine, which alone calls it; raise its UserError on all.
+
+    The result goes through a file, and the others wait without a collective, see `wait_for_main`.
+    """
+    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not dist.is_initialized() or ranks == 1:
+        return make()
+    name = f"from rank {dist.get_rank() - local}, {next(_waits)}"
+    if local:
+        while not _store.check([name]):
+            time.sleep(WAIT_S)
+        with open(_store.get(name).decode(), "rb") as file:
+            result, error = pickle.load(file)
+        _store.add(f"{name}, read", 1)
+    else:
+        result = error = None
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+        with tempfile.NamedTemporaryFile() as file:
+            pickle.dump((result, error), file, pickle.HIGHEST_PROTOCOL)
+            file.flush()
+            _store.set(name, file.name)
+            while _store.add(f"{name}, read", 0) < ranks - 1:
+                time.sleep(WAIT_S)
+    if error:
+        raise error
+    return result
+
+
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
-    """Device, rank and world size; starts the process group when torchrun has set one up."""
+    """Return device, rank and world size; start the process group under torchrun. Raises SettingsError."""
     print_any_text()
     atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -86,24 +126,23 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
             f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
         ) from error
     if world > 1:
-        # gloo for what lies on the CPU: flags and detections pass between ranks without waiting for a GPU
         global _store
         _store, rank, world = store_of_this_start()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo: without waiting for the GPU
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world)
     return device, rank, world
 
 
 def ignore_interrupts(_: int) -> None:
-    """For loader processes: what ends a run goes to all of its processes, and the main one may still need them."""
+    """Ignore signals in a loader process: they go to all processes of a run, and the main one may need its batches."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
-    """SIGTERM and SIGUSR1 (a scheduler wants the machine) end a run after its step, with a checkpoint and status 0;
-    Ctrl-C does, too, with the weights and status 130. While `at_once` is true, in an evaluation whose checkpoint is
-    there already, they end it on the spot. Messages go past Python's buffers, which may be in use at that moment."""
+    """End a run by SIGTERM or SIGUSR1 (a scheduler's) after its step, with a checkpoint and status 0; by Ctrl-C the
+    same, with the weights and status 130. While `at_once` is true, in an evaluation that follows a checkpoint, a signal
+    ends the run immediately. Messages bypass Python's buffers, which may be in use when a signal arrives."""
 
     def __init__(self, is_main: bool) -> None:
         self.is_main, self.at_once = is_main, False
@@ -127,7 +166,7 @@ class StopRequest:
             self.leave("in the evaluation", SIGNALS[self._precedence - 1])
 
     def agreed(self) -> signal.Signals | None:
-        """The signal, if there was one, the same on all ranks: waits for the other ranks, but for no GPU."""
+        """Return the signal, if one arrived, the same on all ranks; waits for the other ranks, not for a GPU."""
         precedence = torch.tensor(self._precedence)
         if dist.is_initialized():
             dist.all_reduce(precedence, dist.ReduceOp.MAX)

@@ -16,7 +16,7 @@ written to be read and compared: image by image, dense (m, N), and the host may 
 import torch
 from torch import Tensor
 
-from kernels import Assignment, Inputs, OTAConfig, PointGrid, assignment_statistics, ota_assign
+from kernels import Assignment, Inputs, OTAConfig, assignment_statistics, ota_assign
 from kernels.assign import check_inputs
 from kernels.assign_torch import solve
 from kernels.statistics import is_ambiguous, units_received
@@ -38,38 +38,36 @@ __all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistic
 
 
 @torch.no_grad()
-def assign(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> Assignment:
-    """Return what `kernels.ota_assign` returns of its inputs, by any strategy; `config` is OTA's.
+def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
+    """Return what `kernels.ota_assign` returns, by any strategy; `config` is OTA's.
 
     `k` counts the points that an object claims. gt_index is NEITHER for a point that is neither positive nor negative.
     """
-    return ota_assign(*inputs, config) if strategy == "ota" else assign_claims(CLAIMS[strategy], *inputs)[0]
+    return ota_assign(*inputs, config) if strategy == "ota" else assign_claims(CLAIMS[strategy], inputs)[0]
 
 
 @torch.no_grad()
-def assign_and_ambiguous(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> tuple[Assignment, Tensor]:
+def assign_and_ambiguous(strategy: str, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor]:
     """Return the assignment and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, whose
     largest supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
     if strategy != "ota":
-        return assign_claims(CLAIMS[strategy], *inputs)
-    match, plan = solve(check_inputs(Inputs(*inputs)), config)
+        return assign_claims(CLAIMS[strategy], inputs)
+    match, plan = solve(check_inputs(inputs), config)
     ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
     ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
     return match, ambiguous
 
 
 @torch.no_grad()
-def statistics_of(strategy: str, *inputs: Tensor | PointGrid, config: OTAConfig) -> dict[str, Tensor]:
+def statistics_of(strategy: str, inputs: Inputs, config: OTAConfig) -> dict[str, Tensor]:
     """Return numbers for the log, float32 scalars, see `kernels.assignment_statistics`.
 
     Strategies other than OTA have no `residual`; their `ambiguous` is the share of claimed points that several claim.
     """
     if strategy == "ota":
-        return assignment_statistics(Inputs(*inputs), config)
-    match, ambiguous = assign_claims(CLAIMS[strategy], *inputs)
-    positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs[3] >= 0).sum().clamp(min=1)
-    return {
-        "positives_per_gt": positives / num_gts,
-        "mean_k": match.k.sum() / num_gts.float(),
-        "ambiguous": ambiguous.sum() / positives.clamp(min=1),
-    }
+        return assignment_statistics(inputs, config)
+    match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
+    positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs.gt_labels >= 0).sum().clamp(min=1)
+    k = match.k.sum() / num_gts.float()
+    ambiguous = ambiguous.sum() / positives.clamp(min=1)
+    return {"positives_per_gt": positives / num_gts, "mean_k": k, "ambiguous": ambiguous}

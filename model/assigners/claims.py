@@ -80,9 +80,9 @@ def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) 
     return torch.cat([best_per_row(v, a, count) for v, a in levels], 1)
 
 
-def assign_claims(strategy: Callable[[ImageInputs], Claims], *inputs: Tensor | PointGrid) -> tuple[Assignment, Tensor]:
+def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> tuple[Assignment, Tensor]:
     """Return the assignment, under the contract of `ota_assign`, and the points (B, N) that several objects claim."""
-    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = check_inputs(Inputs(*inputs))
+    logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = check_inputs(inputs)
     gt_index = boxes.new_full(boxes.shape[:2], -1, dtype=torch.int64)
     iou, ambiguous = torch.zeros_like(gt_index, dtype=torch.float32), torch.zeros_like(gt_index, dtype=torch.bool)
     k = boxes.new_zeros(len(gt_boxes), dtype=torch.int32)

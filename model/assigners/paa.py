@@ -1,4 +1,4 @@
-"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): the losses of an object's candidates tell the good from the bad."""
+"""PAA (Kim and Lee, ECCV 2020, arXiv 2007.08103): an object claims the candidates with the better losses."""
 
 import math
 
@@ -26,20 +26,15 @@ def paa_claims(image: ImageInputs) -> Claims:
     """
     anchor_iou, inside = image.anchor_iou(), image.inside()
     is_highest = torch.zeros_like(inside).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
-    loss = _focal_cost(image) + 1 - image.giou
+    negative = (1 - FOCAL_ALPHA) * image.logits.sigmoid() ** 2 * F.softplus(image.logits)
+    positive = FOCAL_ALPHA * (-image.logits).sigmoid() ** 2 * F.softplus(-image.logits)
+    loss = negative.sum(1) + (positive - negative).T[image.gt_labels] + 1 - image.giou
     best = anchor_iou.masked_fill(~inside, 0).amax(1, keepdim=True)
     allowed = is_highest & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
     candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
     value, point = (x[:, : int(candidates.sum(1).max())] for x in (value, point))
     return Claims(torch.zeros_like(candidates).scatter_(1, point, up_to_the_densest(value)), loss)
-
-
-def _focal_cost(image: ImageInputs) -> Tensor:
-    """(m, N): focal loss (alpha 0.25, gamma 2) of every point over all classes, for the object's class."""
-    negative = (1 - FOCAL_ALPHA) * image.logits.sigmoid() ** 2 * F.softplus(image.logits)
-    positive = FOCAL_ALPHA * (-image.logits).sigmoid() ** 2 * F.softplus(-image.logits)
-    return negative.sum(1) + (positive - negative).T[image.gt_labels]
 
 
 def up_to_the_densest(value: Tensor) -> Tensor:
