@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 eval.py --weights ota.safetensors --data coco
 
 Everything but the pictures comes from the weights file. Writes detections.json (COCO result format) and
-metrics.json beside the weights, or into --out. `evaluate` is what train.py calls, too.
+metrics.json beside the weights, or into --out. train.py calls `evaluate`.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def detect_dataset(
     results, hidden = [], None if rank == 0 else True
     for batch, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
         scales = (torch.tensor([t["orig_size"] for t in targets]) / batch.sizes).flip(1).repeat(1, 2)
-        for target, scale, found in zip(targets, scales, detector(batch.to(device)), strict=True):
-            found = found._replace(boxes=found.boxes.cpu() * scale)
-            results += coco_results(target["image_id"], found, dataset.category_ids)
+        for target, scale, detections in zip(targets, scales, detector(batch.to(device)), strict=True):
+            detections = detections._replace(boxes=detections.boxes.cpu() * scale)
+            results += coco_results(target["image_id"], detections, dataset.category_ids)
     if world > 1:
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(results, gathered)
@@ -88,7 +88,7 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        # loadRes refuses an empty list; an empty index is what it would return.
+        # loadRes refuses an empty list.
         evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -106,9 +106,9 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
 def evaluate(
     detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int = 8, workers: int = 2
 ) -> tuple[dict, list[dict]]:
-    """Metrics and detections of a data set made with `eval_transform`; called by all ranks, result on rank 0.
+    """Return metrics and detections of a data set made with `eval_transform`; all ranks call it, rank 0 has the result.
 
-    Metrics are COCO's, and those of the data set's own form, such as CrowdHuman's.
+    Metrics are COCO's and those of the data set's form, such as CrowdHuman's.
     """
     training = detector.training
     results = detect_dataset(detector.eval(), dataset, device, batch_size, workers)
@@ -148,14 +148,14 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 def evaluation_dataset(
     data: str, size: tuple[int, int], overfit: int | None, box: str | None, follow_links: bool, known_ids: list[int]
 ) -> CocoDataset:
-    """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
-    objects. known_ids: the category ids of the training."""
+    """Return the validation split; the training split, with a note, if there is none; with `overfit`, its first images
+    with objects. known_ids: the category ids of the training."""
     train, val = find_splits(data, box, follow_links)
     val = None if overfit else val
     dataset = CocoDataset(val or train, eval_transform(size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         if val is None and not overfit:
-            note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
+            note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
             print(f"note: {data} has no validation part, {note}", file=sys.stderr)
         print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
     return dataset
@@ -171,7 +171,7 @@ def load_with_data(
     detector, metadata = load_weights(weights)
     data = data or metadata.get("data")
     if data is None:
-        raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
+        raise WeightsError(f"{weights} does not name its data set; name one with --data")
     size, ids = detector.config.image_size, detector.category_ids
     dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
     if box and not dataset.split.form.boxes:
@@ -193,8 +193,8 @@ def describe(dataset: CocoDataset) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
-    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
-    parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
+    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: that of the training")
+    parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those of the training")
     parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
