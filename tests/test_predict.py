@@ -212,7 +212,7 @@ def test_tensors_given_to_the_detector_are_in_range(detector, training):
 @pytest.mark.parametrize("images", [[], torch.zeros(3, 64, 64)], ids=["none", "one"])
 def test_settings_of_predict_are_checked(detector, images, settings):
     (name,) = settings
-    with pytest.raises(ValueError, match=f"^{name} is .*, it must be a"):
+    with pytest.raises(ValueError, match=f"^{name} is .*, it must be an?"):
         detector.predict(images, **settings)
 
 
