@@ -23,6 +23,7 @@ from .fields import Rule, first_flaw, number, one_of_type, optional
 FORMAT = "ota-triton/1"
 HUB = "hf://"
 HUB_FILE = "ota.safetensors"
+FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # any of them is taken for any other
 
 
 class WeightsError(UserError):
@@ -118,7 +119,7 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     """Return the detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError.
 
     Tensors are compared by name, shape and type before the network is built, so a file takes no more memory than the
-    weights in it. Any floating type is taken for any other.
+    weights in it.
     """
     if not Path(path).is_file():
         raise WeightsError(f"there is no weights file {path}")
@@ -137,7 +138,7 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     except (ValueError, RecursionError, BackboneError) as error:  # ValueError: also a number of thousands of digits
         raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
     stored, needed = (
-        {name: f"{list(t.shape)} {'float' if t.is_floating_point() else t.dtype}" for name, t in state.items()}
+        {name: f"{list(t.shape)} {'float' if t.dtype in FLOATS else t.dtype}" for name, t in state.items()}
         for state in (tensors, expected)
     )
     if differences := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
