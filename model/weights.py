@@ -57,10 +57,8 @@ OBJECT = one_of_type(dict, "an object")
 RULES: dict[str, Rule] = {
     "format": (lambda value: value == FORMAT, f"{FORMAT!r}, which this version reads"),
     "architecture": OBJECT,
-    "architecture.backbone": (  # a file chooses no address of the network
-        lambda value: isinstance(value, str) and timm.is_model(value),
-        f"a model that timm {timm.__version__} has by name",
-    ),
+    # a file chooses no address of the network
+    "architecture.backbone": (lambda v: isinstance(v, str) and timm.is_model(v), f"a model of timm {timm.__version__}"),
     "architecture.ota": OBJECT,
     "architecture.image_size": one_of_type(list, "a list of two sides"),
     "normalisation": OBJECT,
@@ -78,12 +76,9 @@ RULES: dict[str, Rule] = {
 
 def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
     """Write all or nothing. `metadata` is JSON, to which architecture and normalisation are added. Raises OSError."""
-    metadata = {
-        "format": FORMAT,
-        "architecture": dataclasses.asdict(detector.config),
-        "normalisation": {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")},
-        **metadata,
-    }
+    normalisation = {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")}
+    architecture = dataclasses.asdict(detector.config)
+    metadata = {"format": FORMAT, "architecture": architecture, "normalisation": normalisation} | metadata
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
     write_file(Path(path), save(tensors, metadata={"ota": json.dumps(metadata)}))
 
@@ -108,11 +103,11 @@ def local_file(weights: str | Path) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or HUB_FILE))
     except Exception as error:  # network, hub, disk or name
-        raise WeightsError(
-            f"{weights}: the hub gives no {file or HUB_FILE}: {type(error).__name__}: {error}\nCheck the name "
-            "(hf://user/repo or hf://user/repo/file) and the connection (HF_TOKEN for a private repository), or "
-            "download the file and give its path."
-        ) from error
+        remedy = (
+            "Check name and connection (HF_TOKEN for private repositories), or download the file and give its path."
+        )
+        wanted = f"no {file or HUB_FILE} for {weights} (hf://user/repo or hf://user/repo/file)"
+        raise WeightsError(f"the hub gives {wanted}: {type(error).__name__}: {error}\n{remedy}") from error
 
 
 def load_weights(path: Path) -> tuple[Detector, dict]:
