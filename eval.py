@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -77,18 +76,15 @@ def detect_dataset(
     return sorted(results, key=lambda r: r["image_id"])
 
 
-def box_area(record: dict) -> float:
-    """The record's own area, as a rule a segment's; the box's where there is none or one larger than the box."""
-    area, (_, _, width, height) = record.get("area"), record["bbox"]
-    return area if isinstance(area, int | float) and 0 < area <= (width + 1) * (height + 1) else width * height
-
-
 def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
     # pycocotools takes the id 0 for no match, keeps ids as floats, and leaves out areas outside of [0, 1e10].
-    records = enumerate(annotations["annotations"], 1)
-    records = [record | {"id": number, "area": box_area(record)} for number, record in records]
-    truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into them
+    truth, records, results = COCO(), [], [dict(result) for result in results]  # loadRes writes into results
+    for number, record in enumerate(annotations["annotations"], 1):
+        _, _, width, height = record["bbox"]
+        area = record.get("area") or 0
+        area = area if 0 < area <= (width + 1) * (height + 1) else width * height
+        records.append(record | {"id": number, "area": area})
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -150,18 +146,13 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(
-    data: str,
-    image_size: tuple[int, int],
-    overfit: int | None = None,
-    box: str | None = None,
-    follow_links: bool = False,
-    known_ids: Collection[int] = (),
+    data: str, size: tuple[int, int], overfit: int | None, box: str | None, follow_links: bool, known_ids: list[int]
 ) -> CocoDataset:
     """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
     objects. known_ids: the category ids of the training."""
     train, val = find_splits(data, box, follow_links)
     val = None if overfit else val
-    dataset = CocoDataset(val or train, eval_transform(image_size), first=overfit, known_ids=known_ids)
+    dataset = CocoDataset(val or train, eval_transform(size), first=overfit, known_ids=known_ids)
     if int(os.environ.get("RANK", 0)) == 0:
         if val is None and not overfit:
             note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
@@ -192,10 +183,8 @@ def load_with_data(
 
 
 def describe(dataset: CocoDataset) -> str:
-    text = (
-        f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: "
-        f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
-    )
+    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
+    text = f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
     if dataset.grouping:
         text += f", category {dataset.grouping['id']} {printable(dataset.grouping['name'])}, which groups the others"
     return text

@@ -5,6 +5,7 @@ Imports nothing of this repository except its error class.
 
 import math
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -34,32 +35,32 @@ def to_tensor(image: ImageLike, name: str = "the image") -> Tensor:
     """
     if isinstance(image, str | os.PathLike | Image.Image):
         return load_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ImageError(f"{name}: an array must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise ImageError(f"{name} is a {type(image).__name__}, not a path, PIL image, numpy array or tensor")
-    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        batch = "; pass a batch as list(batch)" if image.ndim == 4 else ""
-        raise ImageError(f"{name}: a tensor must be (3, H, W), not {tuple(image.shape)}{batch}")
-    image = image.as_subclass(Tensor)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        kind = f"{tuple(image.shape)} {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        wanted = "a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W)"
+        raise ImageError(f"{name} must be {wanted}, not {kind}; pass a batch as list(batch)")
     if image.dtype == torch.uint8:
-        return image
+        return image.as_subclass(Tensor)
     low, high = (bound.item() for bound in image.aminmax())
     if not image.is_floating_point() or not (LOWEST <= low and high <= HIGHEST):
-        kinds = "uint8, or floating point in 0..1 without the normalisation, which the detector does"
-        raise ImageError(f"{name}: a tensor must be {kinds}, not {image.dtype} from {low:g} to {high:g}")
-    return image.float()
+        wanted = "uint8, or floating point in 0..1 without the normalisation, which the detector does"
+        raise ImageError(f"{name} must be {wanted}, not {image.dtype} from {low:g} to {high:g}")
+    return image.as_subclass(Tensor).float()
 
 
 def load_image(image: str | os.PathLike | Image.Image) -> Tensor:
     """RGB, uint8 (3, H, W), turned upright as its EXIF orientation says. Raises ImageError naming the file."""
     try:
-        if isinstance(image, Image.Image):
-            return _decode(image)
-        with Image.open(image) as opened:
-            return _decode(opened)
+        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
+            check_pixels(opened)
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
+                raise ValueError("it has more than 8 bits a channel; save it with 8")
+            if "transparency" in upright.info:  # a palette has to become RGBA on its way
+                upright = upright.convert("RGBA")
+            return pil_to_tensor(upright.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"there is no image file {image}") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file
@@ -82,15 +83,3 @@ def header_size(path: str | os.PathLike) -> tuple[int, int]:
         tags = getattr(image, "tag_v2", None)
         size = (tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]) if tags else image.size
         return size[::-1] if orientation in (5, 6, 7, 8) else size
-
-
-def _decode(image: Image.Image) -> Tensor:
-    """RGB, uint8 (3, H, W), upright. Raises what Pillow raises."""
-    check_pixels(image)
-    image = ImageOps.exif_transpose(image)
-    image.load()
-    if image.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
-        raise ValueError("it has more than 8 bits a channel; save it with 8")
-    if "transparency" in image.info:  # a palette has to become RGBA on its way
-        image = image.convert("RGBA")
-    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))

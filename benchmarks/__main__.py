@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def planned(gpu: str | None) -> dict[str, list[str]]:
-    """Result files, and the module and flags that write them. `gpu` is the name of the GPU, if there is one."""
+    """Result files, and the module and flags that write them, on the GPU of that name or on a CPU."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")) if gpu else "cpu"
     workloads = ("coco", "crowd", "aerial") if gpu else ("single",)
     commands = {f"assign-{workload}-{name}.json": ["assign", "--workload", workload] for workload in workloads}
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the {args.budget:g} s of --budget are over")
             break
         failed += [module] if result.returncode else []
-    print(f"failed: {', '.join(failed)}" if failed else "no failure")
+    print(f"failed: {', '.join(failed) or 'nothing'}")
     return int(bool(failed))
 
 

@@ -15,7 +15,8 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "assignment.md")
 AUDITS = ("shapes", "bccd", "coco", "crowd")
 CELLS = {"RBC": "red cells", "WBC": "white cells", "Platelets": "platelets"}
 POINTS, AMBIGUOUS = {"positives_per_gt": "points / object"}, {"ambiguous_share": "ambiguous"}
-SIZES = {"APs": "AP small", "APm": "AP medium"}
+SIZES, APS = {"APs": "AP small", "APm": "AP medium"}, {name: name for name in ("AP", "AP50", "AP75")}
+DIGITS = {"positives_per_gt": 1, "ambiguous_share": 2, "seconds": 0}
 
 
 def results(pattern: str) -> Iterator[dict]:
@@ -39,7 +40,7 @@ def runs() -> str:
 
 
 def costs(pattern: str, key: str) -> str:
-    """Calls with their milliseconds and memory."""
+    """Measured calls, a row for each."""
     rows = [
         (case, name, f"{row['ms_median']:,.1f}", f"{row['peak_mib']:,.1f}", report["device"], report["date"][:10])
         for report in results(pattern)
@@ -50,31 +51,23 @@ def costs(pattern: str, key: str) -> str:
     return markdown(("inputs", "backend", "ms", "memory, MiB", "on", "measured"), rows)
 
 
-def train_step() -> str:
-    """Images a second of training steps."""
-    cases = [(r["device"], *case) for r in results("train-step-*.json") for case in r["cases"].items()]
-    titles = list(dict.fromkeys(title for *_, case in cases for title in case["rows"]))
-    rows = []
-    for device, name, case in cases:
-        height, width = case["about"]["image_size"]
-        speeds = [case["rows"].get(title, {}).get("images_per_s") for title in titles]
-        shown = ["-" if speed is None else f"{speed:.2f}" for speed in speeds]
-        rows.append((f"{name}, {case['about']['images']} x {height} x {width}", device, *shown))
-    return markdown(("images / s", "on", *titles), rows)
-
-
-def compare(name: str, columns: dict[str, str], rows: slice = slice(None)) -> str:
-    """Mean and standard deviation over the seeds of trainings with different assigners or settings."""
-    (report,), lines = results(f"compare-{name}.json"), []
-    for title, seeds in list(report["rows"].items())[rows]:
+def seeds_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
+    """Mean and standard deviation over the seeds of trainings; a column is a number or an AP of a class."""
+    lines = []
+    for title, seeds in rows.items():
         cells = []
         for column in columns:
-            values = [seed["per_class"][column] if column in CELLS else seed[column] for seed in seeds]
-            digits = 1 if column in POINTS else 2 if column in AMBIGUOUS else 3
+            values = [seed[column] if column in seed else seed["per_class"][column] for seed in seeds]
+            digits = DIGITS.get(column, 3)
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
         lines.append((title, *cells, len(seeds)))
     return markdown(("", *columns.values(), "seeds"), lines)
+
+
+def compare(name: str, columns: dict[str, str], rows: slice = slice(None)) -> str:
+    (report,) = results(f"compare-{name}.json")
+    return seeds_table(dict(list(report["rows"].items())[rows]), columns)
 
 
 def audits() -> str:
@@ -96,12 +89,11 @@ def audits() -> str:
     return f"{markdown(head, rows)}\n\n{'; '.join(counted)}."
 
 
-APS = {name: name for name in ("AP", "AP50", "AP75")}
 TABLES = {
     "runs": runs,
     "assign": partial(costs, "assign-*.json", "workloads"),
     "losses": partial(costs, "losses-*.json", "results"),
-    "train_step": train_step,
+    "train_step": partial(costs, "train-step-*.json", "cases"),
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),

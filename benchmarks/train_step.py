@@ -1,16 +1,14 @@
-"""Measure a training step beside torchvision's FCOS: both have to learn first, then images per second and the rest.
+"""Measure a training step beside torchvision's FCOS: images per second, memory, launches.
 
     python -m benchmarks.train_step [--case resnet50 resnet18] [--compile] [--out FILE] [--repeats N]
 
-On a GPU resnet50 (800 x 1344, 16 images) and resnet18 (320 x 320, 32 images, where launches set the pace) in bfloat16;
-on a CPU small versions of both in float32. Reports no cost and exits with status 1 when a loss or a gradient is 0 or
-not finite.
+In bfloat16 on a GPU, where launches set the pace of resnet18; on a CPU small versions in float32. Reports no cost and
+exits with status 1 when a loss or a gradient is 0 or not finite.
 
-Equal: weights of backbone and neck (random), all convolutions trained and batch norms frozen; head of two towers of
-four 3 x 3 convolutions and GroupNorm; images, boxes and labels, on the device before the step; precision, the losses
-in float32; SGD with momentum. Not equal: torchvision assigns by center sampling and size, weighs its losses alike,
-learns centerness in place of the IoU, and normalises, pads and checks the boxes image by image; this detector has a
-learned scale per level, in-place ReLUs in the towers, and weights and images with channels last.
+Equal: random weights of backbone and neck, frozen batch norms; a head of two towers of four convolutions; images, boxes
+and labels, on the device before the step; precision, losses in float32; SGD with momentum. Not equal: torchvision
+assigns by center sampling and size, learns centerness instead of the IoU, and normalises, pads and checks the boxes
+image by image; this detector has a learned scale per level and channels-last weights and images.
 """
 
 import argparse
@@ -88,25 +86,22 @@ class Contestant:
         self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4, fused=fused)
         self.moments = {}  # of the latest step: its start and the ends of its phases
         if not compiled:
-            model.head.register_forward_hook(lambda *_: self.mark("network"))
-
-    def mark(self, phase: str) -> None:
-        self.moments[phase] = now(self.device)
+            model.head.register_forward_hook(lambda *_: self.moments.update(network=now(device)))
 
     def backward(self) -> dict[str, Tensor]:
         self.moments = {"start": now(self.device)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
             losses = self.losses()
-        self.mark("forward" if self.compiled else "assignment and losses")
+        self.moments["forward" if self.compiled else "assignment and losses"] = now(self.device)
         sum(losses.values()).backward()
-        self.mark("backward")
+        self.moments["backward"] = now(self.device)
         return {name: value.detach() for name, value in losses.items()}
 
     def step(self) -> list[Tensor]:
         losses = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.mark("optimizer")
+        self.moments["optimizer"] = now(self.device)
         return list(losses.values())
 
 

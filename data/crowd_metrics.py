@@ -1,10 +1,9 @@
 """CrowdHuman's own metrics, all in [0, 1]: AP, the log-average miss rate MR^-2 (less is better), the Jaccard index JI.
 
-A detection overlaps a real box by IoU, intersection over union, and a region to ignore by IoA, intersection over the
-detection's own area. All boxes are clipped to the image first. AP and MR^-2 are those of the Caltech benchmark as the
-set's authors compute them (Shao et al., arXiv 1805.00123; Dollar et al., Pedestrian Detection, PAMI 2012), JI is that
-of Chu et al., Detection in Crowded Scenes, arXiv 2003.09163. `crowd_metrics` says what is done at their edges.
-In an image: n detections, best score first and in the order of the results where scores are equal; m real boxes.
+AP and MR^-2 follow the code of the set's authors (Shao et al., arXiv 1805.00123; Dollar et al., Pedestrian Detection,
+PAMI 2012), JI follows Chu et al., Detection in Crowded Scenes, arXiv 2003.09163. A detection overlaps a real box by
+IoU, and a region to ignore by IoA, intersection over the detection's area. All boxes are first clipped to the image.
+In an image: n detections, best score first, ties in the order of the results; m real boxes.
 """
 
 from collections import defaultdict
@@ -18,39 +17,33 @@ JI_THRESHOLDS = tuple(i / 10 for i in range(10))
 
 
 def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
-    """`crowd_AP`, `crowd_MR` and `crowd_JI`, and in `crowd_JI_score` the score threshold that gives this JI.
+    """Return `crowd_AP`, `crowd_MR`, `crowd_JI`, and `crowd_JI_score`, the threshold of this JI; -1 without real boxes.
 
-    annotations: the content of a file in COCO layout, whose iscrowd boxes are the regions to ignore; results: COCO
-    result format. Categories are not looked at.
+    annotations: the content of a COCO file, whose iscrowd boxes are the regions to ignore; results: COCO result format.
+    Categories are ignored.
 
-    Matching for AP and MR: each detection of an image, best first, takes of the real boxes that are left the one of
-    the highest IoU over 0.5, the first of equal ones. One that finds none and has an IoA over 0.5 with a region to
-    ignore is left out; else it is false. A second detection of a real box is false.
-    AP: trapezoids under precision over recall, from the first to the last detection of all images, with nothing before
-    the first and no interpolation. So a detector without a fault has 1 - 1/m, and no detections are AP 0.
-    MR: geometric mean of the miss rate at nine numbers of false positives per image (FPPI), each the miss rate of the
-    first detection at which the FPPI is reached. A curve that ends before counts with its last miss rate; without
-    detections, that is 1. One miss rate of 0 makes MR 0.
-    JI: in an image the detections over a score threshold and the real boxes are matched one to one where their IoU is
-    at least 0.5, as many as possible. What stays unmatched with an IoA over 0.5 with a region to ignore is taken out,
-    real boxes too; of several largest matchings, one that leaves out most. JI = matched / (detections + real boxes -
-    matched), averaged over the images with anything left, 0 where that is none, at the best of the thresholds 0, 0.1
-    to 0.9, the lowest of equal ones. It may read above published scripts, by up to 0.022 where there are regions to
-    ignore.
-    Without any real box all four are -1.
+    AP, MR: each detection, best first, takes the free real box with the highest IoU over 0.5 (ties: the first). Without
+    one it is left out if its IoA with a region to ignore is over 0.5, and else false.
+    AP: trapezoids under precision over recall, from the first to the last detection, without interpolation.
+    MR: geometric mean of the miss rates at nine numbers of false positives per image (FPPI), each that of the first
+    detection that reaches the FPPI; a shorter curve counts with its last miss rate.
+    JI: per image, detections over a threshold and real boxes are matched one to one at an IoU of at least 0.5, as many
+    as possible; unmatched ones with an IoA over 0.5 are left out. JI = matched / (detections + real boxes - matched),
+    averaged over the images with anything left, at the best of the thresholds 0, 0.1 to 0.9 (ties: the lowest).
+    Published scripts give up to 0.022 less where there are regions to ignore.
     """
-    real, ignored, found = (defaultdict(list) for _ in range(3))
+    real, ignored, detected = (defaultdict(list) for _ in range(3))
     for record in annotations["annotations"]:
         (ignored if record.get("iscrowd", 0) else real)[record["image_id"]].append(record["bbox"])
     for record in results:
-        found[record["image_id"]].append([*record["bbox"], record["score"]])
+        detected[record["image_id"]].append([*record["bbox"], record["score"]])
     num_real = sum(map(len, real.values()))
     if not num_real:
         return dict.fromkeys(("crowd_AP", "crowd_MR", "crowd_JI", "crowd_JI_score"), -1.0)
 
     scores, hits, jaccard = [], [], []
     for image in annotations["images"]:
-        rows = np.array(found[image["id"]], np.float64).reshape(-1, 5)
+        rows = np.array(detected[image["id"]], np.float64).reshape(-1, 5)
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
         detections = _corners(rows[:, :4], image)
         truth, regions = (_corners(boxes[image["id"]], image) for boxes in (real, ignored))
@@ -63,10 +56,10 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
         jaccard.append(jaccard_indices(iou, covered, _covered(truth, regions), counts))
 
     hits = np.concatenate(hits)[np.argsort(-np.concatenate(scores), kind="stable")]
-    found_real = hits.cumsum()
-    recall, precision = found_real / num_real, found_real / np.arange(1, len(hits) + 1)
+    recall, precision = hits.cumsum() / num_real, hits.cumsum() / np.arange(1, len(hits) + 1)
     fppi = (1 - hits).cumsum() / len(annotations["images"])
-    ji = _means_of_counted(np.array(jaccard))
+    counted = ~np.isnan(jaccard)
+    ji = np.where(counted, jaccard, 0).sum(0) / counted.sum(0).clip(1)
     return {
         "crowd_AP": float(((precision[1:] + precision[:-1]) / 2 * np.diff(recall)).sum()),
         "crowd_MR": log_average_miss_rate(fppi, 1 - recall),
@@ -88,10 +81,8 @@ def overlaps(boxes: np.ndarray, others: np.ndarray, of_union: bool = True) -> np
     sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(boxes[:, None, :2], others[:, :2])
     intersection = sides.clip(0).prod(2)
     area, other_area = ((b[:, 2:] - b[:, :2]).clip(0).prod(1) for b in (boxes, others))
-    whole = (
-        area[:, None] + other_area - intersection if of_union else np.broadcast_to(area[:, None], intersection.shape)
-    )
-    return np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
+    total = area[:, None] + (other_area - intersection if of_union else 0 * intersection)
+    return np.divide(intersection, total, out=np.zeros_like(intersection), where=total > 0)
 
 
 def _covered(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
@@ -100,7 +91,7 @@ def _covered(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
 
 
 def match_greedily(iou: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """(n,) from the IoU (n, m): 1 for a detection with a real box of its own; others 0, or -1 where `covered`."""
+    """(n,) from the IoU (n, m): 1 for a detection that takes a real box; others 0, or -1 where `covered`."""
     hit = np.where(covered, -1, 0)
     free = np.ones(iou.shape[1], bool)
     for i in np.flatnonzero((iou > MIN_OVERLAP).any(1)):
@@ -122,10 +113,9 @@ def log_average_miss_rate(fppi: np.ndarray, miss_rate: np.ndarray) -> float:
 def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(T,) the Jaccard index of the best `counts` (T,) detections of an image; NaN where nothing is left.
 
-    iou (n, m); covered (n,) and truth_covered (m,): what is taken out where it stays unmatched. The largest matchings
-    of all detections that are not covered match k' of them. A largest matching of all can hold as many (the matched
-    sets are the bases of a matroid), so of its k detections k - k' are covered, and all others that are covered
-    are taken out. The same goes for the real boxes, and one matching reaches both (Mendelsohn and Dulmage 1958).
+    iou (n, m); covered (n,) and truth_covered (m,) are left out where unmatched. A largest matching of the detections
+    that are not covered extends to one of all (the matched sets are the bases of a matroid), so the sizes of both tell
+    how many covered ones are matched; likewise for the real boxes, at once (Mendelsohn and Dulmage 1958).
     """
     edges = iou >= MIN_OVERLAP
     matched = matching_sizes(edges)[counts]
@@ -141,22 +131,14 @@ def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndar
 
 
 def matching_sizes(edges: np.ndarray) -> np.ndarray:
-    """(n + 1,) the size of the largest matching of the first 0, 1 to n detections; edges (n, m) bool.
-
-    Augmenting paths, found breadth first, from one detection after the other: where there is none at its turn, there
-    is none later.
-    """
+    """(n + 1,) size of the largest matching of the first 0 to n detections, by augmenting paths; edges (n, m) bool."""
     places, boxes = np.nonzero(edges)
     neighbours = [row.tolist() for row in np.split(boxes, np.searchsorted(places, np.arange(1, len(edges))))]
     sizes = np.zeros(len(edges) + 1, np.int64)
-    owner: dict[int, int] = {}  # real box -> its detection
-    owned: dict[int, int] = {}
+    owner, owned = {}, {}  # real box -> its detection, and back
     for new in range(len(edges)):
         sizes[new + 1] = sizes[new]
-        if not neighbours[new]:
-            continue
-        reached: dict[int, int] = {}  # real box -> the detection that it was reached from
-        queue = [new]
+        reached, queue = {}, [new]  # real box -> the detection that it was reached from
         for detection in queue:
             fresh = [box for box in neighbours[detection] if box not in reached]
             reached |= dict.fromkeys(fresh, detection)
@@ -169,9 +151,3 @@ def matching_sizes(edges: np.ndarray) -> np.ndarray:
                 break
             queue += [owner[box] for box in fresh]
     return sizes
-
-
-def _means_of_counted(values: np.ndarray) -> np.ndarray:
-    """(T,) means over the rows of (images, T), NaN left out; 0 where all are."""
-    counted = ~np.isnan(values)
-    return np.where(counted, values, 0).sum(0) / counted.sum(0).clip(1)

@@ -10,27 +10,20 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
-from PIL import ImageDraw, ImageFont
+from PIL import ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
 from data.files import printable
 
-MIN_SIDE_PX = 400  # smaller images are enlarged, or the captions would hide them
-MAX_ENLARGED_PX = 4000  # but not beyond this, for a long thin one
+MIN_SIDE_PX, MAX_ENLARGED_PX = 400, 4000  # smaller images are enlarged, or captions would hide them; not beyond 4000
 MIN_FONT_PX, FONT_SHARE = 12, 0.018  # of the geometric mean of an image's sides, so that it reads the same on a screen
-
 SCORES = " .0123456789"  # besides a name, in a caption
-CAPTION_LINES = (-1, 0, 1, 2, 3, -2)  # below a box's upper edge, in order of preference
-
-
-def class_color(label: int) -> tuple[int, int, int]:
-    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 1.0))
 
 
 def font_files() -> Iterator[str]:
-    """DejaVu Sans, which comes with matplotlib, and then the fonts of this machine."""
+    """Yield DejaVu Sans, which comes with matplotlib, and then the fonts of this machine."""
     yield str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
     from matplotlib.font_manager import findSystemFonts  # reads the list of all fonts
 
@@ -39,21 +32,23 @@ def font_files() -> Iterator[str]:
 
 @lru_cache(maxsize=8)
 def fonts_of(names: tuple[str, ...]) -> dict[str, str]:
-    """The first font file that has every character of a name, by name; without those that no font has."""
-    found, missing, files = {}, set(names), font_files()
+    """Return the first font file that has every character of a name, by name; names that no font has are left out."""
+    fonts, missing, files = {}, set(names), font_files()
     while missing and (file := next(files, None)):
         try:
             characters = FT2Font(file).get_charmap().keys()
             ImageFont.truetype(file, MIN_FONT_PX)  # a colour emoji font has one size only
         except (OSError, RuntimeError):
             continue
-        found |= {name: file for name in missing if characters >= set(map(ord, name + SCORES))}
-        missing -= found.keys()
-    return found
+        fonts |= {name: file for name in missing if characters >= set(map(ord, name + SCORES))}
+        missing -= fonts.keys()
+    return fonts
 
 
-def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Tensor:
-    """uint8 (3, H, W) with true boxes (n, 4) in white and detections in a colour per class, with name and score.
+def draw_detections(
+    image: Tensor, truth: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str]
+) -> Tensor:
+    """Draw true boxes (n, 4) in white and detections in a colour per class, with name and score; uint8 (3, H, W).
 
     Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged. A name that no font of this
     machine can write is drawn as its label, "#3".
@@ -64,53 +59,19 @@ def draw_detections(image: Tensor, truth: Tensor, found: dict[str, Tensor], clas
     width = max(2, round(font_px / 6))
     if len(truth):
         picture = draw_bounding_boxes(picture, truth * scale, colors="white", width=2 * width)
-    if len(found["labels"]):
-        labels, scores, boxes = found["labels"].tolist(), found["scores"].tolist(), found["boxes"].cpu() * scale
-        colors = [class_color(c) for c in labels]
-        worst_first = slice(None, None, -1)
-        picture = draw_bounding_boxes(picture, boxes.flip(0), colors=colors[worst_first], width=width)
-        class_names = [printable(name) for name in class_names]
-        fonts = fonts_of(tuple(class_names))
-        names = [class_names[c] if class_names[c] in fonts else f"#{c}" for c in labels]
-        captions = [f"{name} {s:.2f}" for name, s in zip(names, scores, strict=True)]
-        files = [fonts.get(name) for name in names]
-        picture = draw_captions(picture, boxes.tolist(), captions, colors, font_px, files)
+    names = [printable(name) for name in class_names]
+    fonts, by_font = fonts_of(tuple(names)) if len(labels) else {}, {}
+    for row, label in reversed(list(enumerate(labels.tolist()))):  # the best on top
+        by_font.setdefault(fonts.get(names[label], next(font_files())), []).append((row, label))
+    for font, rows in by_font.items():
+        captions = [f"{names[c] if names[c] in fonts else f'#{c}'} {scores[row]:.2f}" for row, c in rows]
+        hues = [colorsys.hsv_to_rgb(c * 0.618 % 1, 0.85, 1.0) for _, c in rows]
+        colors = [tuple(int(255 * part) for part in hue) for hue in hues]
+        text = ["black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.43 else "white" for r, g, b in hues]
+        style = {"colors": colors, "width": width, "label_colors": text, "fill_labels": True}
+        some = boxes.cpu()[[row for row, _ in rows]] * scale
+        picture = draw_bounding_boxes(picture, some, captions, font=font, font_size=font_px, **style)
     return picture
-
-
-def draw_captions(
-    picture: Tensor, boxes: list[list[float]], captions: list[str], colors: list[tuple[int, int, int]], font_px: int,
-    files: list[str | None] | None = None,
-) -> Tensor:  # fmt: skip
-    """Captions on a ground of the box's colour: above the box's upper edge or in lines below it, where the image and,
-    best first, other captions leave room; torchvision would put each on top of the object.
-
-    files: the font file of every caption; None is DejaVu Sans.
-    """
-    canvas = to_pil_image(picture)
-    draw = ImageDraw.Draw(canvas)
-    files = [file or next(font_files()) for file in files or [None] * len(captions)]
-    fonts = {file: ImageFont.truetype(file, font_px) for file in set(files)}
-    margin = max(2, font_px // 5)
-    placed = []
-    for (x1, y1, *_), caption, file in zip(boxes, captions, files, strict=True):
-        height = sum(fonts[file].getmetrics()) + margin
-        width = round(fonts[file].getlength(caption)) + 2 * margin
-        left = max(0, min(round(x1), canvas.width - width))
-        tops = (round(y1) + line * (height + 1) for line in CAPTION_LINES)
-        tops = [top for top in tops if 0 <= top <= canvas.height - height] or [0]
-        areas = [(left, top, left + width, top + height) for top in tops]
-        placed.append(next((a for a in areas if not any(overlap(a, other) for other in placed)), areas[0]))
-    for area, caption, color, file in list(zip(placed, captions, colors, files, strict=True))[::-1]:  # the best on top
-        draw.rectangle(area, fill=color)
-        brightness = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
-        fill = "black" if brightness > 110 else "white"
-        draw.text((area[0] + margin, area[1]), caption, fill=fill, font=fonts[file])
-    return pil_to_tensor(canvas)
-
-
-def overlap(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> None:
@@ -120,7 +81,7 @@ def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> 
 
 
 def draw_curves(log: list[dict], path: Path) -> None:
-    """Loss terms, average precision and supplies over the steps, from the lines of log.jsonl."""
+    """Draw loss terms, average precision and supplies over the steps, from the lines of log.jsonl."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

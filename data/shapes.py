@@ -1,9 +1,8 @@
 """A generated detection data set in COCO layout: five kinds of shapes, a third of the images crowded.
 
-Small and quick to learn, yet with what label assignment is about: rows and clusters of similar shapes whose
-boxes overlap by an IoU of 0.3 to 0.6, and shapes nested about one centre. A box is that of the whole shape,
-covered parts included, clipped to the image; no shape is covered so far that it could not be found. Lengths
-are in px.
+Small and quick to learn, with the hard cases of label assignment: rows and clusters of similar shapes whose boxes
+overlap by an IoU of 0.3 to 0.6, and shapes nested about one centre. A box is that of the whole shape with its covered
+parts, clipped to the image; at least half of a shape is visible. Lengths are in px.
 """
 
 import hashlib
@@ -19,6 +18,8 @@ import torch
 from numpy.random import Generator as Rng
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
+
+Proposals = Iterator[tuple[int, float, np.ndarray]]  # class, size and centre of the next shape
 
 VERSION = 2  # to be raised with any change to the pictures: it is part of the folder's name
 CLASSES = ("circle", "square", "triangle", "star", "ring")
@@ -46,7 +47,7 @@ SETTINGS = (
 
 
 def shapes_folder() -> str:
-    """The name of the folder for today's settings, so that a change of settings makes a new set."""
+    """Return the name of the folder for these settings, so that a change of settings makes a new set."""
     return "shapes-" + hashlib.sha256(repr(SETTINGS).encode()).hexdigest()[:8]
 
 
@@ -60,48 +61,40 @@ def generate_shapes(
     crowded_share: float = CROWDED_SHARE,
     one_class: bool = False,
 ) -> None:
-    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; the same bytes for a seed.
+    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes.
 
-    With `one_class` every shape is of the class "shape", as in sets of people in crowds.
-
-    `root` appears when it is complete, also where several processes write it at once.
+    With `one_class` every shape is of the class "shape". `root` appears when it is complete, also if several processes
+    write it at once.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
         made = Path(unfinished) / root.name
         (made / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
-            content = _write_split(made / name, count, size_px, crowded_share, (seed, split))
-            if one_class:
-                content["categories"] = [{"id": 1, "name": "shape"}]
-                content["annotations"] = [annotation | {"category_id": 1} for annotation in content["annotations"]]
+            (made / name).mkdir()
+            names = ("shape",) if one_class else CLASSES
+            categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
+            images, annotations = [], []
+            for i in range(1, count + 1):
+                scene = Scene(size_px, np.random.default_rng([seed, split, i - 1]))
+                scene.fill(crowded_share)
+                file_name = f"{i:06d}.jpg"
+                pixels = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
+                pixels.save(made / name / file_name, quality=JPEG_QUALITY)
+                images.append({"id": i, "file_name": file_name, "width": size_px, "height": size_px})
+                for shape in scene.shapes:
+                    x1, y1, x2, y2 = shape.box(size_px).round(2).tolist()
+                    w, h = round(x2 - x1, 2), round(y2 - y1, 2)
+                    label = 0 if one_class else shape.label
+                    ids = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "bbox": [x1, y1, w, h]}
+                    annotations.append(ids | {"area": round(w * h, 2), "iscrowd": 0, "segmentation": []})
+            content = {"images": images, "annotations": annotations, "categories": categories}
             (made / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
         try:
             os.rename(made, root)
         except OSError:
             if not root.is_dir():  # otherwise another process was first, with the same pictures
                 raise
-
-
-def _write_split(folder: Path, count: int, size_px: int, crowded_share: float, seed: tuple[int, int]) -> dict:
-    """Write the images, return the content of the annotation file."""
-    folder.mkdir()
-    images, annotations = [], []
-    for index in range(count):
-        scene = Scene(size_px, np.random.default_rng([*seed, index]))
-        scene.fill(crowded_share)
-        file_name = f"{index + 1:06d}.jpg"
-        pixels = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
-        pixels.save(folder / file_name, quality=JPEG_QUALITY)
-        images.append({"id": index + 1, "file_name": file_name, "width": size_px, "height": size_px})
-        for shape in scene.shapes:
-            x1, y1, x2, y2 = shape.box(size_px).round(2).tolist()
-            w, h = round(x2 - x1, 2), round(y2 - y1, 2)
-            ids = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": shape.label + 1}
-            box = {"bbox": [x1, y1, w, h], "area": round(w * h, 2), "iscrowd": 0, "segmentation": []}
-            annotations.append(ids | box)
-    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class Shape:
     angle: float
 
     def outline(self, inset: float = 0.0) -> np.ndarray:
-        """(V, 2) vertices around the shape's own centre; `inset` px further in along the radius."""
+        """Return (V, 2) vertices around the shape's own centre; `inset` px further in along the radius."""
         kind, radius = CLASSES[self.label], self.radius - inset
         corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
         turns = self.angle + np.arange(corners) * (2 * np.pi / corners)
@@ -124,12 +117,12 @@ class Shape:
         return np.stack([radii * np.cos(turns), radii * np.sin(turns)], 1)
 
     def box(self, size_px: int) -> np.ndarray:
-        """x1 y1 x2 y2 of the whole shape, clipped to the image."""
+        """Return x1 y1 x2 y2 of the whole shape, clipped to the image."""
         centre, outline = (self.x, self.y), self.outline()
         return np.concatenate([outline.min(0) + centre, outline.max(0) + centre]).clip(0, size_px)
 
     def coverage(self, left: int, top: int, side: int, inset: float = 0.0) -> np.ndarray:
-        """(side, side) share of each pixel that the shape covers, 0..1, in a window at left, top."""
+        """Return the (side, side) share of each pixel that the shape covers, 0..1, in a window at left, top."""
         centre = np.array([self.x - left, self.y - top])
         patch = Image.new("L", (2 * side, 2 * side))
         draw = ImageDraw.Draw(patch)
@@ -148,9 +141,9 @@ class Scene:
         self.size_px, self.rng = size_px, rng
         self.canvas = _background(size_px, rng)
         self.shapes: list[Shape] = []
-        self._owner = np.full((size_px, size_px), -1)  # index of the topmost shape at each pixel
+        self._topmost = np.full((size_px, size_px), -1)  # index of the topmost shape at each pixel
         # Pixels of each shape, all of them and those that no later shape covers.
-        self._own_pixels = self._visible = np.zeros(0, np.int64)
+        self._pixels = self._visible = np.zeros(0, np.int64)
 
     def fill(self, crowded_share: float = CROWDED_SHARE) -> None:
         kind = self.rng.random()
@@ -159,22 +152,23 @@ class Scene:
         crowded = kind > 1 - crowded_share
         low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
         wanted = int(self.rng.integers(low, high + 1))
-        propose = self._sparse_proposals()
+        proposals = self._sparse()
         if crowded:
-            propose = self._nest_proposals() if self.rng.random() < NESTED_SHARE else self._crowd_proposals()
-        for _, shape in zip(range(ATTEMPTS_PER_OBJECT * wanted), propose, strict=False):
-            self._add(shape)
+            proposals = self._nest() if self.rng.random() < NESTED_SHARE else self._crowd()
+        for _, (label, size, place) in zip(range(ATTEMPTS_PER_OBJECT * wanted), proposals, strict=False):
+            angle = float(self.rng.uniform(0, 2 * np.pi))
+            self._add(Shape(label, float(place[0]), float(place[1]), float(size / 2), angle))
             if len(self.shapes) == wanted:
                 return
 
-    def _sparse_proposals(self) -> Iterator[Shape]:
-        """Any size, any place."""
+    def _sparse(self) -> Proposals:
+        """Propose any size at any place."""
         while True:
             size = self.size_px * np.exp(self.rng.uniform(*np.log(SPARSE_SIZE)))
-            yield self._shape(int(self.rng.integers(len(CLASSES))), size, *self._place(size))
+            yield int(self.rng.integers(len(CLASSES))), size, self._place(size)
 
-    def _crowd_proposals(self) -> Iterator[Shape]:
-        """A row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
+    def _crowd(self) -> Proposals:
+        """Propose a row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
         rng = self.rng
         in_row, one_class = rng.random(2) < 0.5
         common_size, common_label = self.size_px * rng.uniform(*CROWD_SIZE), int(rng.integers(len(CLASSES)))
@@ -188,12 +182,12 @@ class Scene:
                 turn = heading + rng.normal(0, 0.15) if in_row else rng.uniform(0, 2 * np.pi)
                 step = size * rng.uniform(*CROWD_STEP)
                 place = np.array([parent.x + step * np.cos(turn), parent.y + step * np.sin(turn)])
-                if not self._is_inside(place, size):
+                if ((place < BORDER * size) | (place > self.size_px - BORDER * size)).any():
                     continue
-            yield self._shape(label, size, *place)
+            yield label, size, place
 
-    def _nest_proposals(self) -> Iterator[Shape]:
-        """Shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
+    def _nest(self) -> Proposals:
+        """Propose shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
         rng = self.rng
         while True:
             label = int(rng.integers(len(CLASSES)))
@@ -205,51 +199,39 @@ class Scene:
                 place = np.array([parent.x, parent.y]) + rng.uniform(-1, 1, 2) * NEST_STEP * size
                 if size < SPARSE_SIZE[0] * self.size_px:
                     continue
-            yield self._shape(label, size, *place)
-
-    def _shape(self, label: int, size: float, x: float, y: float) -> Shape:
-        return Shape(label, float(x), float(y), float(size / 2), float(self.rng.uniform(0, 2 * np.pi)))
+            yield label, size, place
 
     def _place(self, size: float) -> np.ndarray:
         return self.rng.uniform(BORDER * size, self.size_px - BORDER * size, 2)
 
-    def _is_inside(self, place: np.ndarray, size: float) -> bool:
-        return bool((place >= BORDER * size).all() and (place <= self.size_px - BORDER * size).all())
-
     def _add(self, shape: Shape) -> None:
-        """Draw the shape on top, unless it or one below could then no longer be found."""
+        """Draw the shape on top, unless it or one below could then no longer be found, or it repeats another's box."""
         side = int(2 * shape.radius) + 4
         left, top = int(shape.x - shape.radius) - 2, int(shape.y - shape.radius) - 2
-        # The window that the shape is drawn in, and what of it lies in the image.
+        # The window that the shape is drawn in, and its part inside the image.
         x1, y1 = max(left, 0), max(top, 0)
         seen = np.s_[y1 - top : self.size_px - top, x1 - left : self.size_px - left]
         coverage = shape.coverage(left, top, side)
+        pixels = np.append(self._pixels, (coverage > 0.5).sum())
+        coverage = coverage[seen]
         mask = coverage > 0.5
-        own_pixels = np.append(self._own_pixels, mask.sum())
-        mask, coverage = mask[seen], coverage[seen]
-        there = np.s_[y1 : y1 + mask.shape[0], x1 : x1 + mask.shape[1]]
-
-        covered = np.bincount(self._owner[there][mask] + 1, minlength=len(self.shapes) + 1)[1:]
+        window = np.s_[y1 : y1 + mask.shape[0], x1 : x1 + mask.shape[1]]
+        covered = np.bincount(self._topmost[window][mask] + 1, minlength=len(self.shapes) + 1)[1:]
         visible = np.append(self._visible - covered, mask.sum())
-        if (visible < MIN_VISIBLE * own_pixels).any() or self._is_double(shape):
-            return
-        self._owner[there][mask] = len(self.shapes)
-        self.shapes.append(shape)
-        self._own_pixels, self._visible = own_pixels, visible
-        interior = shape.coverage(left, top, side, inset=OUTLINE_PX)[seen]
-        self.canvas[there] = _painted(self.canvas[there], coverage[..., None], interior[..., None], self.rng)
-
-    def _is_double(self, shape: Shape) -> bool:
-        """Whether the box nearly repeats an earlier one."""
-        if not self.shapes:
-            return False
         boxes = torch.from_numpy(np.stack([s.box(self.size_px) for s in [*self.shapes, shape]]))
         limits = [MAX_IOU_SAME_CLASS if s.label == shape.label else MAX_IOU for s in self.shapes]
-        return bool((box_iou(boxes[-1:], boxes[:-1])[0] > torch.tensor(limits)).any())
+        repeats = box_iou(boxes[-1:], boxes[:-1])[0] > torch.tensor(limits)
+        if (visible < MIN_VISIBLE * pixels).any() or repeats.any():
+            return
+        self._topmost[window][mask] = len(self.shapes)
+        self.shapes.append(shape)
+        self._pixels, self._visible = pixels, visible
+        interior = shape.coverage(left, top, side, inset=OUTLINE_PX)[seen]
+        self.canvas[window] = _painted(self.canvas[window], coverage[..., None], interior[..., None], self.rng)
 
 
 def _background(size_px: int, rng: Rng) -> np.ndarray:
-    """(size_px, size_px, 3) colour gradients, blotches and pixel noise."""
+    """Return (size_px, size_px, 3) colour gradients, blotches and pixel noise."""
     canvas = rng.uniform(2, 8) * rng.standard_normal((size_px, size_px, 3), np.float32)
     for cells, contrast in ((2, 55), (5, 25), (16, 12)):
         grid = (128 + rng.normal(0, contrast, (cells, cells, 3))).clip(0, 255).astype(np.uint8)
@@ -258,7 +240,7 @@ def _background(size_px: int, rng: Rng) -> np.ndarray:
 
 
 def _painted(under: np.ndarray, coverage: np.ndarray, interior: np.ndarray, rng: Rng) -> np.ndarray:
-    """The window `under` (h, w, 3) with a striped, shaded, outlined shape over it."""
+    """Return the window `under` (h, w, 3) with a striped, shaded, outlined shape over it."""
     below = (under * coverage).sum((0, 1)) / coverage.sum()
     palette = rng.uniform(20, 235, (4, 3))
     colour = palette[np.abs(palette - below).sum(1).argmax()]  # stands out from what is below

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .assign_reference import ota_assign_reference
 from .assign_torch import ota_assign_torch
-from .config import Assignment, Inputs, OTAConfig
+from .config import NAMESPACE, Assignment, Inputs, OTAConfig
 from .grid import PointGrid
 
 try:
@@ -24,7 +24,6 @@ except ImportError as error:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = {"reference": ota_assign_reference, "torch": ota_assign_torch, "triton": ota_assign_triton}
-NAMESPACE = __package__.replace(".", "_")  # a process may hold two copies of this folder; operators need unique names
 
 
 def choose_backend(backend: str | None, backends: Iterable[str], device: torch.device) -> str:

@@ -43,7 +43,7 @@ class _Solution(NamedTuple):
 
 
 def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of paired (P, 4) boxes."""
+    """IoU and generalised IoU of P pairs of boxes, (P, 4) each."""
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
     bx1, by1, bx2, by2 = boxes.unbind(1)
     width = (torch.minimum(gx2, bx2) - torch.maximum(gx1, bx1)).clamp(min=0)
@@ -83,7 +83,7 @@ def _supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tens
     count = torch.bincount(gt, minlength=num_rows)
     if config.fixed_k is not None:
         return count.clamp(max=config.fixed_k)
-    # One sort orders by ground truth and, within it, by falling IoU: bits of a float >= 0 sort like the float.
+    # One sort orders by ground truth and then by falling IoU: bits of a float >= 0 sort like the float.
     key = (gt << 32) + (0x7FFFFFFF - iou.view(torch.int32))
     key, order = key.sort(stable=True)
     rank = torch.arange(gt.numel(), device=gt.device) - (count.cumsum(0) - count)[gt]

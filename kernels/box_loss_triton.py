@@ -17,27 +17,34 @@ import triton.language as tl
 from torch import Tensor
 
 from .center_prior_triton import load_boxes
-from .config import GIOU_EPS
-from .focal_triton import NAMESPACE, contiguous, keep_inputs, sigmoid_softplus
+from .config import GIOU_EPS, NAMESPACE
+from .focal_triton import contiguous, keep_inputs, sigmoid_softplus
 
 _EPS = tl.constexpr(GIOU_EPS)
-_POINTS = 128
-_WARPS = 4
-# Numbers that change from batch to batch: no kernel is compiled anew because one of them is 1 or a multiple of 16.
-_VARYING = ["num_points", "G", "programs"]
+_POINTS = tl.constexpr(128)
+_VARYING = ["num_points", "G"]  # change from batch to batch: Triton must not recompile for 1 or multiples of 16
+_INPUTS = "Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes"
 
 
 @triton.jit
-def _point_tile(gt_index, num_points, G, POINTS: tl.constexpr):
-    """Points of this program, whether they exist, whether they are matched, and to which row."""
-    point = tl.program_id(0).to(tl.int64) * POINTS + tl.arange(0, POINTS)
-    gt = tl.load(gt_index + point, mask=point < num_points, other=-1)
-    return point, point < num_points, (gt >= 0) & (gt < G), gt
+def _load(inputs, num_points, G):
+    """This program's points, whether they exist and are matched, both boxes, IoU logits and their targets."""
+    boxes, iou_logits, gt_index, iou, gt_boxes = inputs
+    point = tl.program_id(0).to(tl.int64) * _POINTS + tl.arange(0, _POINTS)
+    exists = point < num_points
+    gt = tl.load(gt_index + point, mask=exists, other=-1)
+    matched = (gt >= 0) & (gt < G)
+    z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
+    target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
+    box, gt_box = load_boxes(boxes + point * 4, matched), load_boxes(gt_boxes + gt * 4, matched)
+    return point, exists, matched, box, gt_box, z, target
 
 
 @triton.jit
-def _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2):
+def _sides(box, gt_box):
     """Width and height of the overlap, 0 where there is none, and of the hull."""
+    x1, y1, x2, y2 = box
+    gx1, gy1, gx2, gy2 = gt_box
     width, height = tl.minimum(x2, gx2) - tl.maximum(x1, gx1), tl.minimum(y2, gy2) - tl.maximum(y1, gy1)
     meet = (width > 0.0) & (height > 0.0)
     hull_width, hull_height = tl.maximum(x2, gx2) - tl.minimum(x1, gx1), tl.maximum(y2, gy2) - tl.minimum(y1, gy1)
@@ -45,8 +52,9 @@ def _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2):
 
 
 @triton.jit
-def _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap):
-    return (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - overlap
+def _area(box):
+    x1, y1, x2, y2 = box
+    return (x2 - x1) * (y2 - y1)
 
 
 @triton.jit
@@ -56,96 +64,73 @@ def _share(side, other):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _box_loss_kernel(
-    partial, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G, programs, POINTS: tl.constexpr
-):
-    point, _, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
-    x1, y1, x2, y2 = load_boxes(boxes + point * 4, matched)
-    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, matched)
-    width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
+def _box_loss_kernel(partial, inputs, num_points, G):
+    _, _, matched, box, gt_box, z, target = _load(inputs, num_points, G)
+    width, height, hull_width, hull_height = _sides(box, gt_box)
     overlap, hull = width * height, hull_width * hull_height
-    union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap)
+    union = _area(box) + _area(gt_box) - overlap
     giou = 1.0 - tl.div_rn(overlap, union + _EPS) + tl.div_rn(hull - union, hull + _EPS)
-    z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
-    target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
     _, _, softplus = sigmoid_softplus(z)
-    tl.store(partial + tl.program_id(0), tl.sum(tl.where(matched, giou, 0.0), 0))
-    tl.store(partial + programs + tl.program_id(0), tl.sum(tl.where(matched, softplus - z * target, 0.0), 0))
+    partial += tl.program_id(0)
+    tl.store(partial, tl.sum(tl.where(matched, giou, 0.0), 0))
+    tl.store(partial + tl.num_programs(0), tl.sum(tl.where(matched, softplus - z * target, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _box_gradient_kernel(
-    box_gradient, logit_gradient, upstream, boxes, iou_logits, gt_index, iou, gt_boxes, num_points, G,
-    POINTS: tl.constexpr,
-):  # fmt: skip
-    point, here, matched, gt = _point_tile(gt_index, num_points, G, POINTS)
-    x1, y1, x2, y2 = load_boxes(boxes + point * 4, matched)
-    gx1, gy1, gx2, gy2 = load_boxes(gt_boxes + gt * 4, matched)
-    width, height, hull_width, hull_height = _sides(x1, y1, x2, y2, gx1, gy1, gx2, gy2)
-    overlap = width * height
-    union = _union(x1, y1, x2, y2, gx1, gy1, gx2, gy2, overlap) + _EPS
-    hull = hull_width * hull_height + _EPS
+def _box_gradient_kernel(box_gradient, logit_gradient, upstream, inputs, num_points, G):
+    point, exists, matched, box, gt_box, z, target = _load(inputs, num_points, G)
+    (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = box, gt_box
+    width, height, hull_width, hull_height = _sides(box, gt_box)
+    overlap, hull = width * height, hull_width * hull_height + _EPS
+    union = _area(box) + _area(gt_box) - overlap + _EPS
     giou_scale, entropy_scale = tl.load(upstream), tl.load(upstream + 1)
-    # The terms cancel, so that quotients are rounded as in IEEE 754; the operator / is off by two units.
+    # The terms cancel, so quotients are rounded as in IEEE 754; the operator / is off by up to two units.
     by_area = tl.div_rn(tl.div_rn(overlap, union), union) - tl.div_rn(1.0, hull)
     by_overlap = giou_scale * (-tl.div_rn(1.0, union) - by_area)
     by_hull = giou_scale * tl.div_rn(tl.div_rn(union, hull), hull)
     by_area *= giou_scale
-    # Overlap and area grow with x2 and y2 and shrink with x1 and y1; the hull's sides are those that are farther out.
+    # Overlap and area grow with x2 and y2 and shrink with x1 and y1; the outer sides of both boxes bound the hull.
     by_x1 = -by_overlap * height * _share(x1, gx1) - by_area * (y2 - y1) - by_hull * hull_height * _share(gx1, x1)
     by_y1 = -by_overlap * width * _share(y1, gy1) - by_area * (x2 - x1) - by_hull * hull_width * _share(gy1, y1)
     by_x2 = by_overlap * height * _share(gx2, x2) + by_area * (y2 - y1) + by_hull * hull_height * _share(x2, gx2)
     by_y2 = by_overlap * width * _share(gy2, y2) + by_area * (x2 - x1) + by_hull * hull_width * _share(y2, gy2)
     kind = box_gradient.dtype.element_ty
     side = box_gradient + point * 4
-    tl.store(side, tl.where(matched, by_x1, 0.0).to(kind), mask=here)
-    tl.store(side + 1, tl.where(matched, by_y1, 0.0).to(kind), mask=here)
-    tl.store(side + 2, tl.where(matched, by_x2, 0.0).to(kind), mask=here)
-    tl.store(side + 3, tl.where(matched, by_y2, 0.0).to(kind), mask=here)
-
-    z = tl.load(iou_logits + point, mask=matched, other=0.0).to(tl.float32)
-    target = tl.load(iou + point, mask=matched, other=0.0).to(tl.float32)
+    tl.store(side, tl.where(matched, by_x1, 0.0).to(kind), mask=exists)
+    tl.store(side + 1, tl.where(matched, by_y1, 0.0).to(kind), mask=exists)
+    tl.store(side + 2, tl.where(matched, by_x2, 0.0).to(kind), mask=exists)
+    tl.store(side + 3, tl.where(matched, by_y2, 0.0).to(kind), mask=exists)
     p, _, _ = sigmoid_softplus(z)
     by_logit = tl.where(matched, entropy_scale * (p - target), 0.0)
-    tl.store(logit_gradient + point, by_logit.to(logit_gradient.dtype.element_ty), mask=here)
+    tl.store(logit_gradient + point, by_logit.to(logit_gradient.dtype.element_ty), mask=exists)
 
 
-@torch.library.custom_op(
-    f"ota_triton::box_sums_{NAMESPACE}",
-    mutates_args=(),
-    schema="(Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) -> Tensor",
-)
+@torch.library.custom_op(f"ota_triton::box_sums_{NAMESPACE}", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def box_sums(boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor) -> Tensor:
     """Both sums, (2,)."""
     num_points = gt_index.numel()
-    programs = triton.cdiv(num_points, _POINTS)
+    programs = triton.cdiv(num_points, _POINTS.value)
     partial = torch.empty(2, programs, dtype=torch.float32, device=boxes.device)
-    if programs > 0:
+    if num_points > 0:
+        inputs = contiguous(boxes, iou_logits, gt_index, iou, gt_boxes)
         with torch.cuda.device_of(boxes):
-            _box_loss_kernel[(programs,)](
-                partial, *contiguous(boxes, iou_logits, gt_index, iou, gt_boxes), num_points, len(gt_boxes), programs,
-                POINTS=_POINTS, num_warps=_WARPS,
-            )  # fmt: skip
+            _box_loss_kernel[(programs,)](partial, inputs, num_points, len(gt_boxes))
     return partial.sum(1)
 
 
-@torch.library.custom_op(
-    f"ota_triton::box_gradient_{NAMESPACE}",
-    mutates_args=(),
-    schema="(Tensor upstream, Tensor boxes, Tensor iou_logits, Tensor gt_index, Tensor iou, Tensor gt_boxes) "
-    "-> (Tensor, Tensor)",
-)
+_SCHEMA = f"(Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)"
+
+
+@torch.library.custom_op(f"ota_triton::box_gradient_{NAMESPACE}", mutates_args=(), schema=_SCHEMA)
 def box_gradient(
     upstream: Tensor, boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    num_points = gt_index.numel()
-    gradients = _empty_gradients(boxes, iou_logits)
+    num_points, gradients = gt_index.numel(), _empty_gradients(boxes, iou_logits)
     if num_points > 0:
+        upstream, *inputs = contiguous(upstream, boxes, iou_logits, gt_index, iou, gt_boxes)
+        programs = (triton.cdiv(num_points, _POINTS.value),)
         with torch.cuda.device_of(boxes):
-            _box_gradient_kernel[(triton.cdiv(num_points, _POINTS),)](
-                *gradients, *contiguous(upstream, boxes, iou_logits, gt_index, iou, gt_boxes), num_points,
-                len(gt_boxes), POINTS=_POINTS, num_warps=_WARPS,
-            )  # fmt: skip
+            _box_gradient_kernel[programs](*gradients, upstream, tuple(inputs), num_points, len(gt_boxes))
     return gradients
 
 
@@ -170,9 +155,7 @@ def _backward(ctx, upstream: Tensor):
 box_sums.register_autograd(_backward, setup_context=keep_inputs)
 
 
-def box_loss_triton(
-    boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
-) -> tuple[Tensor, Tensor]:
+def box_loss_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The contract of `box_loss`, on a GPU, or on a CPU in Triton's interpreter."""
-    sums = box_sums(boxes, iou_logits, gt_index, iou, gt_boxes)
-    return sums[0], sums[1]  # unbind's results refuse to be changed in place
+    sums = box_sums(*inputs)
+    return sums[0], sums[1]  # the results of unbind cannot be changed in place

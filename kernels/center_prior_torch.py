@@ -1,8 +1,7 @@
 """Center prior: which points are candidates of which ground truths (paper, section 3.3), by arithmetic on the grid.
 
-A ground truth's points inside its box are a range of columns and a range of rows on each level, and the closest
-ones to its centre follow from the grid, so no distance to all N points is ever taken.
-G ground truths, L levels, P candidate pairs.
+The points inside a box are a range of columns and a range of rows on each level, and the closest ones to its centre
+follow from the grid, so distances to all N points are never computed. G ground truths, L levels, P candidate pairs.
 """
 
 from functools import lru_cache
@@ -34,10 +33,10 @@ def possible_ranks(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(center: Tensor, stride: Tensor, size: Tensor, count: int) -> Tensor:
-    """The `count` grid coordinates (..., count) closest to a centre on one axis, the lower one first on a tie.
+    """The `count` grid coordinates (..., count) closest to a centre on one axis; ties go to the lower one.
 
-    The m closest form a run that starts at ceil(a - m / 2), a being the centre in grid coordinates, pushed back
-    inside the grid. Entries from rank `size` on mean nothing.
+    The m closest form a run that starts at ceil(a - m / 2), a being the centre in grid coordinates, shifted into the
+    grid. Entries from rank `size` on are meaningless.
     """
     m = torch.arange(1, count + 1, device=center.device)
     half = (stride * (UNITS_PER_PX // 2))[..., None]
@@ -51,7 +50,7 @@ def _inside_range(low: Tensor, high: Tensor, stride: Tensor) -> tuple[Tensor, Te
     """First and last grid coordinate of the points farther than the margin from both sides of a box, one axis."""
     first = (low / stride - 0.5).floor()
     last = (high / stride - 0.5).ceil()
-    for _ in range(2):  # the guess is at most two short; the test itself is the literal one
+    for _ in range(2):  # the quotients are off by two at most; this comparison is the definition
         first = first + ((first + 0.5) * stride - low <= INSIDE_MARGIN_PX).float()
         last = last - (high - (last + 0.5) * stride <= INSIDE_MARGIN_PX).float()
     return first.long(), last.long()
@@ -107,7 +106,7 @@ def _closest_in_ranges(
     exists = (rank_x < columns[:, None]) & (rank_y < rows[:, None])
     distance = distance.masked_fill(~exists, torch.iinfo(torch.int64).max)
 
-    # Closest first, the lower point on a tie: two stable sorts, the last one by distance.
+    # Closest first, ties to the lower point: two stable sorts, the second one by distance.
     point, by_point = (level_start[:, None] + y * columns[:, None] + x).sort(dim=1)
     by_distance = distance.gather(1, by_point).argsort(dim=1, stable=True)[:, :count]
     chosen = by_point.gather(1, by_distance)
@@ -119,7 +118,7 @@ def _closest_in_ranges(
 
 
 def _closest_point(center: Tensor, grid: PointGrid) -> Tensor:
-    """(G,) the one point closest to the centre over all levels, the finest level first on a tie."""
+    """(G,) the point closest to the centre over all levels; ties go to the finest level."""
     stride, columns, rows, level_start = _level_table(grid, center.device)
     unit = stride * (UNITS_PER_PX // 2)
     shape = (center.shape[0], len(grid.strides))
@@ -142,7 +141,7 @@ def candidate_pairs(gt_boxes: Tensor, valid: Tensor, grid: PointGrid, config: OT
         gt, point = _all_in_ranges(ranges, grid)
     without = torch.bincount(gt, minlength=len(rows)) == 0
     if without.any():
-        lonely = without.nonzero()[:, 0]
-        gt, order = torch.cat([gt, lonely]).sort(stable=True)
-        point = torch.cat([point, _closest_point(center[lonely], grid)])[order]
+        added = without.nonzero()[:, 0]
+        gt, order = torch.cat([gt, added]).sort(stable=True)
+        point = torch.cat([point, _closest_point(center[added], grid)])[order]
     return rows[gt], point

@@ -3,10 +3,10 @@
 Points are ordered level by level, row by row, x fastest; point (x, y) of a level with stride s lies at
 ((x + 0.5) s, (y + 0.5) s) px. L levels, N points over all levels, G ground truths.
 
-Which points are closest to a box centre must not depend on rounding, or two backends would disagree. So
-centres and points are integers in units of 2^-16 px, squared distances are exact in int64, and equal
-distances go to the lower point index. Whether a point is inside a box needs no such care: next to the
-threshold the float32 difference of the two coordinates is exact (Sterbenz).
+Which points are closest to a box centre must not depend on rounding, or two backends would disagree. So centres and
+points are integers in units of 2^-16 px, squared distances are exact in int64, and ties go to the lower point index.
+Whether a point is inside a box may be computed in float32: next to the threshold the difference of the two coordinates
+is exact (Sterbenz).
 """
 
 import math
@@ -68,7 +68,7 @@ class PointGrid:
 
 
 def box_centers(gt_boxes: Tensor) -> Tensor:
-    """Centres of (G, 4) boxes as (G, 2) int64 in units of 2^-16 px; sides are rounded to 2^-15 px first."""
+    """Centres of (G, 4) boxes as (G, 2) int64 in units of 2^-16 px; sides are first rounded to 2^-15 px."""
     sides = gt_boxes.float().nan_to_num(0.0).clamp(-MAX_SIDE_PX, 2 * MAX_SIDE_PX)
     sides = (sides * (UNITS_PER_PX // 2)).round().long()
     return sides[:, :2] + sides[:, 2:]
@@ -82,8 +82,8 @@ def radius_in_units(radius: float, stride: int) -> int:
 def valid_rows(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Image index (G,) of every ground truth row, and which rows (G,) take part in the assignment.
 
-    A row takes part when it belongs to an image, its box is finite with positive sides and its label is in
-    [0, C). The image index of a row outside all images is clamped, so that it is safe to gather with.
+    A row takes part when it belongs to an image, its box is finite with positive sides and its label is in [0, C).
+    The image index of a row outside all images is clamped, so that gathering with it is safe.
     """
     rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
     image = torch.bucketize(rows, gt_offsets.to(rows.dtype).contiguous(), right=True) - 1

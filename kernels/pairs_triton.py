@@ -242,7 +242,7 @@ COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interprete
 
 
 def _register_limit() -> dict[str, int]:
-    """By default NVIDIA's assembler aims at fewer registers than there are, and spills a few values."""
+    """Allow 128 registers: by default NVIDIA's assembler uses fewer and spills a few values."""
     on_nvidia = COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda"
     return {"maxnreg": 128} if on_nvidia else {}
 

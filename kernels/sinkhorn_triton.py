@@ -3,21 +3,17 @@
 The plan is a sparse matrix, stored twice: by ground truth, as find_pairs packed it ("slots"), and by point, after one
 stable sort ("edges"). So each half of an iteration sums consecutive memory and gathers the other side's factors,
 without atomics. Background is one more entry of every point. The points that are no candidate have background as their
-only supplier: one column that counts `rest` times, a scalar in registers. Images share nothing, and sums run in an
-order that the batch does not change.
+only supplier: one column that counts `rest` times. Sums run in an order that the batch does not change.
 
 The first iteration is in the log domain, with potentials u and v in float64. After it every row of the plan
 P = exp(u + v - c) sums to its supply s, and an iteration multiplies: by point b = 1 / sum_i P_ij a_i, by ground truth
 a = s / sum_j P_ij b_j, with P in float32. No column of P then sums to less than min(1, s) / N, so an iteration changes
 a factor at most N / min(1, s) times. That bounds how many iterations fit float32 (_burst) before the factors move into
 u and v and P is computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
-
-B images, N anchor points over all levels, G ground truths of a batch.
 """
 
 import math
 from collections import namedtuple
-from typing import NamedTuple
 
 import torch
 import triton
@@ -35,20 +31,11 @@ _LOG_POINTS = tl.constexpr(512)  # in the log domain, where registers for float6
 _ROWS, _SLOTS = tl.constexpr(64), tl.constexpr(32)  # a tile of ground truths, and the slots of each handled at once
 _EDGES = tl.constexpr(2048)
 _OPTIONS = dict(num_warps=16, enable_fp_fusion=False)
-# These change from batch to batch: Triton must not recompile for 1 or multiples of 16.
-_VARYING = ["G", "N", "iterations", "burst", "burst_when_full"]
+_VARYING = ["G", "N", "iterations", "burst", "burst_when_full"]  # see pairs_triton.py
 
-
-class Potentials(NamedTuple):
-    """Solution of Sinkhorn in units of eps / log2(e): log2 of a plan entry is u + v - cost."""
-
-    u: Tensor  # (G,) float64
-    u_background: Tensor  # (B,) float64
-    v: Tensor  # (points,) float64, by position in the image's list of candidate points
-    column: Tensor  # (slots,) int32, position of a slot's point in that list
-    first: Tensor  # (B,) start of an image's list
-
-
+# The solution in units of eps / log2(e), float64: log2 of a plan entry is u + v - cost. u (G,), u_background (B,);
+# v[first[b] + i] is that of the i-th candidate point of image b, and column (slots,) has the i of a slot's point.
+Potentials = namedtuple("Potentials", "u u_background v column first")
 # Pairs of one image by point: pointers to every edge's row, cost and plan entry, and to every point's first edge.
 _Edges = namedtuple("_Edges", "gt cost plan begin num_points")
 # Pairs of one image by ground truth: pointers to every slot's point, cost and plan entry, and to every row's first
@@ -107,7 +94,7 @@ def _add_exponents(peak, total, t):
 @triton.jit
 def _list_points(by_point, sorted_point, order, pair_gt, pair_cost, first, end):
     """Write the image's edges by point, and each point's first edge. Returns the number of points."""
-    edge_gt, edge_cost, slot_column, point_begin, flat_point = by_point
+    edge_gt, edge_cost, slot_column, begin, flat_point = by_point
     num_points = tl.zeros([], tl.int32)
     for base in range(first, end, _EDGES):
         e = base + tl.arange(0, _EDGES)
@@ -120,10 +107,10 @@ def _list_points(by_point, sorted_point, order, pair_gt, pair_cost, first, end):
         tl.store(edge_gt + e, tl.load(pair_gt + slot, mask=exists, other=0), mask=exists)
         tl.store(edge_cost + e, tl.load(pair_cost + slot, mask=exists, other=0.0), mask=exists)
         tl.store(slot_column + slot, column, mask=exists)
-        tl.store(point_begin + column, e, mask=head)
+        tl.store(begin + column, e, mask=head)
         tl.store(flat_point + column, point, mask=head)
         num_points += tl.sum(head.to(tl.int32), 0)
-    tl.store(point_begin + num_points, end)
+    tl.store(begin + num_points, end)
     return num_points
 
 
@@ -236,18 +223,15 @@ def _absorb(potential, factor, first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _decode(match, boxes, gt_boxes, shift, background_shift, flat_point, edges):
-    """Give every listed point to the supplier with the largest 2^(v - c - shift): ties go to the lowest row, then to
-    background. A point's edges are in the order of rows.
-    """
-    gt_index, iou = match
+def _decode(gt_index, iou, boxes, gt_boxes, shift, sign, background_shift, flat_point, edges):
+    """Give every point to the supplier with the largest 2^(v - c - sign shift); the lowest row wins a tie."""
     for base in range(0, edges.num_points, _POINTS):
         c, exists, begin, end, most = _point_tile(edges, base, _POINTS)
         least = tl.full([_POINTS], float("inf"), tl.float64)
         supplier = tl.zeros([_POINTS], tl.int32)
         for d in range(0, most, _LANES):
             _, _, gt, shift_i, cost = _edge_tile(edges, shift, edges.cost, float("inf"), begin, end, d)
-            t = shift_i + cost.to(tl.float64)
+            t = sign * shift_i + cost.to(tl.float64)
             tile_least = tl.min(t, 1)
             first_row = tl.min(tl.where(t == tile_least[:, None], gt, NO_POINT), 1)
             supplier = tl.where(tile_least < least, first_row, supplier)
@@ -263,10 +247,9 @@ def _decode(match, boxes, gt_boxes, shift, background_shift, flat_point, edges):
 def _sinkhorn_kernel(
     match, potentials, scratch, sorting, pairs, inputs, G, N, iterations, burst, burst_when_full, RESCALE: tl.constexpr
 ):
+    gt_index, iou = match
     u, u_background, v, slot_column, first_of_image = potentials
-    edge_gt, edge_cost, edge_plan, point_begin, flat_point, point_plan, point_factor, slot_plan, row_factor, shift = (
-        scratch
-    )
+    edge_gt, edge_cost, edge_plan, slot_plan, begin, flat_point, point_plan, point_factor, row_factor, peaks = scratch
     sorted_point, order, first_edge_of_image = sorting
     pair_gt, pair_cost, pair_start, pair_count, supply = pairs
     boxes, gt_boxes, gt_offsets = inputs
@@ -274,14 +257,11 @@ def _sinkhorn_kernel(
     first_row = tl.maximum(tl.load(gt_offsets + image).to(tl.int32), 0)
     end_row = tl.minimum(tl.load(gt_offsets + image + 1).to(tl.int32), G)
     first_edge, end_edge = tl.load(first_edge_of_image + image), tl.load(first_edge_of_image + image + 1)
-    first = tl.load(first_of_image + image)  # of its points in the arrays that have one entry for each
-    point_begin += first + image
-    flat_point += first
-    v += first
-    point_plan += first
-    point_factor += first
+    first = tl.load(first_of_image + image)  # of the image's points, in the arrays that have an entry for each
+    begin += first + image
+    flat_point, v, point_plan, point_factor = flat_point + first, v + first, point_plan + first, point_factor + first
 
-    by_point = edge_gt, edge_cost, slot_column, point_begin, flat_point
+    by_point = edge_gt, edge_cost, slot_column, begin, flat_point
     num_points = _list_points(by_point, sorted_point, order, pair_gt, pair_cost, first_edge, end_edge)
     tl.debug_barrier()
     taken = tl.zeros([_ROWS], tl.int32)
@@ -292,7 +272,7 @@ def _sinkhorn_kernel(
         most = tl.maximum(most, tl.load(pair_count + g, mask=g < end_row, other=0))
         tl.store(u + g, tl.zeros([_ROWS], tl.float64), mask=g < end_row)
     most = tl.max(most, 0)
-    edges = _Edges(edge_gt, edge_cost, edge_plan, point_begin, num_points)
+    edges = _Edges(edge_gt, edge_cost, edge_plan, begin, num_points)
     slots = _Slots(slot_column, pair_cost, slot_plan, pair_start, pair_count, supply, first_row, end_row, most)
     left = N - tl.sum(taken, 0)
     left_supply = tl.where(left > 0, left.to(tl.float32), _EMPTY)
@@ -331,15 +311,12 @@ def _sinkhorn_kernel(
     tl.store(u_background + image, background)
 
     if RESCALE:
-        _rows_in_log_domain(shift, v, slots, True)
+        _rows_in_log_domain(peaks, v, slots, True)
+        tl.debug_barrier()
         background_shift = tl.where(rest > 0, tl.maximum(v_highest, v_rest), v_highest)
+        _decode(gt_index, iou, boxes, gt_boxes, peaks, 1.0, background_shift, flat_point, edges)
     else:
-        for base in range(first_row, end_row, _ROWS):
-            g = base + tl.arange(0, _ROWS)
-            tl.store(shift + g, -tl.load(u + g, mask=g < end_row, other=0.0), mask=g < end_row)
-        background_shift = -background
-    tl.debug_barrier()
-    _decode(match, boxes, gt_boxes, shift, background_shift, flat_point, edges)
+        _decode(gt_index, iou, boxes, gt_boxes, u, -1.0, -background, flat_point, edges)
 
 
 def _burst(growth: float) -> int:
@@ -363,11 +340,10 @@ def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignmen
     match = Assignment(gt_index, torch.zeros(B, N, dtype=torch.float32, device=device), pairs.k)
     # Columns are zeroed: if gt_offsets fall, a slot may belong to no image, and its column must still be valid.
     column = torch.zeros(num_slots, dtype=torch.int32, device=device)
-    u, u_background, v = (empty(size, torch.float64) for size in (G, B, num_points))
-    potentials = Potentials(u, u_background, v, column, first_point)
-    by_edge = empty(num_slots, torch.int32), empty(num_slots), empty(num_slots)
+    potentials = Potentials(*(empty(size, torch.float64) for size in (G, B, num_points)), column, first_point)
+    by_pair = empty(num_slots, torch.int32), empty(num_slots), empty(num_slots), empty(num_slots)
     by_point = empty(num_points + B, torch.int32), empty(num_points, torch.int32), empty(num_points), empty(num_points)
-    scratch = *by_edge, *by_point, empty(num_slots), empty(G), empty(G, torch.float64)
+    scratch = *by_pair, *by_point, empty(G), empty(G, torch.float64)
     sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
     settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
     _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **_OPTIONS)

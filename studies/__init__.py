@@ -1,1 +1,1 @@
-"""The laboratory: strategies compared, exact plans, pictures of assignments."""
+"""Studies: strategies compared, exact transport plans, pictures of assignments."""

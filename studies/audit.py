@@ -1,23 +1,21 @@
-"""How far Sinkhorn is from the exact optimum: labels and costs, over eps and iterations, beside a linear program.
+"""Audit how far Sinkhorn is from the exact optimum: labels and costs, over eps and iterations.
 
     python -m studies.audit [--weights FILE [--data DIR] | --workload single|coco|crowd] [--images N] [--out DIR]
 
-On the predictions of a detector that train.py wrote, with its own settings of the assignment but for eps and
-iterations; without --weights on synthetic ones (tests/support/scenes.py). Needs scipy. Both solve the same problem with
-the same float32 costs, in float64; studies/exact.py is the linear program. Sums are over the images, points are
-candidate points; c_bg is the cost of a point's background label, D that of a pair relative to it.
+Audits the predictions of a detector with its settings of OTA except eps and iterations, or synthetic ones without
+--weights. Needs scipy. Sinkhorn and the linear program (studies/exact.py) solve the same problem with the same float32
+costs, in float64. Sums are over the images, points are candidate points; c_bg is the cost of a point's background
+label, D that of a pair relative to it.
 
     exact cost     sum_j c_bg,j + sum of D over the pairs of the exact plan
     plan cost      sum_j r_j c_bg,j + sum of D pi, where Sinkhorn's plan pi sends point j r_j units instead of one
-    residual       mean over the points of |r_j - 1|; where it is large the plan is none, and may cost less than exact
-    changed        points with another label than the exact plan gives; share: of the exact plan's positives
-    label cost     sum_j c_bg,j + sum of D over the positive labels: a labelling that hands out fewer units than the
-                   supplies may cost less than exact
+    residual       mean over the points of |r_j - 1|; where it is large, pi is no plan and may cost less than exact
+    changed        points with another label than in the exact plan; share: of the exact plan's positives
+    label cost     sum_j c_bg,j + sum of D over the positive labels; may be below exact with fewer labels than supplies
     supply error   sum_i |labels of i - k_i| / sum_i k_i
 
-A point takes the label of its largest sender. `rescaled` divides every row of the plan by its maximum before, `plain`
-does not. The exact plan is one of zeros and ones whose rows have the maximum 1: both decode it alike.
-Writes audit.json and audit.png into --out.
+A point takes the label of its largest sender. `rescaled` first divides every row of the plan by its maximum, `plain`
+does not; they decode the exact plan alike. Writes audit.json and audit.png into --out.
 """
 
 import argparse
@@ -47,15 +45,15 @@ EPS = (1.0, 0.1, 0.01)
 ITERATIONS = (10, 50, 100, 300, 1000)
 DECODINGS = {"rescaled": True, "plain": False}
 AUDITED_WORKLOADS = ("single", "coco", "crowd")
-ROUNDING = 1e-16  # a residual of 0 has to have a place on a logarithmic axis
+ROUNDING = 1e-16  # shown in place of a residual of 0, on a logarithmic axis
 PAPER = (0.1, 50)  # eps and iterations (section 4.1)
 
 
 @dataclass
 class Labels:
-    """What decoding gives, counted over the images."""
+    """Decoded labels, counted over the images."""
 
-    lost: int = 0  # positive in the exact plan, background here
+    lost: int = 0  # positive in the exact plan alone
     gained: int = 0
     moved: int = 0  # from one ground truth to another
     positives: int = 0
@@ -91,20 +89,19 @@ class Audit:
     rows: list[Row] = field(default_factory=lambda: [Row(eps, count) for eps in EPS for count in ITERATIONS])
 
     def report(self) -> dict:
-        """For JSON, with the ratios to the exact plans; these are None where there is no positive."""
-        rows, known = [], self.positives > 0
+        """For JSON, with the ratios to the exact plans, which are None where there is no positive."""
+
+        def ratio(value: float, whole: float) -> float | None:
+            return value / whole if self.positives else None
+
+        rows = []
         for row in self.rows:
-            line = asdict(row) | {
-                "plan_cost_ratio": row.plan_cost / self.cost if known else None,
-                "residual": row.residual / self.points if known else None,
-            }
+            plan = {"plan_cost_ratio": ratio(row.plan_cost, self.cost), "residual": ratio(row.residual, self.points)}
+            line = asdict(row) | plan
             for name, labels in row.decoded.items():
-                line["decoded"][name] |= {
-                    "changed": labels.changed,
-                    "changed_share": labels.changed / self.positives if known else None,
-                    "cost_ratio": labels.cost / self.cost if known else None,
-                    "supply_error_share": labels.supply_error / self.positives if known else None,
-                }
+                shares = {"changed_share": labels.changed, "supply_error_share": labels.supply_error}
+                line["decoded"][name] |= {"changed": labels.changed, "cost_ratio": ratio(labels.cost, self.cost)}
+                line["decoded"][name] |= {name: ratio(count, self.positives) for name, count in shares.items()}
             rows.append(line)
         return asdict(self) | {"rows": rows}
 
@@ -128,7 +125,7 @@ def count_labels(total: Labels, labels: Tensor, exact: Tensor, plan: Plan, cost_
 
 
 def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
-    """Add one image, B = 1. One whose ground truths supply more than their points take is named and left out."""
+    """Add one image, B = 1, or its name to `without_plan` if its ground truths supply more than their points take."""
     plan = solve(scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
     try:
         pairs = exact_pairs(plan)
@@ -158,19 +155,18 @@ def print_table(audit: Audit) -> None:
         f"{audit.positives:,} positives, cost {audit.cost:,.2f}"
     )
     if audit.without_plan:
-        print(f"left out, as the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
+        print(f"left out, because the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
     if not audit.positives:
         return
-    print(
-        f"\n{'':17}{'Sinkhorn plan':^24}{'labels, rescaled':^40}{'labels, plain':^40}\n{'eps':>6}{'iterations':>11}"
-        f"{'cost / exact':>13}{'residual':>11}" + f"{'changed':>9}{'share':>8}{'cost / exact':>13}{'supply':>10}" * 2
-    )
+    row = ("{:>5}{:>11}{:>10}{:>10}" + "{:>18}{:>8}{:>13}{:>13}" * 2).format
+    heads = [text for name in DECODINGS for text in (f"{name}: changed", "share", "label cost", "supply error")]
+    print(row("eps", "iterations", "plan cost", "residual", *heads))
     for line in audit.report()["rows"]:
-        text = f"{line['eps']:>6g}{line['iterations']:>11}{line['plan_cost_ratio']:>13.4f}{line['residual']:>11.1e}"
+        cells = [f"{line['eps']:g}", line["iterations"], f"{line['plan_cost_ratio']:.4f}", f"{line['residual']:.1e}"]
         for labels in line["decoded"].values():
-            text += f"{labels['changed']:>9,}{labels['changed_share']:>8.1%}{labels['cost_ratio']:>13.4f}"
-            text += f"{labels['supply_error_share']:>10.1%}"
-        print(text)
+            cells += [f"{labels['changed']:,}", f"{labels['changed_share']:.1%}", f"{labels['cost_ratio']:.4f}"]
+            cells += [f"{labels['supply_error_share']:.1%}"]
+        print(row(*cells))
 
 
 def draw(report: dict, path: Path) -> None:
@@ -213,7 +209,7 @@ def draw(report: dict, path: Path) -> None:
 
 
 def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[str, Scene]]]:
-    """What is audited in words, settings of the assignment, and (name, scene) of every image."""
+    """The name of what is audited, OTA's settings, and (name, scene) of every image."""
     if args.weights is None:
         if args.data:
             raise SettingsError("--data needs --weights, whose predictions are audited there")
@@ -231,10 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="file written by train.py")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--workload", choices=AUDITED_WORKLOADS, default="coco", help="without --weights")
-    parser.add_argument("--images", type=positive, default=50, help="at most, the first ones")
+    parser.add_argument("--images", type=positive, default=50, help="the first ones")
     parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder to write to")
     args = parser.parse_args(argv)
-    highs()  # missing: say so before anything is computed
+    highs()  # raises where scipy is missing, before anything is computed
 
     source, config, scenes = scenes_of(args)
     audit = Audit()

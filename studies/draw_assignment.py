@@ -1,13 +1,13 @@
-"""Pictures of label assignment: a transport plan, and which points each strategy gives to which object.
+"""Draw label assignment: a transport plan, and the points that each strategy gives to each object.
 
     python -m studies.draw_assignment [--weights FILE [--data DIR] [--image INDEX|NAME]] [--strategies ota ...]
-                                         [--out DIR]
+                                      [--out DIR]
 
-Writes plan.png, three overlapping objects (studies/toy.py): per level, the units that each object and background
-send to every point, and the labels decoded from them (the paper's figure 2); and levels.png, one image: strategies
-below one another, levels of the pyramid side by side. The image is one of a data set under the predictions of a
-detector that train.py wrote (by default the one with the most objects), or, without --weights, a generated crowd under
-synthetic predictions. A dot is a point with the label of the object in its colour; a ring is around an ambiguous one.
+Writes plan.png, the units that each of three overlapping objects (studies/toy.py) and background send to every point,
+and the labels decoded from them (the paper's figure 2); and levels.png, one image with strategies below one another and
+levels side by side. The image is one of a data set under the predictions of a detector (by default the one with the
+most objects), or, without --weights, a generated crowd under synthetic predictions. A dot is a point in the colour of
+its object; a ring is around an ambiguous one.
 """
 
 import argparse
@@ -21,9 +21,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import adjust_saturation
 
-from data import DatasetError
-from data.shapes import CLASSES
-from data.shapes import Scene as Shapes
+from data import DatasetError, shapes
 from errors import UserError
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
@@ -36,20 +34,18 @@ from tests.support.scenes import Scene, trained_predictions
 from training.settings import SettingsError
 
 CROWD_PX, CROWD_SEED = 256, 12
-# Far apart in hue and lightness, also for most who do not see red and green apart (after Okabe and Ito, and Tol).
-COLORS = (
-    "#d55e00", "#0072b2", "#009e73", "#cc3399", "#e6a700", "#56b4e9", "#332288", "#882255", "#7a5230", "#66aa00",
-)  # fmt: skip
+# Distinct in hue and lightness, for most colour-blind readers as well (after Okabe and Ito, and Tol).
+COLORS = "#d55e00 #0072b2 #009e73 #cc3399 #e6a700 #56b4e9 #332288 #882255 #7a5230 #66aa00".split()
 BACKGROUND_COLOR = "#555555"
-PAPER_WHITE, SATURATION = 0.5, 0.3  # share of white, and of its colour, in the image below the dots
+PAPER_WHITE, SATURATION = 0.5, 0.3  # share of white and of its colour in the image under the dots
 DPI = 110
 
 
 def colors_of(boxes: Tensor) -> list[str]:
-    """A colour for each of (m, 4) boxes: another than those of the boxes it meets, as long as there are enough."""
+    """A colour for each of (m, 4) boxes, not that of a box it overlaps as long as there are enough."""
     chosen: list[int] = []
-    for i, met in enumerate(box_iou(boxes, boxes) > 0):
-        taken = {chosen[j] for j in range(i) if met[j]}
+    for i, overlaps in enumerate(box_iou(boxes, boxes) > 0):
+        taken = {chosen[j] for j in range(i) if overlaps[j]}
         turns = [(i + turn) % len(COLORS) for turn in range(len(COLORS))]
         chosen.append(next((c for c in turns if c not in taken), turns[0]))
     return [COLORS[c] for c in chosen]
@@ -66,13 +62,13 @@ class Picture(NamedTuple):
 
 
 def generated_crowd() -> Picture:
-    shapes = Shapes(CROWD_PX, np.random.default_rng(CROWD_SEED))
-    shapes.fill()
-    image = torch.from_numpy(shapes.canvas.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
-    boxes = torch.tensor(np.array([shape.box(CROWD_PX) for shape in shapes.shapes]), dtype=torch.float32)
-    labels = torch.tensor([shape.label for shape in shapes.shapes])
+    generated = shapes.Scene(CROWD_PX, np.random.default_rng(CROWD_SEED))
+    generated.fill()
+    image = torch.from_numpy(generated.canvas.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
+    boxes = torch.tensor(np.array([shape.box(CROWD_PX) for shape in generated.shapes]), dtype=torch.float32)
+    labels = torch.tensor([shape.label for shape in generated.shapes])
     grid = PointGrid.for_image((CROWD_PX, CROWD_PX), STRIDES)
-    predictions = trained_predictions(grid, boxes, labels, len(CLASSES), torch.Generator().manual_seed(0))
+    predictions = trained_predictions(grid, boxes, labels, len(shapes.CLASSES), torch.Generator().manual_seed(0))
     scene = Scene(*(t[None] for t in predictions), boxes, labels, torch.tensor([0, len(boxes)]), grid)
     return Picture("generated crowd, synthetic predictions", image, (CROWD_PX, CROWD_PX), scene, OTAConfig())
 
@@ -104,9 +100,8 @@ def draw_points(axis, points: Tensor, labels: Tensor, ambiguous: Tensor, colors:
 
     def dots(which: Tensor, share: float, **style) -> None:
         size = torch.full((int(which.sum()),), share * dot_px).numpy()
-        offsets = points[which].numpy()
-        axis.add_collection(EllipseCollection(size, size, 0, units="xy", offsets=offsets,
-                                              offset_transform=axis.transData, **style))  # fmt: skip
+        place = {"offsets": points[which].numpy(), "offset_transform": axis.transData}
+        axis.add_collection(EllipseCollection(size, size, 0, units="xy", **place, **style))
 
     positive = labels >= 0
     dots(~positive, 0.2, facecolors=BACKGROUND_COLOR, linewidths=0, alpha=0.6, zorder=3)
@@ -120,7 +115,7 @@ def frame(axis, size_px: tuple[int, int]) -> None:
 
 
 def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
-    """Strategies below one another, levels side by side, but for those where none of them has anything to show."""
+    """Strategies below one another, levels side by side, except those where no strategy has anything to show."""
     import matplotlib.pyplot as plt
 
     scene, colors = picture.scene, colors_of(picture.scene.gt_boxes)
@@ -131,26 +126,24 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
-    kept = [level for level, own in enumerate(levels) if shown[own].any()] or range(len(levels))
+    kept = [level for level, rows in enumerate(levels) if shown[rows].any()] or range(len(levels))
     left = [f"{stride}" for level, stride in enumerate(grid.strides) if level not in kept]
 
-    panel = min(max(3.4, 0.11 * grid.sizes[0][1]), 6)  # inches; dots that touch can still be told apart
-    figure, axes = plt.subplots(
-        len(drawn), len(kept), squeeze=False, layout="constrained",
-        figsize=(max(9, panel * len(kept)), panel * len(drawn) * height / width + 1.2),
-    )  # fmt: skip
+    panel = min(max(3.4, 0.11 * grid.sizes[0][1]), 6)  # inches; dots that touch stay distinct
+    figsize = max(9, panel * len(kept)), panel * len(drawn) * height / width + 1.2
+    figure, axes = plt.subplots(len(drawn), len(kept), squeeze=False, layout="constrained", figsize=figsize)
     pale = adjust_saturation(picture.image, SATURATION).permute(1, 2, 0).numpy() / 255 * (1 - PAPER_WHITE) + PAPER_WHITE
     for row, (strategy, (labels, ambiguous)) in zip(axes, drawn.items(), strict=True):
         counts = f"{int((labels >= 0).sum())} positive\n{int(ambiguous.sum())} ambiguous"
         row[0].set_ylabel(f"{strategy}\n{counts}", fontsize=13)
         for level, axis in zip(kept, row, strict=True):
-            own, stride = levels[level], grid.strides[level]
+            rows, stride = levels[level], grid.strides[level]
             frame(axis, picture.size_px)
             axis.imshow(pale, extent=(0, width, height, 0))
             draw_boxes(axis, scene.gt_boxes, colors)
             dot_px = max(grid.strides[0], min(stride, 0.06 * width))
-            draw_points(axis, points[own], labels[own], ambiguous[own], colors, dot_px)
-            axis.set_xlabel(f"{int((labels[own] >= 0).sum())} positive")
+            draw_points(axis, points[rows], labels[rows], ambiguous[rows], colors, dot_px)
+            axis.set_xlabel(f"{int((labels[rows] >= 0).sum())} positive")
     for level, axis in zip(kept, axes[0], strict=True):
         rows, columns = grid.sizes[level]
         axis.set_title(f"stride {grid.strides[level]} px, {columns} x {rows} points", fontsize=13)
@@ -163,7 +156,7 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
 
 
 def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
-    """What every object and background send to every point, and the labels: a row for each level."""
+    """The units that every object and background send to every point, and the labels: a row for each level."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -172,27 +165,25 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     match, ambiguous = assign_and_ambiguous("ota", scene, config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
-    sent[count] = 1  # of points that are nobody's candidate, background is the one supplier
+    sent[count] = 1  # background is the only supplier of points that are no candidate
     sent[count, plan.points] = plan.log_plan_bg.exp()
 
     colors, points = [*colors_of(scene.gt_boxes), BACKGROUND_COLOR], grid.points()
     size_px = tuple(side * grid.strides[0] for side in grid.sizes[0])
-    figure, axes = plt.subplots(
-        len(grid.strides), count + 2, figsize=(2.7 * (count + 2), 2.7 * len(grid.strides) + 1), layout="constrained"
-    )
+    figsize = 2.7 * (count + 2), 2.7 * len(grid.strides) + 1
+    figure, axes = plt.subplots(len(grid.strides), count + 2, figsize=figsize, layout="constrained")
     for level, row in enumerate(axes):
-        own = slice(*grid.level_offsets[level : level + 2])
+        points_of_level, dot_px = slice(*grid.level_offsets[level : level + 2]), min(grid.strides[level], 12)
         row[0].set_ylabel(f"stride {grid.strides[level]} px")
         for i, axis in enumerate(row):
             frame(axis, size_px)
             if i > count:
                 draw_boxes(axis, scene.gt_boxes, colors[:count], 2)
-                draw_points(
-                    axis, points[own], match.gt_index[0, own], ambiguous[0, own], colors, min(grid.strides[level], 12)
-                )
+                labels = match.gt_index[0, points_of_level]
+                draw_points(axis, points[points_of_level], labels, ambiguous[0, points_of_level], colors, dot_px)
                 continue
             shades = LinearSegmentedColormap.from_list("", ["white", colors[i]]).with_extremes(bad="#ececec")
-            heat = sent[i, own].view(grid.sizes[level]).numpy()
+            heat = sent[i, points_of_level].view(grid.sizes[level]).numpy()
             axis.imshow(heat, cmap=shades, vmin=0, vmax=1, extent=(0, size_px[1], size_px[0], 0))
             others = [color if j == i else "#999999" for j, color in enumerate(colors[:count])]
             draw_boxes(axis, scene.gt_boxes, others if i < count else colors[:count])
@@ -213,8 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="file written by train.py; default: a generated crowd")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
     parser.add_argument("--image", help="index or file name; default: the image with the most objects")
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
-                        help=f"of {', '.join(STRATEGIES)}")  # fmt: skip
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder to write to")
     args = parser.parse_args(argv)
     import matplotlib

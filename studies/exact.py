@@ -1,12 +1,12 @@
-"""The transport problem of label assignment, solved exactly: a linear program, without entropy and without iterations.
+"""The transport problem of label assignment, solved exactly by a linear program.
 
     min_x  sum_p D_p x_p    so that   sum of x_p over the pairs of ground truth i = k_i
                                       sum of x_p over the pairs of point j       <= 1,   x >= 0
 
-over the P candidate pairs of a `Plan`, D relative to the background cost of the point. Background is what a point has
-left of its one unit: it costs 0 and its own supply n - sum k_i is then met by itself, so neither its row nor the
-points that are nobody's candidate appear. Constraints of this kind are totally unimodular: with whole supplies every
-vertex is a plan of zeros and ones, and the simplex method ends at a vertex. So the exact plan is a labelling.
+over the P candidate pairs of a `Plan`; D is relative to the background cost of the point. Background costs 0 and takes
+what is left of a point's unit, which meets its supply n - sum k_i, so it needs no row. Such constraints are totally
+unimodular: with integer supplies every vertex is a plan of zeros and ones, and the simplex method ends at a vertex. So
+the exact plan is a labelling.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from kernels.config import Plan
 from training.settings import SettingsError
 
 INFEASIBLE = 2  # scipy's status
-WHOLE_TOLERANCE = 1e-6
+INTEGER_TOLERANCE = 1e-6
 
 
 class NoPlanError(UserError):
@@ -26,7 +26,7 @@ class NoPlanError(UserError):
 
 
 def highs():
-    """scipy's linear programming. Raises SettingsError where scipy is missing."""
+    """scipy's linprog and csr_array. Raises SettingsError where scipy is missing."""
     try:
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
@@ -36,10 +36,10 @@ def highs():
 
 
 def exact_pairs(plan: Plan) -> Tensor:
-    """Which candidate pairs (P,) bool of a solved problem the exact plan uses: of `plan` it reads costs and supplies.
+    """The candidate pairs (P,) bool that the exact plan uses; of `plan` only costs and supplies are read.
 
-    One of them, where several cost the same, as with two equal boxes. Several images at once do not meet, so their
-    plans are those of each alone. Raises NoPlanError, and SettingsError where scipy is missing.
+    If several plans cost the same, as with two equal boxes, one of them. Images do not share points, so the plan of
+    several is that of each. Raises NoPlanError, and SettingsError where scipy is missing.
     """
     linprog, csr_array = highs()
     num_pairs, num_rows, num_points = len(plan.gt), len(plan.k), len(plan.points)
@@ -60,13 +60,13 @@ def exact_pairs(plan: Plan) -> Tensor:
     if not result.success:
         raise RuntimeError(f"HiGHS did not solve the linear program: {result.message}")
     sent = torch.from_numpy(result.x)
-    if (sent - sent.round()).abs().max() > WHOLE_TOLERANCE:
-        raise RuntimeError("HiGHS ended with a plan that is not whole, so not at a vertex")
+    if (sent - sent.round()).abs().max() > INTEGER_TOLERANCE:
+        raise RuntimeError("HiGHS ended at a plan that is not integral, so not at a vertex")
     return sent > 0.5
 
 
 def exact_labels(plan: Plan, pairs: Tensor) -> Tensor:
-    """Row in gt_boxes of every candidate point (A,), -1 for background, as the exact plan's `pairs` (P,) bool say."""
+    """Row in gt_boxes of every candidate point (A,), -1 for background; `pairs` (P,) bool is the exact plan."""
     labels = torch.full_like(plan.points, -1)
     labels[torch.searchsorted(plan.points, plan.flat_point[pairs])] = plan.gt[pairs]
     return labels

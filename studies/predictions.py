@@ -1,4 +1,4 @@
-"""Predictions to look at: those of a trained detector on its data, one image at a time."""
+"""Predictions of a trained detector on its data, one image at a time."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from tests.support.scenes import Scene
 
 
 class Predictor:
-    """A weights file of train.py and a data set with its classes (validation part, images resized, not flipped).
+    """The detector of a weights file and the validation split of a data set with its classes.
 
-    The network runs in evaluation mode, in float32 on the CPU: what it predicts differs from what its assigner saw in
-    training where there are batch norms that learn. Raises WeightsError and DatasetError.
+    The network runs in evaluation mode, in float32 on the CPU. If its batch norms learn, its predictions differ from
+    those in training. Raises WeightsError and DatasetError.
     """
 
     def __init__(self, weights: Path, data: str | None = None):

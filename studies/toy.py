@@ -1,4 +1,4 @@
-"""A scene to look at: three objects that overlap, and predictions that are torn between them."""
+"""A small scene of three objects that overlap, with predictions between them."""
 
 import torch
 
@@ -8,13 +8,13 @@ from tests.support.scenes import PRIOR_LOGIT, Scene
 SIZE_PX = 128
 STRIDES = (8, 16, 32)
 BOXES_PX = ((16.0, 20.0, 88.0, 88.0), (38.0, 12.0, 110.0, 80.0), (28.0, 38.0, 98.0, 108.0))
-SHARPNESS = 6.0  # how fast a point turns from the object whose centre is closest to the next one
+SHARPNESS = 6.0  # of the weights
 LOGIT_RISE = 7.0  # of the class at an object's centre
 
 
 def toy_scene() -> Scene:
-    """Three objects of one class on 3 levels. A point predicts the boxes blended by closeness, so in the middle between
-    two objects a box between theirs, and is as sure of the class as it is close to a centre.
+    """Three objects of one class on 3 levels. A point predicts a mean of the boxes, weighted by how close their centres
+    are, and a logit that rises towards the closest centre.
     """
     grid, boxes = PointGrid.for_image((SIZE_PX, SIZE_PX), STRIDES), torch.tensor(BOXES_PX)
     center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]

@@ -1,7 +1,6 @@
 """Ahead-of-time compilation of the Triton kernels, which needs no GPU: benchmarks/compile.py.
 
-Every kernel for every target as the default settings have it; on sm_90 none may spill. Every form of them takes
-minutes: pytest -m slow tests/test_compile.py.
+A form of each kernel for every target; none may spill. All forms take minutes: pytest -m slow tests/test_compile.py.
 """
 
 import json
@@ -32,98 +31,71 @@ ROOT = Path(__file__).parents[1]
 LOSSES = ("_focal_loss_kernel", "_focal_gradient_kernel", "_box_loss_kernel", "_box_gradient_kernel")
 
 
-def compile_in_a_process(path: Path, *args: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    """A process of its own, for here the kernels may be interpreted; and the binaries that it wrote down."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile", "--json", str(path), *args]
+def run_benchmark(path: Path, *flags: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """In another process, because the kernels may be interpreted in this one; and the binaries of its report."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "benchmarks.compile", "--out", str(path), *flags]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return process, json.loads(path.read_text())["binaries"] if path.exists() else []
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compile") / "binaries.json"
-    return compile_in_a_process(path, "--brief", *aot.TARGETS)
+def kernel_names() -> set[str]:
+    source = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    return set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 
-def test_every_kernel_compiles_and_fits(run, capsys):
-    process, _ = run
+def test_every_kernel_compiles_and_fits(tmp_path, capsys):
+    process, binaries = run_benchmark(tmp_path / "binaries.json", "--brief")
     with capsys.disabled():
         print(f"\n{process.stdout}")
-    assert process.returncode == 0, process.stderr
-
-
-def of_target(binaries: list[dict], target: str) -> list[dict]:
-    """Its binaries, of every kernel there is."""
-    found = [binary for binary in binaries if binary["target"] == target]
-    source = "\n".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert {b["kernel"] for b in found} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
-    return found
-
-
-def assert_every_form(binaries: list[dict]) -> None:
-    pairs = {
-        tuple(b["constants"][name] for name in ("PRIOR", "CLS", "REG"))
-        for b in binaries
-        if b["kernel"] == "_pairs_kernel" and b["inputs"] == "float32"
-    }
-    assert pairs == set(product(CENTER_PRIORS, CLS_COSTS, REG_COSTS))
-    sinkhorn = [b for b in binaries if b["kernel"] == "_sinkhorn_kernel"]
-    assert {b["constants"]["RESCALE"] for b in sinkhorn} == {True, False}
-    for kernel in ("_pairs_kernel", "_sinkhorn_kernel", *LOSSES):
-        inputs = {b["inputs"] for b in binaries if b["kernel"] == kernel}
-        assert inputs >= {"float32", "bfloat16", "float16", "strided"}
-
-
-def test_nothing_is_missing(run):
+    assert process.returncode == 0, process.stdout + process.stderr
     for target in aot.TARGETS:
-        assert {binary["inputs"] for binary in of_target(run[1], target)} == {"float32"}
+        assert {b["kernel"] for b in binaries if b["target"] == target} == kernel_names()
+    assert {b["inputs"] for b in binaries} == {"float32"}
 
 
 @pytest.mark.slow
 def test_every_form_for_every_target(tmp_path, capsys):
-    process, binaries = compile_in_a_process(tmp_path / "binaries.json")
+    process, everything = run_benchmark(tmp_path / "binaries.json")
     with capsys.disabled():
         print(f"\n{process.stdout}")
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     for target in aot.TARGETS:
-        assert_every_form(of_target(binaries, target))
-
-
-def binary(**changes) -> aot.Binary:
-    fields = {
-        "target": "sm_90", "module": "kernels.some", "kernel": "_some_kernel", "inputs": "float32",
-        "constants": {"BLOCK": 128}, "num_warps": 4, "specialization": "", "registers": 128,
-        "static_shared_bytes": 0, "dynamic_shared_bytes": 227 * 1024, "stack_bytes": 0, "spills": 0,
-    }  # fmt: skip
-    return aot.Binary(**{**fields, **changes})
+        binaries = [b for b in everything if b["target"] == target]
+        assert {b["kernel"] for b in binaries} == kernel_names()
+        pairs = [b["constants"] for b in binaries if b["kernel"] == "_pairs_kernel" and b["inputs"] == "float32"]
+        forms = {(c["PRIOR"], c["CLS"], c["REG"]) for c in pairs}
+        assert forms == set(product(CENTER_PRIORS, CLS_COSTS, REG_COSTS))
+        assert {b["constants"]["RESCALE"] for b in binaries if b["kernel"] == "_sinkhorn_kernel"} == {True, False}
+        for kernel in ("_pairs_kernel", *LOSSES):
+            inputs = {b["inputs"] for b in binaries if b["kernel"] == kernel}
+            assert inputs >= {"float32", "bfloat16", "float16", "unaligned"}, kernel
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "text"),
     [
-        pytest.param({}, None, id="all-that-fits"),
-        pytest.param({"stack_bytes": 16}, "0 instructions access 16 bytes of stack", id="stack"),
-        pytest.param({"stack_bytes": 16, "spills": 7}, "7 instructions access 16 bytes of stack", id="spills"),
-        pytest.param({"static_shared_bytes": 16}, "232,464 bytes of shared memory, a block .* 232,448", id="shared"),
-        pytest.param({"num_warps": 32}, "128 x 1024 registers, a block .* 65,536", id="registers"),
-        pytest.param(
-            {"target": "gfx942", "dynamic_shared_bytes": 2**16, "stack_bytes": 8, "spills": 2}, None, id="amd-may-spill"
-        ),
-        pytest.param({"target": "gfx942"}, "a block of threads has 65,536", id="amd-shared"),
+        pytest.param({}, None, id="fits"),
+        pytest.param({"error": "CompilationError: no"}, "CompilationError: no", id="does-not-compile"),
+        pytest.param({"spills": 7}, "spills 7 registers", id="spills"),
+        pytest.param({"shared_bytes": 228 * 1024 + 16}, "233,488 of 233,472 bytes of shared memory", id="shared"),
+        pytest.param({"num_warps": 32}, "128 x 1024 of 65,536 registers", id="registers"),
+        pytest.param({"target": "gfx942", "shared_bytes": 2**16}, None, id="amd-fits"),
+        pytest.param({"target": "gfx942"}, "of 65,536 bytes of shared memory", id="amd-shared"),
     ],
 )
-def test_complaints(changes, sentence):
-    found = aot.complaints(binary(**changes))
-    if sentence is None:
-        assert found == []
-    else:
-        assert len(found) == 1 and found[0].startswith("_some_kernel (BLOCK=128, float32) for ")
-        assert re.search(sentence, found[0])
+def test_failures(changes, text):
+    fields = {
+        "target": "sm_90", "module": "kernels.some", "kernel": "_some_kernel", "inputs": "float32",
+        "constants": {"BLOCK": 128}, "num_warps": 4, "specialization": "", "registers": 128,
+        "shared_bytes": 228 * 1024, "spills": 0,
+    }  # fmt: skip
+    failures = aot.Binary(**(fields | changes)).failures()
+    assert len(failures) == (text is not None)
+    if text:
+        assert failures[0].startswith("_some_kernel (BLOCK=128, float32) for ") and re.search(text, failures[0])
 
 
-def test_interpreted_kernels_are_refused():
-    command = [sys.executable, "-m", "benchmarks.compile", "--targets", "sm_90"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_interpreted_kernels_are_refused(tmp_path):
+    process, _ = run_benchmark(tmp_path / "binaries.json", "--targets", "sm_90", TRITON_INTERPRET="1")
     assert process.returncode == 1 and "TRITON_INTERPRET" in process.stderr

@@ -121,8 +121,7 @@ class RunFolder:
             pictures = []
             for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)):
                 image, target = dataset[i]
-                detections = detector.eval().predict(image, 0.5)._asdict()
-                pictures.append(draw_detections(image, target["boxes"], detections, dataset.class_names))
+                pictures.append(draw_detections(image, target["boxes"], *detector.eval().predict(image, 0.5)))
             save_contact_sheet(pictures, self.path / "samples.png")
         self.draw()
         files = "ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png"

@@ -4,15 +4,23 @@ import atexit
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from errors import UserError
+
 from .settings import SettingsError
+
+T = TypeVar("T")
 
 # In rising precedence: torchrun sends SIGTERM after SIGINT. Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM", "SIGINT") if hasattr(signal, name))
@@ -66,6 +74,38 @@ def wait_for_main() -> None:
         _store.set(name, "")
     while dist.is_initialized() and not _store.check([name]):
         time.sleep(WAIT_S)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Return what `make` returns on the first rank of this machine, which alone calls it; raise its UserError on all.
+
+    The result goes through a file, and the others wait without a collective, see `wait_for_main`.
+    """
+    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not dist.is_initialized() or ranks == 1:
+        return make()
+    name = f"from rank {dist.get_rank() - local}, {next(_waits)}"
+    if local:
+        while not _store.check([name]):
+            time.sleep(WAIT_S)
+        with open(_store.get(name).decode(), "rb") as file:
+            result, error = pickle.load(file)
+        _store.add(f"{name}, read", 1)
+    else:
+        result = error = None
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+        with tempfile.NamedTemporaryFile() as file:
+            pickle.dump((result, error), file, pickle.HIGHEST_PROTOCOL)
+            file.flush()
+            _store.set(name, file.name)
+            while _store.add(f"{name}, read", 0) < ranks - 1:
+                time.sleep(WAIT_S)
+    if error:
+        raise error
+    return result
 
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:

@@ -89,13 +89,6 @@ def ota_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-class Gone(argparse.Action):
-    """A flag of an earlier version: an error that names the new form."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} {GONE[self.dest]}")
-
-
 def create_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
@@ -144,18 +137,16 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     add("--save-every", type=positive, default=1000, metavar="STEPS", help="checkpoint this often")
     add("--log-every", type=positive, default=50, metavar="STEPS")
     add("--profile", type=positive, metavar="N", help="trace N steps after some to warm up, then exit")
-    for name in GONE:
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, f"--no-{flag[2:]}", action=Gone, nargs="*", dest=name, help=argparse.SUPPRESS)
     return parser
 
 
 def parse_args(description: str = "") -> argparse.Namespace:
     """Return the flags with the values of their recipe filled in; `ota` has all settings of OTAConfig."""
     parser = create_parser(description)
-    args = parser.parse_args()
-    for name in GONE:
-        delattr(args, name)
+    args, unknown = parser.parse_known_args()
+    for flag in unknown:
+        name = flag.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
+        parser.error(f"{flag} {GONE[name]}" if name in GONE else f"unrecognized arguments: {' '.join(unknown)}")
     if args.assigner == "hungarian" and importlib.util.find_spec("scipy") is None:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:
