@@ -103,9 +103,7 @@ def local_file(weights: str | Path) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or HUB_FILE))
     except Exception as error:  # network, hub, disk or name
-        remedy = (
-            "Check name and connection (HF_TOKEN for private repositories), or download the file and give its path."
-        )
+        remedy = "Check name and connection (HF_TOKEN for private repositories), or give the path of a downloaded file."
         wanted = f"no {file or HUB_FILE} for {weights} (hf://user/repo or hf://user/repo/file)"
         raise WeightsError(f"the hub gives {wanted}: {type(error).__name__}: {error}\n{remedy}") from error
 
