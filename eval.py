@@ -154,8 +154,8 @@ def evaluation_dataset(
     known_ids: Collection[int] = (),
     train_records: Records | None = None,
 ) -> CocoDataset:
-    """Return the validation split; the training split, with a note, if that is None; with `overfit`, the first images of the
-    training split. known_ids: the category ids of the training; train_records: what read() of its split returned."""
+    """Return the validation split; without one the training split, with a note; with `overfit`, the first images of
+    that. known_ids: the category ids of the training; train_records: what read() of its split returned."""
     split = splits[0] if overfit or splits[1] is None else splits[1]
     records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
     dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
