@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 eval.py --weights ota.safetensors --data coco
 
 Everything but the pictures comes from the weights file. Writes detections.json (COCO result format) and
-metrics.json beside the weights, or into --out. `evaluate` is what train.py calls, too.
+metrics.json beside the weights, or into --out. train.py calls `evaluate`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, collate, eval_transform, find_splits, printable
+from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable
+from data.checks import Records
 from errors import UserError
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
-from training.process import ignore_interrupts, setup_distributed, wait_for_main
+from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
 from training.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -66,9 +68,9 @@ def detect_dataset(
     results, hidden = [], None if rank == 0 else True
     for batch, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
         scales = (torch.tensor([t["orig_size"] for t in targets]) / batch.sizes).flip(1).repeat(1, 2)
-        for target, scale, found in zip(targets, scales, detector(batch.to(device)), strict=True):
-            found = found._replace(boxes=found.boxes.cpu() * scale)
-            results += coco_results(target["image_id"], found, dataset.category_ids)
+        for target, scale, detections in zip(targets, scales, detector(batch.to(device)), strict=True):
+            detections = detections._replace(boxes=detections.boxes.cpu() * scale)
+            results += coco_results(target["image_id"], detections, dataset.category_ids)
     if world > 1:
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(results, gathered)
@@ -88,7 +90,7 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        # loadRes refuses an empty list; an empty index is what it would return.
+        # loadRes refuses an empty list.
         evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -106,9 +108,9 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
 def evaluate(
     detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int = 8, workers: int = 2
 ) -> tuple[dict, list[dict]]:
-    """Metrics and detections of a data set made with `eval_transform`; called by all ranks, result on rank 0.
+    """Return metrics and detections of a data set made with `eval_transform`; all ranks call it, rank 0 has the result.
 
-    Metrics are COCO's, and those of the data set's own form, such as CrowdHuman's.
+    Metrics are COCO's and those of the data set's form, such as CrowdHuman's.
     """
     training = detector.training
     results = detect_dataset(detector.eval(), dataset, device, batch_size, workers)
@@ -146,17 +148,21 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(
-    data: str, size: tuple[int, int], overfit: int | None, box: str | None, follow_links: bool, known_ids: list[int]
+    splits: tuple[Split | None, Split | None],
+    image_size: tuple[int, int],
+    overfit: int | None = None,
+    known_ids: Collection[int] = (),
+    train_records: Records | None = None,
 ) -> CocoDataset:
-    """The validation split; the training split, with a note, if there is none; with `overfit`, its first images with
-    objects. known_ids: the category ids of the training."""
-    train, val = find_splits(data, box, follow_links)
-    val = None if overfit else val
-    dataset = CocoDataset(val or train, eval_transform(size), first=overfit, known_ids=known_ids)
+    """Return the validation split; without one the training split, with a note; with `overfit`, the first images of
+    that. known_ids: the category ids of the training; train_records: what read() of its split returned."""
+    split = splits[0] if overfit or splits[1] is None else splits[1]
+    records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
+    dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
     if int(os.environ.get("RANK", 0)) == 0:
-        if val is None and not overfit:
+        if split is splits[0] and not overfit:
             note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
-            print(f"note: {data} has no validation part, {note}", file=sys.stderr)
+            print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
         print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
     return dataset
 
@@ -171,9 +177,10 @@ def load_with_data(
     detector, metadata = load_weights(weights)
     data = data or metadata.get("data")
     if data is None:
-        raise WeightsError(f"{weights} does not say what it was trained on; name the data set with --data")
+        raise WeightsError(f"{weights} does not name its data set; name one with --data")
     size, ids = detector.config.image_size, detector.category_ids
-    dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
+    splits = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
+    dataset = evaluation_dataset(splits, size, known_ids=ids)
     if box and not dataset.split.form.boxes:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)
@@ -193,8 +200,8 @@ def describe(dataset: CocoDataset) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
-    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
-    parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those it was trained on")
+    parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: that of the training")
+    parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those of the training")
     parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")

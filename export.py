@@ -43,7 +43,7 @@ PREPROCESSING = (
     "multiples of 32 px, at least 160. Divide boxes by the factors of the resizing."
 )
 
-# One node for torch, so that ONNX can have its own operator in its place.
+# A single node in torch's graph, which the ONNX graph replaces by its own operator.
 suppress_op = torch.library.custom_op("ota_triton::suppressed", suppressed, mutates_args=())
 suppress_op.register_fake(lambda boxes, scores, *_: torch.empty_like(scores))
 
@@ -73,7 +73,7 @@ def export_program(detector: Detector, suppress: Callable[..., Tensor] | None) -
     try:
         with torch.no_grad():
             return torch.export.export(network, (images, sizes), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # what a backbone does to symbolic sizes can fail in any way
+    except Exception as error:  # backbones fail on symbolic sizes in any way
         raise UserError(f"torch cannot export {detector.config.backbone} for images of any size: {error}") from error
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="torch: a .pt2 of torch.export")
     parser.add_argument("--nms", action="store_true", help="suppress in the graph: detections come out, not candidates")
-    parser.add_argument("--out", type=Path, help="default: beside the weights, or here for weights of the hub")
+    parser.add_argument("--out", type=Path, help="default: beside the weights; the current folder for the hub's")
     args = parser.parse_args()
 
     print_any_text()

@@ -96,10 +96,10 @@ def predict(detector: Detector, paths: list[Path], out: Path, score: float, batc
             failed += len(errors)
             images = {i: image for i, image in images.items() if isinstance(image, Tensor)}
             detections = detector.predict(list(images.values()), score, batch_size)
-            for (i, image), found in zip(images.items(), detections, strict=True):
-                rows = zip(coco_results(i + 1, found, detector.category_ids), found.names, strict=True)
+            for (i, image), of_image in zip(images.items(), detections, strict=True):
+                rows = zip(coco_results(i + 1, of_image, detector.category_ids), of_image.names, strict=True)
                 results += [row | {"file_name": str(paths[i]), "category_name": name} for row, name in rows]
-                picture = draw_detections(image, torch.empty(0, 4), *found)
+                picture = draw_detections(image, torch.empty(0, 4), *of_image)
                 to_pil_image(picture).save(pictures[i], quality=JPEG_QUALITY)
             bar.update(batch_size)
     return results, failed

@@ -16,7 +16,7 @@ SIZE_DIVISOR = 32
 class Batch(NamedTuple):
     """B images, G ground truths one image after the other, M regions to ignore."""
 
-    images: Tensor  # (B, 3, H, W) uint8 0..255 or float 0..1; 0 outside of an image's own size
+    images: Tensor  # (B, 3, H, W) uint8 0..255 or float 0..1; 0 in the padding
     sizes: Tensor  # (B, 2) int64: height and width of every image, px
     gt_boxes: Tensor  # (G, 4) float32 x1 y1 x2 y2 px
     gt_labels: Tensor  # (G,) int64
@@ -45,7 +45,7 @@ def static_sides(shortest: int, longest: int) -> tuple[int, ...]:
 
 
 def pad_images(images: Sequence[Tensor], sides: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Images (3, h, w), uint8 or float 0..1, to `images` and `sizes` of a Batch, zeros to the right and below."""
+    """Pad images (3, h, w), uint8 or float 0..1, on the right and below: `images` and `sizes` of a Batch."""
     if any(image.is_floating_point() for image in images):
         images = [image if image.is_floating_point() else image.float() / 255 for image in images]
     sizes = torch.tensor([image.shape[1:] for image in images])
@@ -63,7 +63,7 @@ def pad_rows(tensor: Tensor, value: float = 0) -> Tensor:
 
 
 def pack(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
-    """Images (3, h, w) and targets as `Detector` takes them, on the CPU, to a Batch.
+    """Pack images (3, h, w) and targets as `Detector` takes them, on the CPU, into a Batch.
 
     With `sides` the sizes of all tensors are few, for torch.compile: images are padded to `sides`, ground truths with
     rows that belong to no image, and regions to ignore with empty ones.

@@ -111,7 +111,7 @@ class Detector(nn.Module):
         return self.losses(pack(images, targets).to(self.mean.device))
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """`images` and `sizes` of a Batch to normalised float32, zero outside of every image's own size."""
+        """Normalise `images` and `sizes` of a Batch to float32, zero in the padding."""
         mean, std = self.mean.float(), self.std.float()
         scale = (1 if images.is_floating_point() else 1 / 255) / std
         rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
@@ -122,7 +122,7 @@ class Detector(nn.Module):
         return torch.where(inside[:, None], torch.addcmul(-mean / std, images, scale), 0)
 
     def predict_raw(self, images: Tensor) -> tuple[Predictions, PointGrid]:
-        """Predictions of normalised images (B, 3, H, W), H and W multiples of 32 px."""
+        """Predictions for normalised images (B, 3, H, W), H and W multiples of 32 px."""
         features = self.backbone(images.to(self.head.scales.dtype))  # the network's, after half() or double()
         grid = PointGrid(STRIDES, tuple(tuple(level.shape[-2:]) for level in features))
         return self.head(features, grid.points(images.device)), grid
@@ -147,7 +147,7 @@ class Detector(nn.Module):
         return statistics_of(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)
 
     def compile_training(self, mode: str) -> str:
-        """Compile a training step in place; without Triton's assignment only the network. Returns what, in words."""
+        """Compile a training step, or without Triton's assignment the network, in place; return a name for this."""
         if HAS_TRITON and self.mean.device.type == "cuda" and self.config.assigner == "ota":
             self.compile(dynamic=False, mode=mode)
             return "backbone, neck and head, assignment and losses"
@@ -165,7 +165,7 @@ class Detector(nn.Module):
         return unpad(*self.detect_padded(images, sizes), self.class_names)
 
     def resize_and_detect(self, images: list[Tensor]) -> list[Detections]:
-        """Detections in px of the images as given. Raises ImageError.
+        """Return detections in px of the images as given. Raises ImageError.
 
         Images that pad to the same size go through the network together: no detection depends on the other images.
         """
@@ -178,25 +178,25 @@ class Detector(nn.Module):
                 raise ImageError(f"an image of {size} is too narrow: its shorter side would be 0 px") from error
             groups[tuple(map(padded_side, resized.shape[1:]))].append((i, resized))
         for group in groups.values():
-            indices, resized = zip(*group, strict=True)
-            batch, sizes = pad_images(resized)
-            scales = (torch.tensor([images[i].shape[1:] for i in indices]) / sizes).flip(1).repeat(1, 2)
-            for i, found, scale in zip(indices, self.detect(batch.to(device), sizes.to(device)), scales, strict=True):
-                detections[i] = found._replace(boxes=found.boxes * scale.to(found.boxes.device))
+            batch, sizes = pad_images([resized for _, resized in group])
+            scales = (torch.tensor([images[i].shape[1:] for i, _ in group]) / sizes).flip(1).repeat(1, 2)
+            results = self.detect(batch.to(device), sizes.to(device))
+            for (i, _), scale, result in zip(group, scales, results, strict=True):
+                detections[i] = result._replace(boxes=result.boxes * scale.to(result.boxes.device))
         return detections
 
     @torch.no_grad()
     def predict(
         self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...], score: float = 0.0, batch_size: int = 8
     ) -> Detections | list[Detections]:
-        """Detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
+        """Return detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
 
-        Images are those of images.to_tensor, `batch_size` of them are read at a time. Boxes are in px of the upright
-        image. Scores start at `config.score_threshold` in any case. Raises ImageError: an image cannot be read. Raises
-        RuntimeError: the detector is in training mode. Raises ValueError: `batch_size` or `score` is no such number.
+        For the kinds of images see images.to_tensor; `batch_size` images are read at a time. Boxes are in px of the
+        upright image. No score is below `config.score_threshold`. Raises ImageError: an image cannot be read. Raises
+        RuntimeError: the detector is in training mode. Raises ValueError: `batch_size` or `score` is not valid.
         """
         if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, it must be a whole number of at least 1")
+            raise ValueError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")
         if not isinstance(score, Real | Tensor) or score != score:
             raise ValueError(f"score is {score!r}, it must be a number")
         if self.training:
@@ -206,7 +206,7 @@ class Detector(nn.Module):
         results = []
         for start in range(0, len(images), batch_size):
             chunk = enumerate(images[start : start + batch_size], start)
-            for found in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk]):
-                kept = found.scores >= score
-                results.append(Detections(*(tensor[kept].cpu() for tensor in found[:3]), found.class_names))
+            for detections in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk]):
+                kept = detections.scores >= score
+                results.append(Detections(*(column[kept].cpu() for column in detections[:3]), self.class_names))
         return results

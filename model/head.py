@@ -20,7 +20,7 @@ GROUP_CHANNELS = 8  # 32 groups at 256 channels
 class Predictions(NamedTuple):
     """Raw outputs: logits (B, N, C), boxes (B, N, 4) x1 y1 x2 y2 px, iou_logits (B, N).
 
-    Boxes are float32, logits of the type that the network ran in: what reads them computes in float32.
+    Boxes are float32, logits of the network's type; their readers compute in float32.
     """
 
     logits: Tensor
@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
 
 
 class GroupNorm(nn.GroupNorm):
-    """In the type of its input. Autocast would have it in float32, which doubles what it reads and writes."""
+    """GroupNorm in the type of its input. Autocast would use float32, which doubles the memory traffic."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

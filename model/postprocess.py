@@ -35,9 +35,9 @@ class Detections(NamedTuple):
 def suppressed(
     boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, nms_iou: float, max_detections: int
 ) -> Tensor:
-    """Scores (B, K), set to 0 where greedy NMS among the boxes (B, K, 4) of an image's class removes a candidate.
+    """Set scores (B, K) to 0 where greedy NMS among the boxes (B, K, 4) of an image's class removes a candidate.
 
-    ONNX's operator (export.py) takes the same arguments; `max_detections` is for that one.
+    `max_detections` is for ONNX's operator, which replaces this function in export.py.
     """
     image, rank = (scores > 0).nonzero(as_tuple=True)
     candidates = scores[image, rank]
@@ -85,7 +85,7 @@ def postprocess(
 
 
 def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str]) -> list[Detections]:
-    """Result of `postprocess`, image by image. Waits for the device."""
+    """Detections of each image, from the result of `postprocess`. Waits for the device."""
     counts = (scores > 0).sum(1).tolist()
     rows = zip(boxes, scores, labels, counts, strict=True)
     return [Detections(b[:count], s[:count], label[:count], class_names) for b, s, label, count in rows]
@@ -98,13 +98,13 @@ def rows_of(table: Tensor, rows: Tensor) -> Tensor:
 
 def best_first(scores: Tensor, k: int) -> Tensor:
     """Indices (B, k) of the k best of scores (B, n), best first; ties go to the lower index."""
-    # topk orders equal scores at will. The last bits of a float64 make the lower of up to 2^27 indices the larger.
+    # topk does not order ties: the last bits of a float64 make the score at the lower of up to 2^27 indices larger.
     index = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device)
     return (scores.double() * (1 - index * 2**-51)).topk(k).indices
 
 
 def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Tensor]:
-    """The `topk` best of scores (B, N, C) on each level, and their places in (N, C), both (B, K), best first.
+    """Return the `topk` best scores (B, N, C) of each level and their places in (N, C), both (B, K), best first.
 
     A level with fewer scores is filled up with score 0.
     """
@@ -112,7 +112,7 @@ def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Ten
     counts = [rows * columns for rows, columns in grid.sizes]
     for start, level in zip(grid.level_offsets, scores.split(counts, 1), strict=False):
         level = F.pad(level, (0, 0, 0, topk))
-        point = best_first(level.amax(2), topk).sort(1).values  # no other can have one of the `topk` best scores
+        point = best_first(level.amax(2), topk).sort(1).values  # other points have none of the `topk` best scores
         flat = rows_of(level, point).flatten(1)
         index = best_first(flat, topk)
         best.append(flat.gather(1, index))

@@ -249,8 +249,8 @@ def test_recipe(tmp_path, monkeypatch, by):
     assert {name: getattr(args, name) for name in CROWD_RECIPE} == CROWD_RECIPE
     assert find_form(args.data) is CROWDHUMAN
     assert detector_config(args, 1).max_detections == 500
-    args = settings(monkeypatch, "--data", tmp_path, "--box", "hbox", "--max-detections", 300, "--epochs", 3)
-    assert (args.box, args.steps, detector_config(args, 1).max_detections) == ("hbox", None, 300)
+    args = settings(monkeypatch, "--data", tmp_path, "--box", "hbox", "--epochs", 3)
+    assert (args.box, args.steps, detector_config(args, 1).max_detections) == ("hbox", None, 500)
 
 
 def test_other_data_has_one_kind_of_boxes(tmp_path, monkeypatch, capsys):
@@ -265,7 +265,7 @@ def crowds(tmp_path_factory) -> Path:
     return generate_crowds(tmp_path_factory.mktemp("crowds"), train_images=32, val_images=24, size_px=96)
 
 
-SMALL = [*TINY, "--image-size", 96, "--radius", 3, "--top-q", 10, "--eval-every", 1000, "--steps", 60]
+SMALL = [*TINY, "--image-size", 96, "--ota", "radius=3", "top_q=10", "--eval-every", 1000, "--steps", 60]
 
 
 @pytest.fixture(scope="module")

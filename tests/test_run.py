@@ -95,7 +95,7 @@ def test_one_graph_serves_every_number_of_ground_truths(monkeypatch):
     monkeypatch.setattr(model.assigners, "ota_assign", partial(model.assigners.ota_assign, backend="triton"))
     detector = tiny_detector(frozen_norm=True).train().to(device)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(detector.losses, backend=counter, dynamic=False, fullgraph=True)
+    compiled = torch.compile(detector, backend=counter, dynamic=False, fullgraph=True)
     for counts in ([3, 2], [2, 0]):
         images, targets = random_images([(64, 96)] * 2, counts)
         targets[0]["ignore"] = torch.tensor([[1.0, 1, 9, 9]]).expand(1 + sum(counts), 4)
