@@ -45,7 +45,6 @@ from training.settings import SettingsError, positive
 EPS = (1.0, 0.1, 0.01)
 ITERATIONS = (10, 50, 100, 300, 1000)
 DECODINGS = {"rescaled": True, "plain": False}
-AUDITED_WORKLOADS = ("single", "coco", "crowd")
 ROUNDING = 1e-16  # shown in place of a residual of 0, on a logarithmic axis
 PAPER = (0.1, 50)  # eps and iterations (section 4.1)
 
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, help="file written by train.py")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: what it was trained on")
-    parser.add_argument("--workload", choices=AUDITED_WORKLOADS, default="coco", help="without --weights")
+    parser.add_argument("--workload", choices=("single", "coco", "crowd"), default="coco", help="without --weights")
     parser.add_argument("--images", type=positive, default=50, help="the first ones")
     parser.add_argument("--out", type=Path, default=Path("runs/audit"), help="folder to write to")
     args = parser.parse_args(argv)

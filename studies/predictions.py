@@ -7,7 +7,6 @@ from torch import Tensor
 
 from data import CocoDataset, DatasetError
 from eval import load_with_data
-from kernels import OTAConfig
 from model.batch import pack
 from tests.support.scenes import Scene
 
@@ -21,10 +20,7 @@ class Predictor:
 
     def __init__(self, weights: Path, data: str | None = None):
         self.detector, self.dataset, self.data = load_with_data(weights, data)
-
-    @property
-    def ota(self) -> OTAConfig:
-        return self.detector.config.ota
+        self.ota = self.detector.config.ota
 
     @torch.no_grad()
     def scene(self, i: int) -> tuple[Tensor, Scene]:

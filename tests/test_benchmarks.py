@@ -48,7 +48,7 @@ def assert_costs(row: dict) -> None:
 def test_assign(tmp_path, capsys):
     report = run(assign, tmp_path / "new" / "assign.json")["workloads"]["single"]
     assert report["about"]["ground_truths"] == 5 and report["parity"]["torch"]["failures"] == []
-    assert list(report["rows"]) == ["reference", "torch"]
+    assert list(report["rows"]) == ["torch", "reference"]
     for row in report["rows"].values():
         assert_costs(row)
     assert "torch against the float64 reference: Parity(images=2" in capsys.readouterr().out

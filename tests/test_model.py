@@ -1,6 +1,7 @@
 """The network, its losses and its detections, without any data set."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -561,3 +562,24 @@ def test_two_ranks_give_the_gradients_of_one(tmp_path):
     for one, two, both in zip(first, second, expected, strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, both, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("has_triton", [True, False], ids=["triton", "no-triton"])
+@pytest.mark.parametrize("assigner", ["ota", "atss"])
+def test_what_is_compiled(assigner, device, has_triton, monkeypatch):
+    """A whole step only if the assignment is one of Triton's operators; stand-ins for the modules, without a GPU."""
+
+    def module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(compile=lambda **settings: compiled.append((name, settings)))
+
+    compiled, settings = [], {"dynamic": False, "mode": "reduce-overhead"}
+    stand_in = module("detector")
+    stand_in.mean, stand_in.config = SimpleNamespace(device=torch.device(device)), SimpleNamespace(assigner=assigner)
+    stand_in.backbone, stand_in.head = module("backbone"), module("head")
+    monkeypatch.setattr("model.detector.HAS_TRITON", has_triton)
+    text = Detector.compile_training(stand_in, "reduce-overhead")
+    if device == "cuda" and has_triton and assigner == "ota":
+        assert compiled == [("detector", settings)] and "assignment and losses" in text
+    else:
+        assert compiled == [("backbone", settings), ("head", settings)] and text == "backbone, neck and head"
