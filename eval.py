@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, collate, eval_transform, find_splits, printable
+from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable
+from data.checks import Records
 from errors import UserError
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
-from training.process import ignore_interrupts, setup_distributed, wait_for_main
+from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
 from training.settings import SettingsError, not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -146,17 +148,21 @@ def class_differences(metadata: dict, dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(
-    data: str, size: tuple[int, int], overfit: int | None, box: str | None, follow_links: bool, known_ids: list[int]
+    splits: tuple[Split | None, Split | None],
+    image_size: tuple[int, int],
+    overfit: int | None = None,
+    known_ids: Collection[int] = (),
+    train_records: Records | None = None,
 ) -> CocoDataset:
-    """Return the validation split; the training split, with a note, if there is none; with `overfit`, its first images
-    with objects. known_ids: the category ids of the training."""
-    train, val = find_splits(data, box, follow_links)
-    val = None if overfit else val
-    dataset = CocoDataset(val or train, eval_transform(size), first=overfit, known_ids=known_ids)
+    """Return the validation split; the training split, with a note, if that is None; with `overfit`, the first images of the
+    training split. known_ids: the category ids of the training; train_records: what read() of its split returned."""
+    split = splits[0] if overfit or splits[1] is None else splits[1]
+    records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
+    dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
     if int(os.environ.get("RANK", 0)) == 0:
-        if val is None and not overfit:
-            note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
-            print(f"note: {data} has no validation part, {note}", file=sys.stderr)
+        if split is splits[0] and not overfit:
+            note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
+            print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
         print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
     return dataset
 
@@ -173,7 +179,8 @@ def load_with_data(
     if data is None:
         raise WeightsError(f"{weights} does not name its data set; name one with --data")
     size, ids = detector.config.image_size, detector.category_ids
-    dataset = evaluation_dataset(data, size, None, box or metadata.get("box"), follow_links, ids)
+    splits = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
+    dataset = evaluation_dataset(splits, size, known_ids=ids)
     if box and not dataset.split.form.boxes:
         raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
     differences = class_differences(metadata | {"source": weights}, dataset)

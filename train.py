@@ -41,31 +41,32 @@ from training.checkpoint import resume
 from training.environment import environment
 from training.folder import RunFolder
 from training.memory import memory_warning
-from training.process import StopRequest, ignore_interrupts, setup_distributed
+from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
 from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
 from training.trace import WARMUP_STEPS, start_trace
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
 
-def load_data(args: argparse.Namespace) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the evaluation data set. Raises DatasetError."""
-    split, _ = find_splits(args.data, args.box, args.follow_links)
+def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
+    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
-    dataset = CocoDataset(split, transform, args.bad_images, args.overfit)
-    print(f"training on {split.annotations}: {describe(dataset)}")
+    records = from_main(lambda: split.read(look_at_files=args.bad_images == "stop"))
+    dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)
+    say(f"training on {split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
         raise DatasetError(f"{split.annotations} has no boxes to learn from: {describe(dataset)}")
     small = dataset.share_under(SMALL_PX, args.image_size)
     if small > SMALL_SHARE:
-        print(
+        say(
             f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
             f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
         )
-    known_ids = dataset.category_ids
-    val_dataset = evaluation_dataset(args.data, args.image_size, args.overfit, args.box, args.follow_links, known_ids)
+    checked = records if args.bad_images == "stop" else None
+    val_dataset = evaluation_dataset((split, val_split), args.image_size, args.overfit, dataset.category_ids, checked)
     differences = class_differences(dataset.classes | {"source": split.annotations}, val_dataset)
     if differences:
         raise DatasetError(f"the two parts of {args.data} differ in their categories: {differences}")
@@ -229,7 +230,7 @@ def main() -> None:
     say = print if is_main else (lambda *_, **__: None)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    dataset, val_dataset = load_data(args)
+    dataset, val_dataset = load_data(args, say)
     fit_to_machine(args, len(dataset), device, world)
     epoch_steps = len(dataset) // args.batch_size
     steps, evaluation_steps = args.steps or args.epochs * epoch_steps, args.eval_every * epoch_steps

@@ -29,16 +29,15 @@ def planned(gpu: str | None) -> dict[str, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all of them together; default: no limit")
+    parser.add_argument("--budget", type=float, default=86_400, metavar="SECONDS", help="for all; default: a day")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     args = parser.parse_args(argv)
-    end, failed = time.monotonic() + (args.budget or float("inf")), []
+    end, failed = time.monotonic() + args.budget, []
     for file, (module, *flags) in planned(torch.cuda.get_device_name() if torch.cuda.is_available() else None).items():
         command = [sys.executable, "-m", f"benchmarks.{module}", *flags, "--out", str(args.out.resolve() / file)]
         print(f"\n{' '.join(command[1:])}", flush=True)
         try:
-            remaining = max(0.0, end - time.monotonic()) if args.budget else None
-            result = subprocess.run(command, cwd=RESULTS.parents[1], timeout=remaining)
+            result = subprocess.run(command, cwd=RESULTS.parents[1], timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             print(f"the {args.budget:g} s of --budget are over")
             break

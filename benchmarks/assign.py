@@ -39,11 +39,7 @@ def check_parity(scene: Scene, config: OTAConfig, backend: str) -> Parity:
     result = parity(scene, config, backend, images)
     result.require(result.points > 0, "no image is small enough to be compared")
     result.require(result.excluded_share < EXCLUDED_SHARE, f"{result.excluded_share:.2%} is too close to decide")
-    print(
-        f"parity of {backend} with the float64 reference on {result.images} images: "
-        f"{'BROKEN' if result.failures else 'holds'}; not decided: {result.ground_truths_excluded} of "
-        f"{result.ground_truths:,} supplies, {result.points_excluded} of {result.points:,} candidate points"
-    )
+    print(f"{backend} against the float64 reference: {result}")
     return result
 
 

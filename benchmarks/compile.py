@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.measure import write_report
+from benchmarks.tables import markdown
 from kernels import OTAConfig, PointGrid, assign, box_loss, focal_loss, ota_assign
 from kernels.config import CENTER_PRIORS, CLS_COSTS, REG_COSTS
 from tests.support.scenes import Scene, make_scene
@@ -56,7 +57,7 @@ class Binary:
     num_warps: int
     specialization: str  # Triton's JSON of types, constants, alignments and options
     registers: int = 0  # of a thread; AMD: vector registers
-    shared_bytes: int = 0  # of a block of threads
+    shared_bytes: int = 0  # of a block of threads; from sm_90 on with the 1 KiB that CUDA reserves if it has any
     spills: int = 0  # NVIDIA: instructions that access the stack; AMD: vector registers
     error: str = ""
 
@@ -166,15 +167,14 @@ def read_amdgcn(asm: dict[str, str | bytes], _: Binary) -> tuple[int, int, int]:
     return tuple(int(note[name]) for name in ("vgpr_count", "group_segment_fixed_size", "vgpr_spill_count"))
 
 
-def print_table(binaries: list[Binary]) -> None:
-    """A line for each binary with those constants of its kernel that vary."""
-    row = "{:24} {:34} {:9} {:6} {:>5} {:>9} {:>12} {:>6}".format
-    print(row(*"kernel configuration inputs target warps registers shared_bytes spills".split()))
-    for b in sorted(binaries, key=lambda b: (b.kernel, list(map(str, b.constants.values())), b.inputs)):
-        forms = [other.constants for other in binaries if other.kernel == b.kernel]
-        varying = [f"{n}={v}" for n, v in b.constants.items() if any(form[n] != v for form in forms)]
-        taken = b.num_warps, b.registers, b.shared_bytes, b.spills
-        print(row(b.kernel, " ".join(varying), b.inputs, b.target, *taken))
+def table(binaries: list[Binary]) -> str:
+    """A row for each binary, with those constants of its kernel that vary."""
+    fields, rows = ("inputs", "target", "num_warps", "registers", "shared_bytes", "spills"), []
+    for binary in sorted(binaries, key=lambda b: (b.kernel, str(b.constants), b.inputs)):
+        forms = [other.constants for other in binaries if other.kernel == binary.kernel]
+        varying = [f"{n}={v}" for n, v in binary.constants.items() if any(form[n] != v for form in forms)]
+        rows.append((binary.kernel, " ".join(varying), *(getattr(binary, field) for field in fields)))
+    return markdown(("kernel", "constants", *fields), rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,8 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         binaries = list(pool.map(compile_binary, recorded))
     failures = [text for binary in binaries for text in binary.failures()]
-    print_table(binaries)
-    print("\n".join([f"{len(binaries)} binaries, {len(failures)} failures", *failures]))
+    print(table(binaries), f"{len(binaries)} binaries, {len(failures)} failures", *failures, sep="\n")
     rows = [{name: value for name, value in asdict(b).items() if name != "specialization"} for b in binaries]
     write_report(args.out, environment(torch.device("cpu")) | {"binaries": rows, "failures": failures})
     return int(bool(failures))

@@ -73,12 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and HAS_TRITON:
         losses["triton"] = partial(focal_loss, backend="triton")
     inputs = {dtype: make_inputs(args.images, getattr(torch, dtype), device) for dtype in DTYPES[device.type]}
-    failures = [
-        f"{name}, {dtype}: {text}"
-        for dtype, name in product(inputs, losses)
-        if name != "torchvision" or dtype == "float32"  # it computes in the type of the logits
-        for text in parity_failures(losses[name], *inputs[dtype])
-    ]
+    failures = []
+    for dtype, name in product(inputs, losses):
+        if (name, dtype) != ("torchvision", "bfloat16"):  # torchvision computes in the type of the logits
+            failures += [f"{name}, {dtype}: {text}" for text in parity_failures(losses[name], *inputs[dtype])]
     if failures:
         print("\n".join(failures), file=sys.stderr)
         return 1

@@ -32,7 +32,14 @@ def runs() -> str:
     """Trainings, a row for each."""
     reports = [r for report in results("train-*.json") for r in report.get("runs", {"": report}).values()]
     rows = [
-        (r["title"], f"{m['AP']:.3f}", f"{m['AP50']:.3f}", f"{m['total_s'] / 60:.1f}", r["device"], r["date"][:10])
+        (
+            r.get("title") or r["command"],
+            f"{m['AP']:.3f}",
+            f"{m['AP50']:.3f}",
+            f"{m['total_s'] / 60:.1f}",
+            r["device"],
+            r["date"][:10],
+        )
         for r in reports
         if (m := r.get("metrics"))
     ]
@@ -70,23 +77,17 @@ def compare(name: str, columns: dict[str, str], rows: slice = slice(None)) -> st
     return seeds_table(dict(list(report["rows"].items())[rows]), columns)
 
 
-def audits() -> str:
-    reports = {name: next(results(f"audit-{name}.json")) for name in AUDITS}
-    head = (
-        "eps",
-        "iterations",
-        *(f"{name}: {column}" for name in AUDITS for column in ("changed", "cost", "residual")),
-    )
+def audits_table(reports: dict[str, dict]) -> str:
+    """Audits of studies/audit.py side by side, by their names."""
+    columns = ("changed", "cost", "residual")
+    head = ("eps", "iterations", *(f"{name}: {column}" for name in reports for column in columns))
     rows = []
     for lines in zip(*(report["rows"] for report in reports.values()), strict=True):
-        cells = []
-        for row in lines:
-            changed = row["decoded"]["rescaled"]["changed_share"]
-            cells += [f"{changed:.1%}", f"{row['plan_cost_ratio']:.3f}", f"{row['residual']:.0e}"]
+        numbers = [(r["decoded"]["rescaled"]["changed_share"], r["plan_cost_ratio"], r["residual"]) for r in lines]
+        cells = [f"{changed:.1%} | {cost:.3f} | {residual:.0e}" for changed, cost, residual in numbers]
         rows.append((lines[0]["eps"], lines[0]["iterations"], *cells))
-    counted = [f"{name}: {r['images']} images, {r['ground_truths']} objects, {r['positives']:,} positives"
-               for name, r in reports.items()]  # fmt: skip
-    return f"{markdown(head, rows)}\n\n{'; '.join(counted)}."
+    counts = [(name, r["images"], r["ground_truths"], r["positives"]) for name, r in reports.items()]
+    return f"{markdown(head, rows)}\n\n{markdown(('', 'images', 'objects', 'positives'), counts)}"
 
 
 TABLES = {
@@ -98,7 +99,7 @@ TABLES = {
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
     "studies": partial(compare, "studies", {"AP": "AP", "AP75": "AP75"} | POINTS | AMBIGUOUS),
-    "audits": audits,
+    "audits": lambda: audits_table({name: next(results(f"audit-{name}.json")) for name in AUDITS}),
 }
 
 

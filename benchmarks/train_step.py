@@ -67,22 +67,16 @@ def make_samples(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 def torchvision_fcos(backbone: str) -> FCOS:
     """fcos_resnet50_fpn, or the same on another ResNet, with all layers trained and without its resizing."""
     torch.manual_seed(0)
-    layers = {"trainable_layers": 5, "returned_layers": [2, 3, 4]}
-    extra = LastLevelP6P7(CHANNELS, CHANNELS)
-    body = resnet_fpn_backbone(backbone_name=backbone, weights=None, extra_blocks=extra, **layers)
-    return FCOS(body, CLASSES, _skip_resize=True)
+    layers = {"trainable_layers": 5, "returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(CHANNELS, CHANNELS)}
+    return FCOS(resnet_fpn_backbone(backbone_name=backbone, weights=None, **layers), CLASSES, _skip_resize=True)
 
 
 class Contestant:
     """A model in training. Subclasses have `losses`, the terms of a forward pass over their batch."""
 
     def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
-        self.model, self.device, self.compiled, fused = (
-            model.to(device).train(),
-            device,
-            compiled,
-            device.type == "cuda",
-        )
+        self.model, self.device, self.compiled = model.to(device).train(), device, compiled
+        fused = device.type == "cuda"
         self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4, fused=fused)
         self.moments = {}  # of the latest step: its start and the ends of its phases
         if not compiled:

@@ -95,12 +95,8 @@ def _is_file_name(value: object) -> bool:
     return _is_name(value) and "\0" not in value and len(value) <= 4096
 
 
-def _is_number(value: object) -> bool:
-    return type(value) is float or _is_id(value)
-
-
 def is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == 4 and all(type(v) is float or _is_id(v) for v in value)
 
 
 # The fields that a record must have: name -> (predicate, the required value in words).
@@ -123,27 +119,19 @@ def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
         return []
     if not records and key != "annotations":
         problems["empty top-level lists"].append(f"{key!r} has no records")
-    if _all_sound(records, FIELDS[key]):  # in a third of the time
-        return records
     sound: dict[int, dict] = {}
     for row, record in enumerate(records):
         flaw = _flaw(record, FIELDS[key])
-        if flaw:
-            problems[f"malformed records in {key!r}"].append(f"{_describe(record, row)}: {flaw}")
-        elif record["id"] in sound:
-            problems[f"ids that occur twice in {key!r}"].append(_describe(record, row))
-        else:
+        if flaw is None and record["id"] not in sound:
             sound[record["id"]] = record
+            continue
+        names = ("id", "image_id", "file_name", "name") if isinstance(record, dict) else ()
+        line = ", ".join([f"record {row}", *(f"{n} {VALUE.repr(record[n])}" for n in names if n in record)])
+        if flaw:
+            problems[f"malformed records in {key!r}"].append(f"{line}: {flaw}")
+        else:
+            problems[f"ids that occur twice in {key!r}"].append(line)
     return list(sound.values())
-
-
-def _all_sound(records: list, fields: Fields) -> bool:
-    """Return whether every record is well-formed and every id unique."""
-    if not all(isinstance(record, dict) and fields.keys() <= record.keys() for record in records):
-        return False
-    valid = (all(map(is_valid, (record[name] for record in records))) for name, (is_valid, _) in fields.items())
-    crowd = all(record.get("iscrowd", 0) in (0, 1) for record in records)
-    return crowd and all(valid) and len({record["id"] for record in records}) == len(records)
 
 
 def _flaw(record: object, fields: Fields) -> str | None:
@@ -159,13 +147,6 @@ def _flaw(record: object, fields: Fields) -> str | None:
     return None
 
 
-def _describe(record: object, row: int) -> str:
-    """Name a record by its position and the identifying fields that it has."""
-    names = ("id", "image_id", "file_name", "name")
-    known = [f"{n} {VALUE.repr(record[n])}" for n in names if n in record] if isinstance(record, dict) else []
-    return ", ".join([f"record {row}", *known])
-
-
 def _ids(records: object) -> list[int]:
     """Return the ids of all records, malformed ones too, as a reference to those is no mistake."""
     records = records if isinstance(records, list) else []
@@ -176,6 +157,7 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
     areas = (record.get("area") for record in objects)
+    areas = [area if type(area) is float or _is_id(area) else math.nan for area in areas]
     return Records(
         categories,
         np.array([image["id"] for image in images], np.int64),
@@ -186,7 +168,7 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
         np.array([record["category_id"] for record in objects], np.int64),
         np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4),
         np.array([record.get("iscrowd", 0) for record in objects], bool),
-        np.array([area if _is_number(area) else math.nan for area in areas], np.float64),
+        np.array(areas, np.float64),
     )
 
 
@@ -194,49 +176,42 @@ def _check_boxes(
     records: Records, objects: list[dict], images: list[dict], known: dict[str, list[int]], problems: Problems
 ) -> None:
     """Check references of annotations to `known` ids, that boxes lie in their images, and that they are in px."""
-    boxes, owners = records.boxes, records.owners
+    owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
     sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
     with np.errstate(over="ignore", invalid="ignore"):
-        starts, sides, ends = boxes[:, :2], boxes[:, 2:], boxes[:, :2] + boxes[:, 2:]
-        positive = (sides > 0).all(1)
+        ends, positive = starts + sides, (sides > 0).all(1)
         far = (starts < -OUTSIDE_TOLERANCE_PX) | (ends > sizes[:, ::-1] + OUTSIDE_TOLERANCE_PX)
-        outside = far.any(1) & positive & np.isfinite(boxes).all(1) & (owners >= 0)
+        outside = far.any(1) & positive & np.isfinite(records.boxes).all(1) & (owners >= 0)
         tiny = positive & ((sides <= 1).all(1) | (ends <= 1).all(1))
-
-    def describe(row: int) -> str:
-        file_name = f" ({images[owners[row]]['file_name']})" if owners[row] >= 0 else ""
-        return f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
-
-    for row in np.flatnonzero(~np.isin(records.category_ids, known["categories"])):
-        line = f"{describe(row)}: category_id {records.category_ids[row]}"
-        problems["annotations of unknown categories"].append(line)
-    for row in np.flatnonzero(~np.isin(image_ids, known["images"])):
-        problems["annotations of unknown images"].append(describe(row))
-    for row in np.flatnonzero(outside):
-        line = f"{describe(row)}: {objects[row]['bbox']} in {sizes[row, 1]} x {sizes[row, 0]}"
-        problems["boxes more than 1 px outside their image (x, y, width, height in px?)"].append(line)
-    if tiny.any() and tiny.sum() >= MOST_BOXES * positive.sum():
-        share = f"{tiny.sum() / positive.sum():.0%} of all"
-        kind = f"boxes of a pixel at most, {share} (normalised, fractions of the image's sides? They have to be in px)"
-        lines = [f"annotation {records.ids[row]}: {objects[row]['bbox']}" for row in np.flatnonzero(tiny)]
-        problems[kind] += lines
+    share = tiny.sum() / max(1, positive.sum())
+    tiny &= share >= MOST_BOXES
+    remedy = "(normalised, fractions of the image's sides? They have to be in px)"
+    for kind, wrong, remark in (
+        ("annotations of unknown categories", ~np.isin(records.category_ids, known["categories"]), ": category_id {c}"),
+        ("annotations of unknown images", ~np.isin(image_ids, known["images"]), ""),
+        ("boxes more than 1 px outside their image (x, y, width, height in px?)", outside, ": {box} in {w} x {h}"),
+        (f"boxes of a pixel at most, {share:.0%} of all {remedy}", tiny, ": {box}"),
+    ):
+        for row in np.flatnonzero(wrong).tolist():
+            file_name = f" ({images[owners[row]]['file_name']})" if owners[row] >= 0 else ""
+            (h, w), c, box = sizes[row], records.category_ids[row], objects[row]["bbox"]
+            line = f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
+            problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
 
 
 def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> tuple[list[dict], list[str]]:
     """Return one record for each file name inside the image folder, and the other names that no file has."""
     first_with: dict[str, dict] = {}
     for record in images:
-        first = first_with.setdefault(record["file_name"], record)
+        name = record["file_name"]
+        first = first_with.setdefault(name, record)
         if first is not record:
-            line = f"{record['file_name']}: images {first['id']} and {record['id']}"
-            problems["file names that occur twice"].append(line)
-    outside = {name for name in first_with if leaves_folder(name)}
-    problems_of_names = [_image(record) for record in images if record["file_name"] in outside]
-    if problems_of_names:
-        problems[LEAVING] += problems_of_names
-    inside = [record for name, record in first_with.items() if name not in outside]
-    return inside, [name for name in first_with if name in outside and not os.path.exists(images_dir / name)]
+            problems["file names that occur twice"].append(f"{name}: images {first['id']} and {record['id']}")
+        if leaves_folder(name):
+            problems[LEAVING].append(_image(record))
+    inside = [record for name, record in first_with.items() if not leaves_folder(name)]
+    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
 
 
 def _image(record: dict) -> str:

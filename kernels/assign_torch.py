@@ -25,11 +25,7 @@ from .config import EMPTY_SUPPLY, FOCAL_ALPHA, IOU_FLOOR, Assignment, Inputs, OT
 from .grid import PointGrid, valid_rows
 
 ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log domain
-
-
-@lru_cache(maxsize=32)
-def _point_strides(grid: PointGrid, device: torch.device) -> Tensor:
-    return grid.point_strides(device)
+_point_strides = lru_cache(maxsize=32)(PointGrid.point_strides)
 
 
 class _Solution(NamedTuple):

@@ -23,6 +23,7 @@ from .fields import Rule, first_flaw, number, one_of_type, optional
 FORMAT = "ota-triton/1"
 HUB = "hf://"
 HUB_FILE = "ota.safetensors"
+FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # any of them is taken for any other
 
 
 class WeightsError(UserError):
@@ -56,10 +57,8 @@ OBJECT = one_of_type(dict, "an object")
 RULES: dict[str, Rule] = {
     "format": (lambda value: value == FORMAT, f"{FORMAT!r}, which this version reads"),
     "architecture": OBJECT,
-    "architecture.backbone": (  # a file chooses no address of the network
-        lambda value: isinstance(value, str) and timm.is_model(value),
-        f"a model that timm {timm.__version__} has by name",
-    ),
+    # a file chooses no address of the network
+    "architecture.backbone": (lambda v: isinstance(v, str) and timm.is_model(v), f"a model of timm {timm.__version__}"),
     "architecture.ota": OBJECT,
     "architecture.image_size": one_of_type(list, "a list of two sides"),
     "normalisation": OBJECT,
@@ -77,12 +76,9 @@ RULES: dict[str, Rule] = {
 
 def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
     """Write all or nothing. `metadata` is JSON, to which architecture and normalisation are added. Raises OSError."""
-    metadata = {
-        "format": FORMAT,
-        "architecture": dataclasses.asdict(detector.config),
-        "normalisation": {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")},
-        **metadata,
-    }
+    normalisation = {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")}
+    architecture = dataclasses.asdict(detector.config)
+    metadata = {"format": FORMAT, "architecture": architecture, "normalisation": normalisation} | metadata
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
     write_file(Path(path), save(tensors, metadata={"ota": json.dumps(metadata)}))
 
@@ -107,18 +103,16 @@ def local_file(weights: str | Path) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(f"{user}/{repo}", file or HUB_FILE))
     except Exception as error:  # network, hub, disk or name
-        raise WeightsError(
-            f"{weights}: the hub gives no {file or HUB_FILE}: {type(error).__name__}: {error}\nCheck the name "
-            "(hf://user/repo or hf://user/repo/file) and the connection (HF_TOKEN for a private repository), or "
-            "download the file and give its path."
-        ) from error
+        remedy = "Check name and connection (HF_TOKEN for private repositories), or give the path of a downloaded file."
+        wanted = f"no {file or HUB_FILE} for {weights} (hf://user/repo or hf://user/repo/file)"
+        raise WeightsError(f"the hub gives {wanted}: {type(error).__name__}: {error}\n{remedy}") from error
 
 
 def load_weights(path: Path) -> tuple[Detector, dict]:
     """Return the detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError.
 
     Tensors are compared by name, shape and type before the network is built, so a file takes no more memory than the
-    weights in it. Any floating type is taken for any other.
+    weights in it.
     """
     if not Path(path).is_file():
         raise WeightsError(f"there is no weights file {path}")
@@ -137,7 +131,7 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     except (ValueError, RecursionError, BackboneError) as error:  # ValueError: also a number of thousands of digits
         raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
     stored, needed = (
-        {name: f"{list(t.shape)} {'float' if t.is_floating_point() else t.dtype}" for name, t in state.items()}
+        {name: f"{list(t.shape)} {'float' if t.dtype in FLOATS else t.dtype}" for name, t in state.items()}
         for state in (tensors, expected)
     )
     if differences := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):

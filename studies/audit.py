@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.tables import audits_table
 from errors import UserError
 from kernels import OTAConfig
 from kernels.assign_reference import classification_loss
@@ -149,26 +150,6 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
         row.residual += float((received - 1).abs().sum())
 
 
-def print_table(audit: Audit) -> None:
-    print(
-        f"exact: {audit.images} images, {audit.ground_truths:,} ground truths, {audit.points:,} candidate points, "
-        f"{audit.positives:,} positives, cost {audit.cost:,.2f}"
-    )
-    if audit.without_plan:
-        print(f"left out, because the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
-    if not audit.positives:
-        return
-    row = ("{:>5}{:>11}{:>10}{:>10}" + "{:>18}{:>8}{:>13}{:>13}" * 2).format
-    heads = [text for name in DECODINGS for text in (f"{name}: changed", "share", "label cost", "supply error")]
-    print(row("eps", "iterations", "plan cost", "residual", *heads))
-    for line in audit.report()["rows"]:
-        cells = [f"{line['eps']:g}", line["iterations"], f"{line['plan_cost_ratio']:.4f}", f"{line['residual']:.1e}"]
-        for labels in line["decoded"].values():
-            cells += [f"{labels['changed']:,}", f"{labels['changed_share']:.1%}", f"{labels['cost_ratio']:.4f}"]
-            cells += [f"{labels['supply_error_share']:.1%}"]
-        print(row(*cells))
-
-
 def draw(report: dict, path: Path) -> None:
     """Labels changed, cost and residual over the iterations, a line for every eps."""
     import matplotlib
@@ -236,8 +217,11 @@ def main(argv: list[str] | None = None) -> None:
     audit = Audit()
     for name, scene in scenes:
         audit_image(audit, name, scene, config)
-    print_table(audit)
     report = {"source": source, "assigner": asdict(config)} | audit.report()
+    if audit.without_plan:
+        print(f"left out, because the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
+    if audit.positives:
+        print(audits_table({source: report}))
     args.out.mkdir(parents=True, exist_ok=True)
     about = environment(torch.device("cpu")) | {"scipy": version("scipy")}
     (args.out / "audit.json").write_text(json.dumps(about | report, indent=1) + "\n")

@@ -261,10 +261,9 @@ def candidates_of(gt_boxes: list, grid: PointGrid, config: OTAConfig, backend: s
     """
     boxes = torch.tensor(gt_boxes, dtype=torch.float32)
     count, n = len(boxes), grid.num_points
-    match = assign(
-        torch.full((count, n, 1), 10.0), boxes[:, None].expand(-1, n, -1), boxes, torch.zeros(count, dtype=torch.int64),
-        torch.arange(count + 1), grid, replace(config, fixed_k=n, iterations=1), backend=backend,
-    )  # fmt: skip
+    logits, labels = torch.full((count, n, 1), 10.0), torch.zeros(count, dtype=torch.int64)
+    scene = Scene(logits, boxes[:, None].expand(-1, n, -1), boxes, labels, torch.arange(count + 1), grid)
+    match = assign(*scene, replace(config, fixed_k=n, iterations=1), backend=backend)
     found = [set(row.nonzero()[:, 0].tolist()) for row in match.gt_index >= 0]
     assert match.k.tolist() == [len(points) for points in found]
     return found
@@ -505,7 +504,7 @@ def test_5000_boxes(backend):
     config = OTAConfig(iterations=20)
     match = assign(*scene, config, backend=backend)
     assert (match.k >= 1).all() and match.iou.isfinite().all()
-    assert_equal(alone(scene, 0, match), assign(*image_of(scene, 0), config, backend=backend))
+    assert_equal(alone(scene, 0, match), assign(*next(scene.images()), config, backend=backend))
     if backend != "reference":
         assert_parity(scene, config, backend)
 
@@ -565,16 +564,6 @@ def test_no_image(rows, backend):
     assert match.gt_index.shape == match.iou.shape == (0, N) and match.k.tolist() == [0] * rows
 
 
-def image_of(scene: Scene, b: int) -> Scene:
-    """Image b of a batch as a batch of one."""
-    start, end = scene.gt_offsets[b : b + 2].tolist()
-    rows = slice(start, end)
-    return Scene(
-        scene.logits[b : b + 1], scene.boxes[b : b + 1], scene.gt_boxes[rows], scene.gt_labels[rows],
-        torch.tensor([0, end - start]), scene.grid,
-    )  # fmt: skip
-
-
 def alone(scene: Scene, b: int, match: Assignment) -> Assignment:
     """Image b of a batch's result, numbered as if it had been alone."""
     start, end = scene.gt_offsets[b : b + 2].tolist()
@@ -586,16 +575,16 @@ def alone(scene: Scene, b: int, match: Assignment) -> Assignment:
 def test_image_alone_is_image_in_a_batch(counts, backend):
     scene = make_scene(GRID, fewer(counts, backend), C, seed=10)
     match = assign(*scene, backend=backend)
-    for b in range(len(counts)):
-        assert_equal(alone(scene, b, match), assign(*image_of(scene, b), backend=backend))
+    for b, image in enumerate(scene.images()):
+        assert_equal(alone(scene, b, match), assign(*image, backend=backend))
 
 
 def test_costs_and_plan_alone_are_those_in_a_batch():
     """Bit for bit: where an element lies in a tensor must not decide how it is rounded, or equal boxes do not tie."""
     scene = make_scene(GRID, (7, 1, 23), C, seed=10)
     _, whole = solve(scene, OTAConfig())
-    for b, start in enumerate((0, 7, 8)):
-        (_, part), here = solve(image_of(scene, b), OTAConfig()), whole.flat_point // N == b
+    for b, (start, image) in enumerate(zip((0, 7, 8), scene.images(), strict=True)):
+        (_, part), here = solve(image, OTAConfig()), whole.flat_point // N == b
         assert torch.equal(part.gt + start, whole.gt[here]) and torch.equal(part.flat_point, whole.flat_point[here] % N)
         assert torch.equal(part.cost, whole.cost[here]) and torch.equal(part.log_plan, whole.log_plan[here])
 

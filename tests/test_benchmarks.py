@@ -51,7 +51,7 @@ def test_assign(tmp_path, capsys):
     assert list(report["rows"]) == ["reference", "torch"]
     for row in report["rows"].values():
         assert_costs(row)
-    assert "parity of torch with the float64 reference on 2 images: holds" in capsys.readouterr().out
+    assert "torch against the float64 reference: Parity(images=2" in capsys.readouterr().out
 
 
 def test_assign_reports_no_cost_when_parity_is_broken(tmp_path, monkeypatch, capsys):

@@ -166,7 +166,7 @@ def test_category_that_only_groups_the_others_is_left_out(changed):
     assert 0 not in dataset.category_ids and "things" not in dataset.class_names
     assert [c["name"] for c in dataset.annotations["categories"]] == dataset.class_names
     assert "category 0 things, which groups the others" in eval_script.describe(dataset)
-    known = evaluation_dataset(str(root), (64, 107), None, None, False, [0])  # weights of before have the class
+    known = evaluation_dataset(find_splits(str(root)), (64, 107), known_ids=[0])  # weights of before have the class
     assert known.category_ids[0] == 0 and known.grouping is None
 
 

@@ -386,10 +386,10 @@ def test_losses_by_hand(backend):
 class NoWaiting(TorchDispatchMode):
     """Refuses what makes a host wait for a GPU, or has a shape that depends on data."""
 
-    WAITS = {
-        "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount",
-        "equal", "is_nonzero", "item",
-    }  # fmt: skip
+    WAITS = set(
+        "_local_scalar_dense nonzero masked_select unique_dim _unique2 unique_consecutive bincount equal is_nonzero "
+        "item".split()
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func._schema.name.partition("::")[2], kwargs or {}

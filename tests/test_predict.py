@@ -249,9 +249,9 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(WeightsError, match=r"hf://user/repo: the hub gives no ota.safetensors.*no route\n.*connection"):
+    with pytest.raises(WeightsError, match=r"no ota.safetensors for hf://user/repo .*no route\n.*connection"):
         load("hf://user/repo")
-    with pytest.raises(WeightsError, match=r"Check the name \(hf://user/repo or"):
+    with pytest.raises(WeightsError, match=r"for hf://repo \(hf://user/repo or"):
         load("hf://repo")
 
 

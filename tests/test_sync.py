@@ -14,10 +14,11 @@ from model import Detector, DetectorConfig
 from model.batch import Batch, pack
 
 aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.is_nonzero, aten.equal,
-    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave, aten.bincount, aten.argwhere,
-}  # fmt: skip
+NAMES = (
+    "_local_scalar_dense nonzero nonzero_numpy masked_select is_nonzero equal _unique2 unique_dim unique_consecutive "
+    "repeat_interleave bincount argwhere"
+)
+WAITS = {getattr(aten, name) for name in NAMES.split()}
 
 
 class NoWaiting(TorchDispatchMode):

@@ -144,6 +144,27 @@ def test_two_ranks_evaluate_the_weights_that_they_save(call, tmp_path):
     assert metrics_of(out)["AP50"] > 0
 
 
+RANKS = """
+import sys
+from data import DatasetError
+from training.process import from_main, setup_distributed
+_, rank, _ = setup_distributed("cpu")
+def fail():
+    raise DatasetError(f"rank {rank} cannot read")
+read = from_main(lambda: [rank] * 1000)
+try:
+    from_main(fail)
+except DatasetError as error:
+    open(f"{sys.argv[1]}/{rank}", "w").write(f"{sum(read)}, {error}")
+"""
+
+
+def test_first_rank_reads_for_all_and_its_error_is_everyones(tmp_path):
+    (tmp_path / "ranks.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}){RANKS}")
+    run(tmp_path / "ranks.py", tmp_path, ranks=2)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0, rank 0 cannot read"] * 2
+
+
 def test_ctrl_c_under_torchrun_leaves_usable_weights(four_images, tmp_path):
     """Of one process, as of other signals: test_resume.py."""
     out = tmp_path / "out"

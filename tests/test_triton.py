@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -106,11 +106,8 @@ def test_factors_of_a_burst_fit_float32(growth):
 
 def operator_arguments(scene: Scene, config: OTAConfig, backend: str) -> tuple:
     rows, columns = zip(*scene.grid.sizes, strict=True)
-    return (
-        *scene[:5], list(scene.grid.strides), list(rows), list(columns), config.alpha, config.eps, config.iterations,
-        config.top_q, config.per_q, config.fixed_k, config.center_prior, float(config.radius), config.cls_cost,
-        config.reg_cost, config.rescale, None, backend,
-    )  # fmt: skip
+    grid = list(scene.grid.strides), list(rows), list(columns)
+    return *scene[:5], *grid, *astuple(replace(config, radius=float(config.radius))), None, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

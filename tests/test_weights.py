@@ -201,10 +201,11 @@ def test_metadata_that_are_no_object_are_refused(write, text, message):
         ({}, r"1 tensors differ, 'head.cls.weight' first: missing, needed: \[2, 8, 3, 3\] float"),
         ({"head.cls.weight": torch.zeros(2, 8, 3)}, r"first: \[2, 8, 3\] float, needed"),
         ({"head.cls.weight": torch.zeros(2, 8, 3, 3).int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
+        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).to(torch.float8_e4m3fn)}, "float8_e4m3fn, needed"),
         ({"head.cls.weight": torch.full((2, 8, 3, 3), torch.nan)}, "'head.cls.weight' that are NaN"),
         ({"head.cls.weight": torch.full((2, 8, 3, 3), 1e300, dtype=torch.float64)}, "'head.cls.weight' that are NaN"),
     ],
-    ids=["missing", "shape", "integers", "nan", "infinite-in-float32"],
+    ids=["missing", "shape", "integers", "float8", "nan", "infinite-in-float32"],
 )
 def test_a_tensor_that_does_not_fit_is_named(valid, write, change, message):
     tensors = {name: tensor for name, tensor in valid[1].items() if name != "head.cls.weight"}

@@ -56,9 +56,9 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def only_source(folder: str, names: list[str]) -> set[str]:
-    """What is no source: hidden, built, or data and runs."""
-    return {name for name in names if name.startswith(".") or name in ("build", "datasets", "runs", "__pycache__")
-            or name.endswith(".egg-info")}  # fmt: skip
+    """Names to leave out: hidden files, builds, data and runs."""
+    left_out = ("build", "datasets", "runs", "__pycache__")
+    return {name for name in names if name.startswith(".") or name in left_out or name.endswith(".egg-info")}
 
 
 def test_wheel_holds_one_package(wheel):
@@ -73,16 +73,14 @@ def test_installed_package_assigns_beside_the_folder(wheel, tmp_path):
     subprocess.run(installed, check=True)
     backends = ["torch", "triton"] if HAS_TRITON else ["torch"]
     interpreter = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
-    done = subprocess.run(
-        [sys.executable, "-c", ASSIGN, ROOT, *backends], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter,
-    )  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter
+    command = [sys.executable, "-c", ASSIGN, ROOT, *backends]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, _, found = done.stdout.strip().partition(" ")
     assert Path(path).parent == tmp_path / "installed" / "ota_triton"
     boxes = torch.tensor([[[0.0, 0, 16, 16]]]).expand(1, 4, 4)
-    match = ota_assign(
-        torch.zeros(1, 4, 2), boxes, torch.tensor([[1.0, 1, 15, 13]]), torch.tensor([1]), torch.tensor([0, 1]),
-        PointGrid((8,), ((2, 2),)), OTAConfig(iterations=3), backend="reference",
-    )  # fmt: skip
+    truth = torch.tensor([[1.0, 1, 15, 13]]), torch.tensor([1]), torch.tensor([0, 1])
+    grid, config = PointGrid((8,), ((2, 2),)), OTAConfig(iterations=3)
+    match = ota_assign(torch.zeros(1, 4, 2), boxes, *truth, grid, config, backend="reference")
     assert (match.gt_index == 0).any() and found == str([match.gt_index.tolist()] * len(backends))
