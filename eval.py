@@ -154,14 +154,16 @@ def evaluation_dataset(
     known_ids: Collection[int] = (),
     train_records: Records | None = None,
 ) -> CocoDataset:
-    """Return the validation split; without one the training split, with a note; with `overfit`, the first images of
-    that. known_ids: the category ids of the training; train_records: what read() of its split returned."""
+    """Return the validation split; the training split, with a note, if there is none; with `overfit`, its first images.
+
+    known_ids: category ids of the training. train_records: the result of the training split's read().
+    """
     split = splits[0] if overfit or splits[1] is None else splits[1]
     records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
     dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
     if int(os.environ.get("RANK", 0)) == 0:
         if split is splits[0] and not overfit:
-            note = "so the training part is evaluated; the AP says how well it was learned, not how well it generalises"
+            note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
             print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
         print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
     return dataset

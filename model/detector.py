@@ -95,8 +95,7 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(3, 1, 1), persistent=False)
         shorter, longest = config.image_size
-        size, max_size = ([shorter], longest) if shorter < longest else (None, longest)
-        self.resize = v2.Resize(size, max_size=max_size, antialias=True)
+        self.resize = v2.Resize([shorter] if shorter < longest else None, max_size=longest, antialias=True)
         self.to(memory_format=torch.channels_last)  # most convolutions are faster
 
     def forward(self, images: list[Tensor] | Batch, targets: list[dict[str, Tensor]] | None = None):
