@@ -33,6 +33,18 @@ class CheckpointError(UserError):
     """The run's folder cannot be read, written or used now; the message names it and the remedy."""
 
 
+@contextlib.contextmanager
+def disk_errors_named(folder: Path):
+    """Turn an OSError into a CheckpointError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        newest = _newest_first(folder)[:1]
+        kept = f"the last checkpoint, {newest[0].name}, is complete" if newest else "there is no checkpoint yet"
+        remedy = "Make room there and start the same command again to continue, or name a writable folder with --out"
+        raise CheckpointError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
+
+
 def resume(
     folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
 ) -> tuple[dict | None, bool]:
@@ -43,7 +55,9 @@ def resume(
     """
     received = [None, False]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        received = [_previous_checkpoint(folder, identity), (folder / "metrics.json").exists()]
+        _lock(folder)
+        received = [load_checkpoint(folder), (folder / "metrics.json").exists()]
+        _check_identity(folder, identity, received[0])
     if dist.is_initialized():
         dist.broadcast_object_list(received)
     checkpoint, complete = received
@@ -57,61 +71,41 @@ def resume(
     return checkpoint, complete
 
 
-def _previous_checkpoint(folder: Path, identity: dict) -> dict | None:
-    _lock(folder)
-    checkpoint = load_checkpoint(folder)
-    if checkpoint is None:
-        if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
-            raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
-        return None
-    before = json.loads(checkpoint["identity"])
-    names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
-    if names:
-        lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
-        raise CheckpointError(
-            f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(lines)}\n"
-            "Give the old ones to continue it, or name another folder with --out."
-        )
-    return checkpoint
-
-
 def _lock(folder: Path) -> None:
     """Create the folder and lock it until this process ends. Raises CheckpointError.
 
     A POSIX record lock: unlike flock's, loader processes do not inherit it, which outlive a killed parent by seconds.
     The descriptor stays open on purpose.
     """
-    try:
+    with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error}. Name a writable folder with --out") from error
-    try:
         if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+                remedy = "Wait for that run or end it, or name another folder with --out"
+                raise CheckpointError(f"{folder} is in use by {holder}. {remedy}") from error
         else:
             print(f"note: this system has no file locks; start no second run in {folder}", file=sys.stderr)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
-        remedy = "Wait for that run or end it, or name another folder with --out"
-        raise CheckpointError(f"{folder} is in use by {holder}. {remedy}") from error
-    with disk_errors_named(folder):
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         for temporary in folder.glob(".*.tmp"):  # left by a kill
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def disk_errors_named(folder: Path):
-    """Turn an OSError into a CheckpointError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        newest = _newest_first(folder)[:1]
-        kept = f"the last checkpoint, {newest[0].name}, is complete" if newest else "there is no checkpoint yet"
-        remedy = "Make room there and start the same command again to continue"
-        raise CheckpointError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
+def _check_identity(folder: Path, identity: dict, checkpoint: dict | None) -> None:
+    if checkpoint is None:
+        if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
+            raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
+        return
+    before = json.loads(checkpoint["identity"])
+    names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
+    if names:
+        lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
+        what = f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(lines)}"
+        raise CheckpointError(f"{what}\nGive the old ones to continue it, or name another folder with --out.")
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:

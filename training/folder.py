@@ -1,11 +1,14 @@
-"""The folder of a run: checkpoints, log, weights, curves, TensorBoard events."""
+"""The folder of a run: checkpoints, log, weights, curves, TensorBoard events, and the trace of --profile."""
 
 import json
 import math
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from data import CocoDataset
@@ -16,36 +19,32 @@ from .checkpoint import disk_errors_named, save_checkpoint
 
 SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
+WARMUP_STEPS = 5  # before a trace: compiling, choosing algorithms, filling the allocator's cache
 
 
-def tensorboard_writer(folder: Path, first_step: int):
-    """Return a SummaryWriter that replaces events from `first_step` on; None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=first_step)
-
-
+@dataclass
 class RunFolder:
-    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write.
+    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write."""
 
-    settings   the command, its flags, versions and dates, as JSON
-    identity   those of them that decide the result, to be compared when the run is continued
-    metadata   class names, ids and the data set, for weights files
-    log        lines of log.jsonl up to `step`, from which the run continues
-    """
+    path: Path
+    settings: dict  # the command, its flags, versions and dates, as JSON
+    identity: dict  # those of them that decide the result, to be compared when the run is continued
+    metadata: dict  # class names, ids and the data set, for weights files
+    steps: int
+    step: int  # after which the run continues
+    log: list[dict]  # lines of log.jsonl up to `step`
 
-    def __init__(
-        self, path: Path, settings: dict, identity: dict, metadata: dict, steps: int, step: int, log: list[dict]
-    ) -> None:
-        self.path, self.settings, self.identity, self.metadata = path, settings, identity, metadata
-        self.steps, self.log, self._drawn_at = steps, log, time.monotonic()
-        with disk_errors_named(path):
-            write_file(path / "args.json", json.dumps(settings, indent=1).encode())
-            if (path / "log.jsonl").exists():
-                write_file(path / "log.jsonl", self._log_text().encode())
-            self._events = tensorboard_writer(path / "tensorboard", step + 1)
+    def __post_init__(self) -> None:
+        self._drawn_at, self._events = time.monotonic(), None
+        with disk_errors_named(self.path):
+            write_file(self.path / "args.json", json.dumps(self.settings, indent=1).encode())
+            if (self.path / "log.jsonl").exists():
+                write_file(self.path / "log.jsonl", self._log_text().encode())
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._events = SummaryWriter(self.path / "tensorboard", purge_step=self.step + 1)
 
     def _log_text(self) -> str:
         return "".join(json.dumps(line) + "\n" for line in self.log)
@@ -61,6 +60,7 @@ class RunFolder:
                 for name, value in line.items():
                     if isinstance(value, int | float):
                         self._events.add_scalar(f"{group}/{name}", value, line["step"])
+                self._events.flush()
             if time.monotonic() - self._drawn_at > REDRAW_S:
                 self.draw()
 
@@ -124,9 +124,21 @@ class RunFolder:
                 pictures.append(draw_detections(image, target["boxes"], *detector.eval().predict(image, 0.5)))
             save_contact_sheet(pictures, self.path / "samples.png")
         self.draw()
-        files = "ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png"
-        print(f"wrote {self.path}: {files}")
+        print(f"wrote {self.path}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
 
-    def close(self) -> None:
-        if self._events:
-            self._events.close()
+
+def start_trace(steps: int, path: Path, device: torch.device) -> profile:
+    """Return a profiler whose `step()` follows every step; after the last it writes `path` and prints a table."""
+
+    def write(trace: profile) -> None:
+        trace.export_chrome_trace(str(path))
+        by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+        print(trace.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=50))
+        print(f"wrote {path}: {steps} steps after {WARMUP_STEPS}, for ui.perfetto.dev or chrome://tracing")
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's notes on stderr
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    plan = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
+    trace = profile(activities=activities, schedule=plan, on_trace_ready=write)
+    trace.start()
+    return trace
