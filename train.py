@@ -37,9 +37,8 @@ from model import Detector, init_weights
 from model.batch import Batch, pack, static_sides
 from model.head import Predictions
 from model.losses import mean_positives
-from training.checkpoint import resume
 from training.environment import environment, memory_warning
-from training.folder import WARMUP_STEPS, RunFolder, start_trace
+from training.folder import WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
 from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
 

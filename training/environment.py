@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def environment(device: torch.device) -> dict[str, str | int]:
     """Return device, versions, commit and date, as JSON."""
     about = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {package: _version(package) for package in ("torchvision", "timm", "triton", "pycocotools")}
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    about |= {package: installed.get(package, "none") for package in ("torchvision", "timm", "triton", "pycocotools")}
     commit = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about |= {"python": platform.python_version(), "commit": commit, "date": date}
@@ -40,13 +41,6 @@ def _device_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: *(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _first_line(*command: str) -> str:
