@@ -200,13 +200,11 @@ class RunFolder:
     def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
         """Add a line and show it: behind the bar, or, without a terminal, on a new line."""
         self.write_line(line)
-        text = (
-            f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
-            f"pos/gt {line['positives_per_gt']:.1f}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
-        )
+        losses = "loss {loss:.3f} (cls {cls:.3f} box {box:.3f} iou {iou:.3f})  pos/gt {positives_per_gt:.1f}"
+        text = f"{losses.format(**line)}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
         bar.set_postfix_str(text)
         if bar.disable:
-            eta = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            eta = tqdm.format_interval(seconds_left)
             print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
 
     def draw(self) -> None:
@@ -237,9 +235,10 @@ class RunFolder:
         """
         broken = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
         if broken:
+            remedy = "A lower --lr or a longer --warmup is the usual remedy."
+            what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
             raise FloatingPointError(
-                f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first; so no checkpoint is "
-                f"written; the one before is in {self.path}. A lower --lr or a longer --warmup is the usual remedy."
+                f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}."
             )
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
         with disk_errors_named(self.path):
