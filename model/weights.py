@@ -20,8 +20,7 @@ from .detector import Detector, DetectorConfig
 from .fields import Rule, first_flaw, integer, list_of, number, one_of_type, optional
 
 FORMAT = "ota-triton/1"
-HUB = "hf://"
-HUB_FILE = "ota.safetensors"
+HUB, HUB_FILE = "hf://", "ota.safetensors"
 FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # any of them is taken for any other
 
 
@@ -137,6 +136,8 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
         getattr(detector, name).copy_(torch.tensor(metadata["normalisation"][name]).view(3, 1, 1))
     for name in ("class_names", "category_ids"):
         setattr(detector, name, metadata.setdefault(name, getattr(detector, name)))
+        if len(metadata[name]) != config.num_classes:
+            raise WeightsError(f"{path} has {len(metadata[name])} {name} for {config.num_classes} classes")
     return detector.eval(), metadata
 
 
@@ -154,11 +155,7 @@ def _parse(header: str) -> tuple[dict, DetectorConfig]:
         raise ValueError(flaw)
     ota = _build(OTAConfig, "architecture.ota", architecture["ota"])
     new = {"ota": ota, "image_size": tuple(architecture["image_size"])}
-    config = _build(DetectorConfig, "architecture", architecture | new)
-    for name in ("class_names", "category_ids"):
-        if len(metadata.get(name, range(config.num_classes))) != config.num_classes:
-            raise ValueError(f"{len(metadata[name])} {name} for {config.num_classes} classes")
-    return metadata, config
+    return metadata, _build(DetectorConfig, "architecture", architecture | new)
 
 
 def _build(config: type, name: str, values: dict):
