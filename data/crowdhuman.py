@@ -40,11 +40,11 @@ def read_crowdhuman(split: Split, digest, look_at_files: bool) -> dict:
             except ValueError as error:
                 problems["malformed lines"].append(f"line {number}: {error}")
     named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
-    found = problems if look_at_files else defaultdict(list)
-    sizes, missing = read_sizes(named, split.images, split.follow_links, found)
+    unreadable = problems if look_at_files else defaultdict(list)
+    sizes, missing = read_sizes(named, split.images, split.follow_links, unreadable)
     if problems:
-        missing = missing if look_at_files else []
-        raise DatasetError(report(split.annotations, problems, near_misses(missing, split.images)))
+        remarks = near_misses(missing if look_at_files else [], split.images)
+        raise DatasetError(report(split.annotations, problems, remarks))
     images, annotations = [], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
         width, height = size or _extent(boxes)
