@@ -1,6 +1,6 @@
 """Candidate pairs, their costs and the supplies of a batch in one Triton launch: one program per ground truth.
 
-A program lists its candidates by the arithmetic of center_prior_triton.py, packs their points into slots of its own,
+A program lists its candidates by the arithmetic of center_prior_triton.py, packs their points into its slots,
 reads one logit and one box for each, and writes the relative cost in the units of Sinkhorn,
 
     D_ij log2(e) / eps,  D_ij = l(z_j,c_i ; 1) - l(z_j,c_i ; 0) + alpha L_reg(b_j, g_i),
