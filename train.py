@@ -37,13 +37,10 @@ from model import Detector, init_weights
 from model.batch import Batch, pack, static_sides
 from model.head import Predictions
 from model.losses import mean_positives
-from training.checkpoint import resume
-from training.environment import environment
-from training.folder import RunFolder
-from training.memory import memory_warning
+from training.environment import environment, memory_warning
+from training.folder import WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
 from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
-from training.trace import WARMUP_STEPS, start_trace
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
@@ -337,8 +334,6 @@ def main() -> None:
         with eagerly(args.compile):
             folder.finish(evaluated, val_dataset, metrics, time.time() - started)
         print_table(metrics)
-    if folder:
-        folder.close()
     if world > 1:
         dist.destroy_process_group()
 

@@ -11,9 +11,8 @@ def integer(low: int, high: int) -> Rule:
     return lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}"
 
 
-def number(low: float, high: float) -> Rule:
-    wanted = f"a number from {low:g} to {high:g}"
-    return lambda value: type(value) in (int, float) and low <= value <= high, wanted  # NaN lies in no range
+def number(low: float, high: float) -> Rule:  # NaN lies in no range
+    return lambda v: type(v) in (int, float) and low <= v <= high, f"a number from {low:g} to {high:g}"
 
 
 def one_of_type(kind: type, words: str) -> Rule:
@@ -22,6 +21,11 @@ def one_of_type(kind: type, words: str) -> Rule:
 
 def optional(rule: Rule) -> Rule:
     return lambda value: value is MISSING or rule[0](value), rule[1]
+
+
+def list_of(rule: Rule, words: str, length: int | None = None) -> Rule:
+    """A list of `length` valid values, or, without a length, of distinct ones."""
+    return lambda v: isinstance(v, list) and all(map(rule[0], v)) and len(v) == (length or len({*v})), words
 
 
 def first_flaw(values: object, rules: dict[str, Rule]) -> str | None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -11,14 +10,14 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
 from kernels import OTAConfig
 
-from .backbone import BackboneError
 from .detector import Detector, DetectorConfig
-from .fields import Rule, first_flaw, number, one_of_type, optional
+from .fields import Rule, first_flaw, integer, list_of, number, one_of_type, optional
 
 FORMAT = "ota-triton/1"
 HUB = "hf://"
@@ -47,12 +46,8 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def _list_of(is_valid: Callable[[object], bool], words: str, length: int | None = None) -> Rule:
-    """A list of `length` valid values, or, without a length, of distinct ones."""
-    return lambda v: isinstance(v, list) and all(map(is_valid, v)) and len(v) == (length or len({*v})), words
-
-
 OBJECT = one_of_type(dict, "an object")
+NAME: Rule = lambda v: isinstance(v, str) and v.strip() != "", "a name"
 # The metadata of a file. DetectorConfig and OTAConfig have the rules for their fields.
 RULES: dict[str, Rule] = {
     "format": (lambda value: value == FORMAT, f"{FORMAT!r}, which this version reads"),
@@ -62,10 +57,10 @@ RULES: dict[str, Rule] = {
     "architecture.ota": OBJECT,
     "architecture.image_size": one_of_type(list, "a list of two sides"),
     "normalisation": OBJECT,
-    "normalisation.mean": _list_of(number(-1000, 1000)[0], "three numbers from -1000 to 1000", 3),
-    "normalisation.std": _list_of(number(0.001, 1000)[0], "three numbers from 0.001 to 1000", 3),
-    "class_names": optional(_list_of(lambda v: isinstance(v, str) and v.strip() != "", "a list of distinct names")),
-    "category_ids": optional(_list_of(lambda v: type(v) is int, "a list of distinct whole numbers")),
+    "normalisation.mean": list_of(number(-1000, 1000), "three numbers from -1000 to 1000", 3),
+    "normalisation.std": list_of(number(0.001, 1000), "three numbers from 0.001 to 1000", 3),
+    "class_names": optional(list_of(NAME, "a list of distinct names")),
+    "category_ids": optional(list_of(integer(-(2**63), 2**63), "a list of distinct whole numbers")),
     "data": optional(one_of_type(str, "the name of a data set")),
     "box": optional(one_of_type(str | None, "the name of a kind of boxes")),
     "training": optional(OBJECT),
@@ -77,10 +72,9 @@ RULES: dict[str, Rule] = {
 def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
     """Write all or nothing. `metadata` is JSON, to which architecture and normalisation are added. Raises OSError."""
     normalisation = {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")}
-    architecture = dataclasses.asdict(detector.config)
-    metadata = {"format": FORMAT, "architecture": architecture, "normalisation": normalisation} | metadata
+    about = {"format": FORMAT, "architecture": dataclasses.asdict(detector.config), "normalisation": normalisation}
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
-    write_file(Path(path), save(tensors, metadata={"ota": json.dumps(metadata)}))
+    write_file(Path(path), save(tensors, metadata={"ota": json.dumps(about | metadata)}))
 
 
 def load(weights: str | Path) -> Detector:
@@ -127,19 +121,13 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     try:
         metadata, config = _parse(header)
         with _Weightless():
-            expected = Detector(config).state_dict()
-    except (ValueError, RecursionError, BackboneError) as error:  # ValueError: also a number of thousands of digits
+            needed = _shapes(Detector(config).state_dict())
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
-    stored, needed = (
-        {name: f"{list(t.shape)} {'float' if t.dtype in FLOATS else t.dtype}" for name, t in state.items()}
-        for state in (tensors, expected)
-    )
-    if differences := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
-        first = differences[0]
-        raise WeightsError(
-            f"{path} does not fit the architecture in its metadata: {len(differences)} tensors differ, "
-            f"{first[:100]!r} first: {stored.get(first, 'missing')}, needed: {needed.get(first, 'none')}"
-        )
+    stored = _shapes(tensors)
+    if names := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
+        what = f"{path} does not fit the architecture in its metadata: {len(names)} tensors differ, {names[0][:100]!r}"
+        raise WeightsError(f"{what} first: {stored.get(names[0], 'missing')}, needed: {needed.get(names[0], 'none')}")
     detector = Detector(config)  # the first one lacks the numbers of buffers that no file holds
     detector.load_state_dict(tensors)
     for name, tensor in detector.state_dict().items():
@@ -150,6 +138,10 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
     for name in ("class_names", "category_ids"):
         setattr(detector, name, metadata.setdefault(name, getattr(detector, name)))
     return detector.eval(), metadata
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, str]:
+    return {name: f"{list(t.shape)} {'float' if t.dtype in FLOATS else t.dtype}" for name, t in state.items()}
 
 
 def _parse(header: str) -> tuple[dict, DetectorConfig]:
@@ -180,10 +172,8 @@ def _build(config: type, name: str, values: dict):
 
 
 class _Weightless(TorchFunctionMode):
-    """Give parameters a shape and a type, but no memory.
-
-    torch.device("meta") would also take the numbers that timm's models compute as tensors while they are built.
-    """
+    """Give parameters a shape and a type, but no memory. torch.device("meta") would also take the numbers that timm's
+    models compute as tensors while they are built."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         makers = torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn
@@ -201,12 +191,12 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
         theirs, ours = (getattr(config, name) for config in (other.config, detector.config))
         if theirs != ours:
             raise WeightsError(f"{path} (--init) is another network: {name} is {theirs}, not {ours}")
-    same_classes = metadata["class_names"] == class_names
-    weights = {n: t for n, t in other.state_dict().items() if same_classes or not n.startswith("head.cls.")}
+    names = metadata["class_names"]
+    weights = {n: t for n, t in other.state_dict().items() if names == class_names or not n.startswith("head.cls.")}
     detector.load_state_dict(weights, strict=False)  # frozen norms count no batches
     detector.mean.copy_(other.mean)
     detector.std.copy_(other.std)
-    if same_classes:
-        return f"weights from {path}, which has the same {len(class_names)} classes"
-    others = f"its {len(metadata['class_names'])} classes are not these {len(class_names)}"
-    return f"weights from {path}; the class layer of the head starts afresh: {others}"
+    if names == class_names:
+        return f"weights from {path}, which has the same {len(names)} classes"
+    reason = f"its {len(names)} classes are not these {len(class_names)}"
+    return f"weights from {path}; the class layer of the head starts afresh: {reason}"

@@ -15,7 +15,7 @@ import train
 from data import CocoDataset, DatasetError, find_splits, generate_shapes, printable
 from eval import METRICS, coco_metrics, evaluation_dataset
 from model import Detector, DetectorConfig
-from training import memory
+from training import environment
 from training.settings import SettingsError
 
 ROOT = Path(__file__).parent.parent
@@ -211,7 +211,7 @@ def test_device_that_cannot_train(call, device):
 def test_memory_of_a_step_is_compared_with_what_there_is(call, changed, tmp_path, monkeypatch):
     root = changed(lambda content: None)
     assert "GiB" not in call(train, "--data", root, *SMALL, "--out", tmp_path / "out")
-    monkeypatch.setattr(memory, "available_bytes", lambda *_: 2**20)
+    monkeypatch.setattr(environment, "available_bytes", lambda *_: 2**20)
     said = call(train, "--data", root, *SMALL, "--out", tmp_path / "other")
     assert "warning: a step of 2 images of up to 64 x 64 px" in said and "--image-size" in said
 
@@ -219,7 +219,7 @@ def test_memory_of_a_step_is_compared_with_what_there_is(call, changed, tmp_path
 def test_memory_follows_pixels_and_parameters():
     detector = Detector(DetectorConfig(3, "test_resnet", (64, 64), 32, 1))
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    small, large = (memory.step_bytes(detector, pixels, "adamw", False) for pixels in (64**2, 2 * 64**2))
+    small, large = (environment.step_bytes(detector, pixels, "adamw", False) for pixels in (64**2, 2 * 64**2))
     weights = sum(p.numel() for p in detector.parameters()) * 4 * 4  # themselves, gradients and two moments
     assert large - small == pytest.approx(small - weights, rel=1e-3) and small > weights
     assert detector.training

@@ -21,7 +21,7 @@ import train
 from data import generate_shapes
 from data.order import SeededDataset, batches_from
 from model import load_weights
-from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from training.folder import CheckpointError, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30

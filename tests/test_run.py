@@ -347,6 +347,9 @@ def test_numbers_go_to_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
         def add_scalar(self, *scalar):
             written.append(scalar)
 
+        def flush(self):
+            pass
+
     module = ModuleType("tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)

@@ -22,7 +22,7 @@ from data import CocoDataset, DatasetError, eval_transform, find_splits, generat
 from eval import batches_of_one_size, coco_metrics
 from kernels import OTAConfig
 from model import BackboneError, DetectorConfig, WeightsError, load_weights
-from training.checkpoint import CheckpointError
+from training.folder import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu", "--workers", "0"]

@@ -1,23 +1,35 @@
-"""The machine and the versions that a run or a measurement was made with."""
+"""The machine: versions that a run or a measurement was made with, and whether a step fits into the memory.
+
+The memory of a step is estimated before the first one, for the system kills a process that takes too much.
+"""
 
 import datetime
+import os
 import platform
+import re
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+from model import Detector
+
+PROBE_PX = 256
+STATES = {"sgd": 1, "adamw": 2}  # numbers that an optimizer keeps for each parameter
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Return device, versions, commit and date, as JSON."""
     about = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {package: _version(package) for package in ("torchvision", "timm", "triton", "pycocotools")}
-    about["python"] = platform.python_version()
-    about["commit"] = _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
-    about["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    about |= {package: installed.get(package, "none") for package in ("torchvision", "timm", "triton", "pycocotools")}
+    commit = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about |= {"python": platform.python_version(), "commit": commit, "date": date}
     if device.type == "cuda" and torch.version.cuda:
         about["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return about
@@ -27,16 +39,8 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    names = re.findall(r"^model name\s*: *(.*)", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _first_line(*command: str) -> str:
@@ -45,3 +49,46 @@ def _first_line(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> int:
+    """Estimate parameters, gradients, optimizer state, and what the network keeps for the gradient of images with this
+    many pixels in all, in proportion to a small image. Losses and the convolutions' work space come on top."""
+    kept, training = {}, detector.training
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):  # in eval mode no statistic changes
+        detector.eval().predict_raw(torch.zeros(1, 3, PROBE_PX, PROBE_PX, device=detector.mean.device))
+    detector.train(training)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in detector.state_dict().values()}
+    activations = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+    parameters = sum(parameter.nbytes for parameter in detector.parameters())
+    return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * (2 + STATES[optimizer])
+
+
+def available_bytes(device: torch.device, ranks: int) -> float:
+    """Return the free memory of a GPU, or a rank's share of the machine's; infinite where it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
+        known.append(int(limit))
+    return min(known, default=float("inf")) / ranks
+
+
+def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer: str, bf16: bool) -> str:
+    """Return a warning where a step of `images` images needs more memory than is available to this rank, else "".
+
+    sizes (n, 2): height and width, px, of the images of the data set once resized
+    """
+    height, width = sizes[sizes.prod(1).argmax()]
+    needed = step_bytes(detector, images * int(height * width), optimizer, bf16)
+    available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if needed <= available:
+        return ""
+    what = f"a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of memory"
+    remedy = "a smaller --image-size or --batch-size, or --accumulate, needs less"
+    return f"warning: {what}, and {available / 2**30:.0f} are available; {remedy}"

@@ -1,51 +1,183 @@
-"""The folder of a run: checkpoints, log, weights, curves, TensorBoard events."""
+"""The folder of a run: checkpoints, log, weights, curves, TensorBoard events, and the trace of --profile.
 
+A checkpoint is `checkpoint-<step>.pt`, all that a run needs to continue: what torch.save writes, then its SHA-256 (32
+bytes, which torch.load ignores). The two newest are kept, so there is one to continue from while the next is written.
+"""
+
+import contextlib
+import hashlib
+import io
 import json
 import math
+import os
+import socket
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
 from data import CocoDataset
 from data.draw import draw_curves, draw_detections, save_contact_sheet
+from errors import UserError
 from model import Detector, save_weights, write_file
 
-from .checkpoint import disk_errors_named, save_checkpoint
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
+KEPT = 2  # checkpoints
+DIGEST_BYTES = 32
 SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
+WARMUP_STEPS = 5  # before a trace: compiling, choosing algorithms, filling the allocator's cache
 
 
-def tensorboard_writer(folder: Path, first_step: int):
-    """Return a SummaryWriter that replaces events from `first_step` on; None where TensorBoard is not installed."""
+class CheckpointError(UserError):
+    """The run's folder cannot be read, written or used now; the message names it and the remedy."""
+
+
+@contextlib.contextmanager
+def disk_errors_named(folder: Path):
+    """Turn an OSError into a CheckpointError that names the folder."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=first_step)
+        yield
+    except OSError as error:
+        newest = _newest_first(folder)[:1]
+        kept = f"the last checkpoint, {newest[0].name}, is complete" if newest else "there is no checkpoint yet"
+        remedy = "Make room there and start the same command again to continue, or name a writable folder with --out"
+        raise CheckpointError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
 
 
-class RunFolder:
-    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write.
+def resume(
+    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> tuple[dict | None, bool]:
+    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
 
-    settings   the command, its flags, versions and dates, as JSON
-    identity   those of them that decide the result, to be compared when the run is continued
-    metadata   class names, ids and the data set, for weights files
-    log        lines of log.jsonl up to `step`, from which the run continues
+    The main rank locks the folder until its process ends. `identity`: the settings that decide a run's result, as JSON.
+    Raises CheckpointError: the folder cannot be used, or holds a run with other settings.
     """
+    received = [None, False]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _lock(folder)
+        received = [load_checkpoint(folder), (folder / "metrics.json").exists()]
+        _check_identity(folder, identity, received[0])
+    if dist.is_initialized():
+        dist.broadcast_object_list(received)
+    checkpoint, complete = received
+    if checkpoint:
+        detector.load_state_dict(checkpoint["model"])
+        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = present["fused"]  # the device's, which may be another now
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:  # its counter is the step
+            ema.module.load_state_dict(checkpoint["ema"])
+    return checkpoint, complete
 
-    def __init__(
-        self, path: Path, settings: dict, identity: dict, metadata: dict, steps: int, step: int, log: list[dict]
-    ) -> None:
-        self.path, self.settings, self.identity, self.metadata = path, settings, identity, metadata
-        self.steps, self.log, self._drawn_at = steps, log, time.monotonic()
-        with disk_errors_named(path):
-            write_file(path / "args.json", json.dumps(settings, indent=1).encode())
-            if (path / "log.jsonl").exists():
-                write_file(path / "log.jsonl", self._log_text().encode())
-            self._events = tensorboard_writer(path / "tensorboard", step + 1)
+
+def _lock(folder: Path) -> None:
+    """Create the folder and lock it until this process ends. Raises CheckpointError.
+
+    A POSIX record lock: unlike flock's, loader processes do not inherit it, which outlive a killed parent by seconds.
+    The descriptor stays open on purpose.
+    """
+    with disk_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        if fcntl:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+                remedy = "Wait for that run or end it, or name another folder with --out"
+                raise CheckpointError(f"{folder} is in use by {holder}. {remedy}") from error
+        else:
+            print(f"note: this system has no file locks; start no second run in {folder}", file=sys.stderr)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for temporary in folder.glob(".*.tmp"):  # left by a kill
+            temporary.unlink()
+
+
+def _check_identity(folder: Path, identity: dict, checkpoint: dict | None) -> None:
+    if checkpoint is None:
+        if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
+            raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
+        return
+    before = json.loads(checkpoint["identity"])
+    names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
+    if names:
+        lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
+        what = f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(lines)}"
+        raise CheckpointError(f"{what}\nGive the old ones to continue it, or name another folder with --out.")
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """`state`: a `step`, and nothing except tensors, numbers, strings, lists and dicts. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    write_file(folder / f"checkpoint-{state['step']:08d}.pt", data + hashlib.sha256(data).digest())
+    for old in _newest_first(folder)[KEPT:]:
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """Return the newest undamaged checkpoint, on the CPU; None where there is none.
+
+    A damaged one is renamed *.damaged, with a warning. Raises CheckpointError: none can be read.
+    """
+    paths = _newest_first(folder)
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+                raise ValueError("its checksum does not fit, it was cut off or changed")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+        except Exception as error:  # torch.load raises many types
+            with disk_errors_named(folder):
+                path.rename(path.with_suffix(".damaged"))
+            print(f"note: {path} is damaged ({error}); kept as {path.stem}.damaged", file=sys.stderr)
+    if paths:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; start afresh with another --out")
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+@dataclass
+class RunFolder:
+    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write."""
+
+    path: Path
+    settings: dict  # the command, its flags, versions and dates, as JSON
+    identity: dict  # those of them that decide the result, to be compared when the run is continued
+    metadata: dict  # class names, ids and the data set, for weights files
+    steps: int
+    step: int  # after which the run continues
+    log: list[dict]  # lines of log.jsonl up to `step`
+
+    def __post_init__(self) -> None:
+        self._drawn_at, self._events = time.monotonic(), None
+        with disk_errors_named(self.path):
+            write_file(self.path / "args.json", json.dumps(self.settings, indent=1).encode())
+            if (self.path / "log.jsonl").exists():
+                write_file(self.path / "log.jsonl", self._log_text().encode())
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._events = SummaryWriter(self.path / "tensorboard", purge_step=self.step + 1)
 
     def _log_text(self) -> str:
         return "".join(json.dumps(line) + "\n" for line in self.log)
@@ -61,19 +193,18 @@ class RunFolder:
                 for name, value in line.items():
                     if isinstance(value, int | float):
                         self._events.add_scalar(f"{group}/{name}", value, line["step"])
+                self._events.flush()
             if time.monotonic() - self._drawn_at > REDRAW_S:
                 self.draw()
 
     def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
         """Add a line and show it: behind the bar, or, without a terminal, on a new line."""
         self.write_line(line)
-        text = (
-            f"loss {line['loss']:.3f} (cls {line['cls']:.3f} box {line['box']:.3f} iou {line['iou']:.3f})  "
-            f"pos/gt {line['positives_per_gt']:.1f}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
-        )
+        losses = "loss {loss:.3f} (cls {cls:.3f} box {box:.3f} iou {iou:.3f})  pos/gt {positives_per_gt:.1f}"
+        text = f"{losses.format(**line)}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
         bar.set_postfix_str(text)
         if bar.disable:
-            eta = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            eta = tqdm.format_interval(seconds_left)
             print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
 
     def draw(self) -> None:
@@ -104,9 +235,10 @@ class RunFolder:
         """
         broken = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
         if broken:
+            remedy = "A lower --lr or a longer --warmup is the usual remedy."
+            what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
             raise FloatingPointError(
-                f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first; so no checkpoint is "
-                f"written; the one before is in {self.path}. A lower --lr or a longer --warmup is the usual remedy."
+                f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}."
             )
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
         with disk_errors_named(self.path):
@@ -124,9 +256,21 @@ class RunFolder:
                 pictures.append(draw_detections(image, target["boxes"], *detector.eval().predict(image, 0.5)))
             save_contact_sheet(pictures, self.path / "samples.png")
         self.draw()
-        files = "ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png"
-        print(f"wrote {self.path}: {files}")
+        print(f"wrote {self.path}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
 
-    def close(self) -> None:
-        if self._events:
-            self._events.close()
+
+def start_trace(steps: int, path: Path, device: torch.device) -> profile:
+    """Return a profiler whose `step()` follows every step; after the last it writes `path` and prints a table."""
+
+    def write(trace: profile) -> None:
+        trace.export_chrome_trace(str(path))
+        by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+        print(trace.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=50))
+        print(f"wrote {path}: {steps} steps after {WARMUP_STEPS}, for ui.perfetto.dev or chrome://tracing")
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's notes on stderr
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    plan = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
+    trace = profile(activities=activities, schedule=plan, on_trace_ready=write)
+    trace.start()
+    return trace

@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 # In rising precedence: torchrun sends SIGTERM after SIGINT. Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM", "SIGINT") if hasattr(signal, name))
-DEVICES = ("cuda", "cpu", "mps")
 WAIT_S = 0.1  # between two looks at the store
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
 
@@ -36,8 +35,7 @@ def print_any_text() -> None:
 
 
 def end_children() -> None:
-    """Kill loader processes at exit: they ignore SIGTERM, and Python would wait for them forever if a traceback keeps
-    the DataLoader alive."""
+    """Kill loader processes: they ignore SIGTERM, and Python would wait forever if a traceback keeps the loader."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -66,37 +64,37 @@ _store: dist.Store | None = None
 _waits = itertools.count()
 
 
-def wait_for_main() -> None:
-    """Hold every other rank until rank 0 calls this too. A collective would end with its group's time limit of minutes,
-    and Python handles no signal in it."""
-    name = f"main has arrived {next(_waits)}"
-    if dist.is_initialized() and dist.get_rank() == 0:
-        _store.set(name, "")
-    while dist.is_initialized() and not _store.check([name]):
+def _wait_for(name: str) -> str:
+    """Return a value of the store once it is set. A collective would end with its group's time limit of minutes, and
+    Python handles no signal in it."""
+    while not _store.check([name]):
         time.sleep(WAIT_S)
+    return _store.get(name).decode()
+
+
+def wait_for_main() -> None:
+    """Hold every other rank until rank 0 calls this too."""
+    name = f"main has arrived {next(_waits)}"
+    if dist.is_initialized():
+        _store.set(name, "") if dist.get_rank() == 0 else _wait_for(name)
 
 
 def from_main(make: Callable[[], T]) -> T:
     """Return what `make` returns on the first rank of this machine, which alone calls it; raise its UserError on all.
-
-    The result goes through a file, and the others wait without a collective, see `wait_for_main`.
-    """
+    The result goes through a file."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not dist.is_initialized() or ranks == 1:
         return make()
     name = f"from rank {dist.get_rank() - local}, {next(_waits)}"
     if local:
-        while not _store.check([name]):
-            time.sleep(WAIT_S)
-        with open(_store.get(name).decode(), "rb") as file:
+        with open(_wait_for(name), "rb") as file:
             result, error = pickle.load(file)
         _store.add(f"{name}, read", 1)
     else:
-        result = error = None
         try:
-            result = make()
+            result, error = make(), None
         except UserError as raised:
-            error = raised
+            result, error = None, raised
         with tempfile.NamedTemporaryFile() as file:
             pickle.dump((result, error), file, pickle.HIGHEST_PROTOCOL)
             file.flush()
@@ -118,13 +116,12 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
-        if device.type not in DEVICES:
-            raise RuntimeError(f"it has to be one of {', '.join(DEVICES)}")
+        if device.type not in ("cuda", "cpu", "mps"):
+            raise RuntimeError("it has to be one of cuda, cpu, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"rank {rank} cannot use --device {device}: {error}. Start one process per GPU, or pass --device cpu"
-        ) from error
+        remedy = "Start one process per GPU, or pass --device cpu"
+        raise SettingsError(f"rank {rank} cannot use --device {device}: {error}. {remedy}") from error
     if world > 1:
         global _store
         _store, rank, world = store_of_this_start()
@@ -155,8 +152,7 @@ class StopRequest:
         if again and time.monotonic() - self._received_at > ONE_SIGNAL_S:
             raise KeyboardInterrupt
         self._precedence, self._received_at = max(self._precedence, 1 + SIGNALS.index(number)), time.monotonic()
-        if self.at_once:
-            self.leave("in the evaluation", number)
+        self.set_at_once(self.at_once)
         if number == signal.SIGINT and self.is_main and not again:
             os.write(2, b"\nstopping after this step; once more to quit at once\n")
 

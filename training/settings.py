@@ -19,34 +19,31 @@ from model import DetectorConfig
 from model.assigners import STRATEGIES
 from model.assigners.hungarian import NO_SCIPY
 
-COCO = {  # the paper's (section 4.1)
-    "pretrained": True, "backbone": "resnet50", "channels": 256, "head_convs": 4, "image_size": [800],
-    "steps": 90_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4,
-    "schedule": "step", "warmup": 1000, "eval_every": 3, "max_detections": 100, "ota": {},
-}  # fmt: skip
-CROWDHUMAN = COCO | {  # the paper's as well; an image has up to 400 people
-    "image_size": [800, 1400], "steps": 30_000, "eval_every": 5, "max_detections": 500, "box": "fbox",
-}  # fmt: skip
-OWN = COCO | {
-    "image_size": [480], "steps": None, "epochs": 36, "batch_size": 8, "optimizer": "adamw", "lr": 4e-4,
-    "weight_decay": 0.05, "schedule": "cosine", "warmup": 200,
-    "ota": {"per_q": 3},  # docs/assignment.md, "What the supply should follow"
-}  # fmt: skip
-SHAPES = OWN | {
-    "pretrained": False, "backbone": "test_resnet", "channels": 64, "head_convs": 2, "image_size": [160],
-    "epochs": 14, "lr": 4e-3, "warmup": 100, "eval_every": 7, "ota": {"radius": 3, "top_q": 10},
-}  # fmt: skip
+COCO = dict(  # the paper's (section 4.1)
+    pretrained=True, backbone="resnet50", channels=256, head_convs=4, image_size=[800], steps=90_000, epochs=None,
+    batch_size=16, optimizer="sgd", lr=0.01, weight_decay=1e-4, schedule="step", warmup=1000, eval_every=3,
+    max_detections=100, ota={},
+)  # fmt: skip
+# The paper's as well; an image has up to 400 people.
+CROWDHUMAN = COCO | dict(image_size=[800, 1400], steps=30_000, eval_every=5, max_detections=500, box="fbox")
+OWN = COCO | dict(
+    image_size=[480], steps=None, epochs=36, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.05,
+    schedule="cosine", warmup=200, ota={"per_q": 3},  # docs/assignment.md, "What the supply should follow"
+)  # fmt: skip
+SHAPES = OWN | dict(
+    pretrained=False, backbone="test_resnet", channels=64, head_convs=2, image_size=[160], epochs=14, lr=4e-3,
+    warmup=100, eval_every=7, ota={"radius": 3, "top_q": 10},
+)  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
 # Settings that may change when a run is continued. The path of the data set may: its annotation file is compared.
 FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
 
-OTA_DEFAULTS = {field.name: field.default for field in dataclasses.fields(OTAConfig)}
-ALWAYS = "is always on; leave it out"
+OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
 GONE = {  # flags of before -> the remedy
     **{name: f"is now --ota {name}=VALUE" for name in OTA_DEFAULTS},
-    **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), ALWAYS),
+    **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), "is always on; leave it out"),
     "frozen_norm": "follows --pretrained; leave it out",
     "max_detections": "is the recipe's; leave it out",
     "fast_eval": "is gone; evaluation is pycocotools'",
@@ -165,19 +162,17 @@ def parse_args(description: str = "") -> argparse.Namespace:
         args.ota = dataclasses.asdict(OTAConfig(**ota | given))
     except (TypeError, ValueError) as error:
         parser.error(f"--ota: {error}")
-    for name, value in recipe.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    vars(args).update((name, value) for name, value in recipe.items() if getattr(args, name, None) is None)
 
     if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
-    if len(args.image_size) == 1:
-        args.image_size.append(round(args.image_size[0] * 1333 / 800))
-    if len(args.image_size) != 2 or not args.image_size[0] <= args.image_size[1] <= MAX_SIDE_PX:
-        sides = f"the shorter and the longest side, up to {MAX_SIDE_PX} px"
-        parser.error(f"--image-size takes {sides}, not {args.image_size}")
-    if args.multi_scale and max(args.multi_scale) > args.image_size[1]:
-        parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {args.image_size}")
+    size = args.image_size
+    if len(size) == 1:
+        size = args.image_size = [*size, round(size[0] * 1333 / 800)]
+    if len(size) != 2 or not size[0] <= size[1] <= MAX_SIDE_PX:
+        parser.error(f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {size}")
+    if args.multi_scale and max(args.multi_scale) > size[1]:
+        parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {size}")
     if args.multi_scale and args.overfit:
         parser.error("--overfit trains without augmentation, so not with --multi-scale")
     if args.compile == "reduce-overhead" and args.accumulate > 1:
@@ -194,10 +189,8 @@ def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, 
     if args.overfit:
         args.batch_size = min(args.batch_size, images)
     if args.batch_size % (world * args.accumulate) or args.batch_size > images:
-        raise SettingsError(
-            f"--batch-size {args.batch_size} must divide by {world} ranks x {args.accumulate} passes (--accumulate) "
-            f"and not pass the {images} images"
-        )
+        rule = f"divide by {world} ranks x {args.accumulate} passes (--accumulate) and not pass the {images} images"
+        raise SettingsError(f"--batch-size {args.batch_size} must {rule}")
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:

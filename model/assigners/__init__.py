@@ -1,16 +1,13 @@
 """Label assignment by name: OTA, and strategies to compare it with, on the same inputs and with the same result.
 
-    ota        optimal transport, for all objects of an image at once (kernels/)
-    fcos       near the centre, on the level of the object's size
-    retinanet  IoU of an anchor over a fixed threshold
-    atss       IoU of an anchor over a threshold from the object's statistics
-    paa        the better of two Gaussians fitted to the losses of an object's candidates
-    simota     the k cheapest points of each object, k from its IoUs
-    tal        the 13 points of each object that are best at class and box together
-    hungarian  one point per object, with the least cost over all objects
-
-All except OTA let every object claim points, then settle who gets a point that several claim (claims.py). They are
-written to be read and compared: image by image, dense (m, N), and the host may wait for the device.
+ota        optimal transport, for all objects of an image at once (kernels/)
+fcos       near the centre, on the level of the object's size
+retinanet  IoU of an anchor over a fixed threshold
+atss       IoU of an anchor over a threshold from the object's statistics
+paa        the better of two Gaussians fitted to the losses of an object's candidates
+simota     the k cheapest points of each object, k from its IoUs
+tal        the 13 points of each object that are best at class and box together
+hungarian  one point per object, with the least cost over all objects
 """
 
 import torch
@@ -39,10 +36,8 @@ __all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistic
 
 @torch.no_grad()
 def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
-    """Return what `kernels.ota_assign` returns, by any strategy; `config` is OTA's.
-
-    `k` counts the points that an object claims. gt_index is NEITHER for a point that is neither positive nor negative.
-    """
+    """Return what `kernels.ota_assign` returns, by any strategy; `config` is OTA's. Strategies other than OTA may give
+    gt_index NEITHER to a point that is neither positive nor negative; their `k` counts the points an object claims."""
     return ota_assign(*inputs, config) if strategy == "ota" else assign_claims(CLAIMS[strategy], inputs)[0]
 
 
@@ -60,14 +55,11 @@ def assign_and_ambiguous(strategy: str, inputs: Inputs, config: OTAConfig) -> tu
 
 @torch.no_grad()
 def statistics_of(strategy: str, inputs: Inputs, config: OTAConfig) -> dict[str, Tensor]:
-    """Return numbers for the log, float32 scalars, see `kernels.assignment_statistics`.
-
-    Strategies other than OTA have no `residual`; their `ambiguous` is the share of claimed points that several claim.
-    """
+    """Return numbers for the log, float32 scalars, see `kernels.assignment_statistics`. Strategies other than OTA have
+    no `residual`; their `ambiguous` is the share of claimed points that several claim."""
     if strategy == "ota":
         return assignment_statistics(inputs, config)
     match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
-    positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs.gt_labels >= 0).sum().clamp(min=1)
-    k = match.k.sum() / num_gts.float()
-    ambiguous = ambiguous.sum() / positives.clamp(min=1)
-    return {"positives_per_gt": positives / num_gts, "mean_k": k, "ambiguous": ambiguous}
+    positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs.gt_labels >= 0).sum().clamp(min=1).float()
+    share = ambiguous.sum() / positives.clamp(min=1)
+    return {"positives_per_gt": positives / num_gts, "mean_k": match.k.sum() / num_gts, "ambiguous": share}

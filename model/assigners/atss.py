@@ -14,6 +14,5 @@ def atss_claims(image: ImageInputs) -> Claims:
     iou, distance = image.anchor_iou(), image.to_center().square().sum(-1)
     candidates = best_per_level(distance, torch.ones_like(iou, dtype=torch.bool), image.grid, PER_LEVEL)
     candidate_iou = iou[candidates].view(len(iou), -1)  # every object has equally many
-    deviation = candidate_iou.std(1) if candidate_iou.shape[1] > 1 else 0
-    threshold = candidate_iou.mean(1) + deviation
+    threshold = candidate_iou.mean(1) + (candidate_iou.std(1) if candidate_iou.shape[1] > 1 else 0)
     return Claims(candidates & image.inside() & (iou >= threshold[:, None]), -iou)

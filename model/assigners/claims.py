@@ -1,7 +1,8 @@
-"""The part that strategies share which answer object by object: objects claim points, then conflicts are settled.
+"""The part that all strategies except OTA share: objects claim points, then conflicts are settled.
 
-One image at a time: m ground truths, N anchor points over all levels, C classes. A strategy is a function
-`ImageInputs -> Claims`. A point goes to the claiming object with the lowest priority; ties go to the lower index.
+One image at a time, dense: m ground truths, N anchor points over all levels, C classes; the host may wait for the
+device. A strategy is a function `ImageInputs -> Claims`. A point goes to the claiming object with the lowest priority;
+ties go to the lower index.
 """
 
 from collections.abc import Callable
@@ -75,9 +76,8 @@ def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
 
 def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) -> Tensor:
     """`best_per_row` on every level of the grid."""
-    sizes = [rows * columns for rows, columns in grid.sizes]
-    levels = zip(value.split(sizes, 1), allowed.split(sizes, 1), strict=True)
-    return torch.cat([best_per_row(v, a, count) for v, a in levels], 1)
+    levels = (x.split([rows * columns for rows, columns in grid.sizes], 1) for x in (value, allowed))
+    return torch.cat([best_per_row(v, a, count) for v, a in zip(*levels, strict=True)], 1)
 
 
 def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> tuple[Assignment, Tensor]:

@@ -18,17 +18,15 @@ CLS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0
 
 def hungarian_claims(image: ImageInputs) -> Claims:
     """Claim one point per object, none twice: the match with the least sum of 2 focal + 5 L1 - 2 GIoU. L1 is of centre,
-    width and height, in units of the object's longer side. DETR's unit is the image's size, which is unknown to an
-    assigner: the padded batch's would make labels depend on the other images. Raises ModuleNotFoundError without
-    scipy."""
+    width and height, in units of the object's longer side; DETR's unit, the image's size, is unknown to an assigner,
+    and a padded batch's would make labels depend on the other images. Raises ModuleNotFoundError without scipy."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ModuleNotFoundError(NO_SCIPY) from error
     logit = image.class_logits()
     p = logit.sigmoid()
-    cls = FOCAL_ALPHA * (1 - p) ** 2 * F.softplus(-logit)
-    cls = cls + (1 - FOCAL_ALPHA) * p**2 * -F.softplus(logit)
+    cls = FOCAL_ALPHA * (1 - p) ** 2 * F.softplus(-logit) - (1 - FOCAL_ALPHA) * p**2 * F.softplus(logit)
     longer_side = (image.gt_boxes[:, 2:] - image.gt_boxes[:, :2]).amax(1, keepdim=True)
     truth, predicted = (box_convert(boxes, "xyxy", "cxcywh") for boxes in (image.gt_boxes, image.boxes))
     cost = CLS_WEIGHT * cls + L1_WEIGHT * torch.cdist(truth, predicted, p=1) / longer_side - GIOU_WEIGHT * image.giou
@@ -37,5 +35,5 @@ def hungarian_claims(image: ImageInputs) -> Claims:
     cost = torch.where(usable, cost, unusable_cost)
     row, point = linear_sum_assignment(cost.cpu().numpy())
     wanted = torch.zeros_like(usable)
-    wanted[torch.from_numpy(row), torch.from_numpy(point)] = True
+    wanted[row, point] = True
     return Claims(wanted & usable, cost)

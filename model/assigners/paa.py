@@ -16,8 +16,7 @@ MAX_EM_STEPS, MIN_EM_GAIN, MIN_VARIANCE = 100, 1e-3, 1e-6  # scikit-learn's, whi
 
 
 def paa_claims(image: ImageInputs) -> Claims:
-    """Fit two Gaussians to the losses of an object's candidates, then claim all up to the one of the better Gaussian
-    where the mixture is densest (separation scheme c of the paper's figure 3), or all where none is of the better.
+    """Claim the candidates with the better losses, see `up_to_the_densest` (separation scheme c of figure 3).
 
     A point in the object's box is a candidate if its square anchor of 8 strides has the highest IoU of all objects with
     this one, and one of at least 0.1 or the object's best; of those, the 9 per level with the least loss. Loss: focal
@@ -38,10 +37,10 @@ def paa_claims(image: ImageInputs) -> Claims:
 
 
 def up_to_the_densest(value: Tensor) -> Tensor:
-    """Return (m, n) bool from the ascending losses (m, n), infinite where a row has ended: the candidates of each row
-    up to the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
+    """Fit two Gaussians to each row of the ascending losses (m, n), infinite where a row has ended; return (m, n) bool:
+    all up to the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
     if not value.shape[1]:
-        return torch.zeros_like(value, dtype=torch.bool)
+        return value.isfinite()
     density, is_better = fit_two_gaussians(value)
     densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True)
     densest = densest.masked_fill(~is_better.any(1, keepdim=True), value.shape[1])
