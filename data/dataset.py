@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 
 from data.checks import Records
 from data.files import DatasetError, path_inside, printable
-from data.split import Split
+from data.forms import Split
 from data.transforms import resized_size
 from images import load_image
 
