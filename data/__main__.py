@@ -21,10 +21,8 @@ def main() -> None:
         parser.error(f"{args.root} exists; name another folder")
     bounded = 32 <= args.size_px <= MAX_SIDE_PX and 0 <= args.seed < 2**63
     if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
-        parser.error(
-            f"--crowded-share lies between 0 and 1, --size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; "
-            "each part has an image"
-        )
+        bounds = f"--size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; each part has an image"
+        parser.error(f"--crowded-share lies between 0 and 1, {bounds}")
     generate_shapes(**vars(args))
     print(f"wrote {args.root}; python train.py --data {args.root}")
 

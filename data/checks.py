@@ -1,8 +1,4 @@
-"""Checks of an annotation file before anything is trained on it.
-
-`check_annotations` reads the records and the headers of the image files, collects every problem, and raises one error
-that lists them by kind. A box is x, y, width, height in px, as COCO has it.
-"""
+"""Checks of an annotation file before anything is trained on it. A box is x, y, width, height in px, as COCO has it."""
 
 import math
 import os
@@ -46,10 +42,8 @@ class Records(NamedTuple):
         """Return the records of the first `count` images that have boxes."""
         rows = np.unique(self.owners[~self.crowd])[:count]
         kept = np.isin(self.owners, rows)
-        images = {name: getattr(self, name)[rows] for name in ("image_ids", "file_names", "sizes")}
-        columns = ("ids", "category_ids", "boxes", "crowd", "areas")
-        objects = {name: getattr(self, name)[kept] for name in columns}
-        return self._replace(**images, **objects, owners=np.searchsorted(rows, self.owners[kept]))
+        columns = (*(column[rows] for column in self[1:4]), *(column[kept] for column in self[4:10]))
+        return Records(self.categories, *columns, self.digest)._replace(owners=np.searchsorted(rows, self.owners[kept]))
 
 
 def check_annotations(
@@ -69,11 +63,8 @@ def check_annotations(
         if count > 1:
             problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
-    known = {key: _ids(content.get(key)) for key in ("categories", "images")}
-    _check_boxes(records, objects, images, known, problems)
-    inside, missing = _check_file_names(images, images_dir, problems)
-    if look_at_files:
-        missing += _check_files(inside, images_dir, follow_links, problems)
+    _check_boxes(records, objects, images, content, problems)
+    missing = _check_files(images, images_dir, look_at_files, follow_links, problems)
     if problems:
         raise DatasetError(report(source, problems, near_misses(missing, images_dir)))
     return records
@@ -83,31 +74,23 @@ def _is_id(value: object) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _is_size(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < 2**31 and value == value // 1
-
-
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""
-
-
-def _is_file_name(value: object) -> bool:
-    return _is_name(value) and "\0" not in value and len(value) <= 4096
 
 
 def is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(type(v) is float or _is_id(v) for v in value)
 
 
-# The fields that a record must have: name -> (predicate, the required value in words).
-Fields = dict[str, tuple[Callable[[object], bool], str]]
-_ID = (_is_id, "an integer of at most 64 bits")
-_SIZE = (_is_size, "a number of pixels")
 BOX = "four numbers (x, y, width, height) of at most 64 bits"
-FIELDS: dict[str, Fields] = {
-    "categories": {"id": _ID, "name": (_is_name, "a name")},
-    "images": {"id": _ID, "file_name": (_is_file_name, "the name of a file"), "width": _SIZE, "height": _SIZE},
-    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (is_box, BOX)},
+ID = (_is_id, "an integer of at most 64 bits")
+SIZE = (lambda v: type(v) in (int, float) and 0 < v < 2**31 and v == v // 1, "a number of pixels")
+FILE_NAME = (lambda v: _is_name(v) and "\0" not in v and len(v) <= 4096, "the name of a file")
+Fields = dict[str, tuple[Callable[[object], bool], str]]
+FIELDS: dict[str, Fields] = {  # that a record must have: name -> (predicate, the required value in words)
+    "categories": {"id": ID, "name": (_is_name, "a name")},
+    "images": {"id": ID, "file_name": FILE_NAME, "width": SIZE, "height": SIZE},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": (is_box, BOX)},
 }
 
 
@@ -122,15 +105,12 @@ def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
     sound: dict[int, dict] = {}
     for row, record in enumerate(records):
         flaw = _flaw(record, FIELDS[key])
-        if flaw is None and record["id"] not in sound:
-            sound[record["id"]] = record
+        if not flaw and sound.setdefault(record["id"], record) is record:
             continue
         names = ("id", "image_id", "file_name", "name") if isinstance(record, dict) else ()
         line = ", ".join([f"record {row}", *(f"{n} {VALUE.repr(record[n])}" for n in names if n in record)])
-        if flaw:
-            problems[f"malformed records in {key!r}"].append(f"{line}: {flaw}")
-        else:
-            problems[f"ids that occur twice in {key!r}"].append(line)
+        kind = "malformed records" if flaw else "ids that occur twice"
+        problems[f"{kind} in {key!r}"].append(f"{line}: {flaw}" if flaw else line)
     return list(sound.values())
 
 
@@ -145,12 +125,6 @@ def _flaw(record: object, fields: Fields) -> str | None:
     if record.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {VALUE.repr(record['iscrowd'])}, not 0 or 1"
     return None
-
-
-def _ids(records: object) -> list[int]:
-    """Return the ids of all records, malformed ones too, as a reference to those is no mistake."""
-    records = records if isinstance(records, list) else []
-    return [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
 
 
 def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
@@ -172,10 +146,12 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     )
 
 
-def _check_boxes(
-    records: Records, objects: list[dict], images: list[dict], known: dict[str, list[int]], problems: Problems
-) -> None:
-    """Check references of annotations to `known` ids, that boxes lie in their images, and that they are in px."""
+def _check_boxes(records: Records, objects: list[dict], images: list[dict], content: dict, problems: Problems) -> None:
+    """Check that annotations refer to ids in `content`, and that boxes lie in their images and are in px."""
+    known = {}  # with ids of malformed records, as a reference to those is no mistake
+    for key in ("categories", "images"):
+        rows = content.get(key) if isinstance(content.get(key), list) else []
+        known[key] = [row["id"] for row in rows if isinstance(row, dict) and _is_id(row.get("id"))]
     owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
     sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
@@ -200,38 +176,37 @@ def _check_boxes(
             problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
 
 
-def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> tuple[list[dict], list[str]]:
-    """Return one record for each file name inside the image folder, and the other names that no file has."""
+def _check_files(
+    images: list[dict], images_dir: Path, look_at_files: bool, follow_links: bool, problems: Problems
+) -> list[str]:
+    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
     first_with: dict[str, dict] = {}
     for record in images:
-        name = record["file_name"]
-        first = first_with.setdefault(name, record)
+        first = first_with.setdefault(record["file_name"], record)
         if first is not record:
-            problems["file names that occur twice"].append(f"{name}: images {first['id']} and {record['id']}")
-        if leaves_folder(name):
+            both = f"{record['file_name']}: images {first['id']} and {record['id']}"
+            problems["file names that occur twice"].append(both)
+        if leaves_folder(record["file_name"]):
             problems[LEAVING].append(_image(record))
-    inside = [record for name, record in first_with.items() if not leaves_folder(name)]
-    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
-
-
-def _image(record: dict) -> str:
-    return f"image {record['id']} ({record['file_name']})"
-
-
-def _check_files(images: list[dict], images_dir: Path, follow_links: bool, problems: Problems) -> list[str]:
-    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
-    sample, coverage = images, ""
-    if len(images) > ALL_FILES_UP_TO:
-        sample = [images[i * len(images) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
-        coverage = f" (in {FILES_SAMPLED} of {len(images)} files looked at)"
+    missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
+    sample, coverage = [record for name, record in first_with.items() if not leaves_folder(name)], ""
+    if not look_at_files:
+        return missing
+    if len(sample) > ALL_FILES_UP_TO:
+        coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
+        sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
     named = [(_image(record), record["file_name"]) for record in sample]
-    sizes, missing = read_sizes(named, images_dir, follow_links, problems, coverage)
+    sizes, more_missing = read_sizes(named, images_dir, follow_links, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
             both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
             problems[kind].append(f"{_image(record)}: {both}")
-    return missing
+    return missing + more_missing
+
+
+def _image(record: dict) -> str:
+    return f"image {record['id']} ({record['file_name']})"
 
 
 def read_sizes(

@@ -1,8 +1,4 @@
-"""Images and boxes of one split of a data set.
-
-Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and boxes are x1 y1 x2 y2 in px; the file's
-ids and names are kept for the output.
-"""
+"""Images and boxes of one split of a data set, with contiguous class ids 0..C-1 and boxes x1 y1 x2 y2 in px."""
 
 import multiprocessing
 import sys
@@ -17,7 +13,7 @@ from torchvision import tv_tensors
 
 from data.checks import Records
 from data.files import DatasetError, path_inside, printable
-from data.split import Split
+from data.forms import Split
 from data.transforms import resized_size
 from images import load_image
 
@@ -29,7 +25,8 @@ class CocoDataset(torch.utils.data.Dataset):
     """One split: image i and its boxes, checked at the start (see `check_annotations`).
 
     class_names    class c -> name
-    category_ids   class c -> the file's own id, ascending
+    category_ids   class c -> the file's own id, ascending; `classes` has both
+    tall           whether each image is higher than wide
     grouping       the category that was left out because it only groups the others, None as a rule
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
@@ -48,13 +45,13 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         """Raises DatasetError.
 
-        transform: a torchvision.transforms.v2 callable on (image, target); the boxes of its target end with the regions
-        to ignore, whose label is IGNORE
+        transform: of torchvision.transforms.v2, on (image, target); the boxes of its target end with the regions to
+        ignore, whose label is IGNORE
         bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
         next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
         first: only so many images, the first ones that have boxes
         known_ids: category ids of a detector or of the training split, which are never left out, see `_grouping`
-        records: what split.read() returned; the split is read if it is None
+        records: of the split, if it was read before
         """
         self.split, self.transform = split, transform
         self.records = records = split.read(look_at_files=bad_images == "stop") if records is None else records
@@ -65,12 +62,15 @@ class CocoDataset(torch.utils.data.Dataset):
         self.categories = sorted(categories, key=lambda category: category["id"])
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
+        self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}
         # Loader workers are forks: reading a Python object there counts references, which copies its page into every
         # worker. So __getitem__ reads a few arrays.
         self._image_ids, self._file_names, self._sizes = records.image_ids, records.file_names, records.sizes
-        # The images that were skipped, in shared memory: the loader's workers count together.
-        self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
-        self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
+        self.tall = (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
+        self._bad = None
+        if bad_images == "skip":  # the images that were skipped, in shared memory: the loader's workers count together
+            self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+            self._bad_lock = multiprocessing.Lock()
 
         # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
         boxes, limits = records.boxes.copy(), np.tile(self._sizes[records.owners, ::-1], 2)
@@ -85,10 +85,6 @@ class CocoDataset(torch.utils.data.Dataset):
         self._offsets = np.searchsorted(records.owners[rows], np.arange(len(self) + 1))
         self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
         self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
-
-    @property
-    def classes(self) -> dict[str, list]:
-        return {"class_names": self.class_names, "category_ids": self.category_ids}
 
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
@@ -117,11 +113,6 @@ class CocoDataset(torch.utils.data.Dataset):
         annotations = [dict(zip(fields, row, strict=True)) for row in rows]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
 
-    @property
-    def tall(self) -> list[bool]:
-        """Whether each image is higher than wide."""
-        return (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
-
     def __len__(self) -> int:
         return len(self._image_ids)
 
@@ -132,16 +123,11 @@ class CocoDataset(torch.utils.data.Dataset):
         image_id the file's own, and orig_size (H, W) in px from before the transform.
         Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
         """
-        i, image = self._load(i) if self._bad is None else self._load_next_good(i)
-        height, width = self._sizes[i].tolist()
-        rows = slice(self._offsets[i], self._offsets[i + 1])
-        boxes = torch.from_numpy(self._boxes[rows].copy())
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.from_numpy(self._labels[rows].copy()),
-            "image_id": int(self._image_ids[i]),
-            "orig_size": (height, width),
-        }
+        i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
+        size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
+        boxes, labels = (torch.from_numpy(column[rows].copy()) for column in (self._boxes, self._labels))
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+        target = {"boxes": boxes, "labels": labels, "image_id": int(self._image_ids[i]), "orig_size": size}
         image = tv_tensors.Image(image)
         if self.transform:
             image, target = self.transform(image, target)
@@ -150,8 +136,7 @@ class CocoDataset(torch.utils.data.Dataset):
         target["boxes"], target["labels"] = tv_tensors.wrap(boxes[~ignored], like=boxes), target["labels"][~ignored]
         return image, target
 
-    def _load(self, i: int) -> tuple[int, Tensor]:
-        """Return i and its image. Raises DatasetError."""
+    def _load(self, i: int) -> Tensor:
         source = f"{self.split.annotations}, image {int(self._image_ids[i])}"
         height, width = self._sizes[i].tolist()
         try:
@@ -159,17 +144,16 @@ class CocoDataset(torch.utils.data.Dataset):
         except (OSError, ValueError) as error:
             raise DatasetError(printable(f"{source}: {error}")) from error
         if image.shape[1:] != (height, width):
-            raise DatasetError(
-                f"{source} ({printable(self._file_names[i])}): {width} x {height} in the record, "
-                f"{image.shape[2]} x {image.shape[1]} in the file with its EXIF orientation applied"
-            )
-        return i, image
+            sizes = f"{width} x {height} in the record, {image.shape[2]} x {image.shape[1]} in the file"
+            name = printable(self._file_names[i])
+            raise DatasetError(f"{source} ({name}): {sizes} with its EXIF orientation applied")
+        return image
 
     def _load_next_good(self, i: int) -> tuple[int, Tensor]:
-        """Return the first good image from i on, in file order and around its end. Raises DatasetError over the cap."""
+        """Return the first good image from i on, in file order and around its end, and its index."""
         for candidate in chain(range(i, len(self)), range(i)):
             try:
-                return self._load(candidate)
+                return candidate, self._load(candidate)
             except DatasetError as error:
                 self._count_bad(candidate, error)
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
@@ -185,9 +169,8 @@ class CocoDataset(torch.utils.data.Dataset):
                 sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
                 sys.stderr.flush()
                 return
-        raise DatasetError(
-            f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
-        ) from error
+        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
+        raise DatasetError(f"{cause}; the latest: {error}") from error
 
 
 def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:

@@ -59,7 +59,7 @@ def parse_json(text: str, dropped: str | None = None) -> object:
         raise ValueError("not usable JSON: a number has thousands of digits") from error
 
 
-def json_text(content: bytes) -> str:
+def decode(content: bytes) -> str:
     """Return the text of a file in UTF-8, UTF-16 or UTF-32. Raises ValueError with one sentence."""
     if not content.strip(b"\0\t\n\r "):
         raise ValueError(f"the file is empty: {len(content)} bytes, all of them blank or NUL")

@@ -4,13 +4,10 @@ import os
 import re
 from pathlib import Path
 
-from data.coco import read_coco
 from data.crowd_metrics import crowd_metrics
-from data.crowdhuman import BOXES, read_crowdhuman
 from data.files import DatasetError
+from data.forms import BOXES, Form, Split, read_coco, read_crowdhuman, read_voc
 from data.shapes import generate_shapes, shapes_folder
-from data.split import Form, Split
-from data.voc import read_voc
 
 COCO = Form("COCO", read_coco)
 CROWDHUMAN = Form("CrowdHuman", read_crowdhuman, "crowdhuman", tuple(BOXES), crowd_metrics)
@@ -26,10 +23,6 @@ LAYOUTS = (
     (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
 )
 COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
-CROWDHUMAN_FILES = (
-    *("annotation_train.odgt", "annotation_val.odgt", "CrowdHuman_val.zip"),
-    *("CrowdHuman_train01.zip", "CrowdHuman_train02.zip", "CrowdHuman_train03.zip"),
-)
 Halves = tuple[Split | None, Split | None]
 
 
@@ -85,8 +78,10 @@ def _missing_message(data: str, root: Path) -> str:
     if data == "crowdhuman":
         return (
             f"CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so download"
-            f" {', '.join(CROWDHUMAN_FILES)} from https://www.crowdhuman.org/download.html into that folder (or set"
-            f" OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root / 'Images'}"
+            " annotation_train.odgt, annotation_val.odgt, CrowdHuman_val.zip, CrowdHuman_train01.zip, "
+            "CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/download.html into that "
+            "folder (or set OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into "
+            f"{root / 'Images'}"
         )
     layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
     state = "does not exist; wanted a folder with one of"

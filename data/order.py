@@ -15,38 +15,30 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
 
 
-def grouped_by_orientation(order: list[int], tall: Sequence[bool], batch_size: int) -> list[int]:
-    """Reorder the images of `order` so that a batch, less padded, holds only images that are `tall`, or only others.
-
-    Batches come in the order in which they fill up; the rest that fills none comes last: at most one batch is mixed.
-    """
-    filling, grouped = {True: [], False: []}, []
-    for i in order:
-        batch = filling[bool(tall[i])]
-        batch.append(i)
-        if len(batch) == batch_size:
-            grouped += batch
-            batch.clear()
-    return grouped + filling[True] + filling[False]
-
-
 def batches_from(
     step: int, steps: int, tall: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield (epoch, image index) of this rank's share of every batch from `step` to the last one.
 
-    tall: for each image, whether it is higher than wide. `batch_size` counts over all ranks, each takes its slice. An
-    epoch is a permutation of the images without the remainder that fills no batch.
+    tall: for each image, whether it is higher than wide; a batch, less padded, has only tall images or only others,
+    except the last one of an epoch. `batch_size` counts over all ranks, each takes its slice. An epoch is a permutation
+    of the images without the remainder that fills no batch.
     """
     share, epoch_steps = batch_size // world, len(tall) // batch_size
-    order, order_epoch = [], -1
     for s in range(step, steps):
         epoch, position = divmod(s, epoch_steps)
-        if epoch != order_epoch:
+        if s == step or position == 0:
             generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-            order, order_epoch = torch.randperm(len(tall), generator=generator).tolist(), epoch
+            drawn = torch.randperm(len(tall), generator=generator).tolist()
+            order, filling = [], {True: [], False: []}
             # The remainder goes before grouping, or it would always be the rare orientation's.
-            order = grouped_by_orientation(order[: epoch_steps * batch_size], tall, batch_size)
+            for i in drawn[: epoch_steps * batch_size]:
+                batch = filling[bool(tall[i])]
+                batch.append(i)
+                if len(batch) == batch_size:
+                    order += batch
+                    batch.clear()
+            order += filling[True] + filling[False]
         first = position * batch_size + rank * share
         yield [(epoch, i) for i in order[first : first + share]]
 
