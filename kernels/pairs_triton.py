@@ -256,7 +256,7 @@ def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool)
     reach = [radius_in_units(radius, stride) if center_prior == "radius" else 0 for stride in grid.strides]
     parts = [torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]).flatten()]
     if center_prior == "closest":
-        parts += possible_ranks(int(radius) ** 2, torch.device("cpu"))
+        parts.append(possible_ranks(int(radius) ** 2, torch.device("cpu")).flatten())
     table = torch.cat(parts)
     return table.pin_memory() if pinned else table
 
