@@ -58,10 +58,8 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
         raise DatasetError(f"{split.annotations} has no boxes to learn from: {describe(dataset)}")
     small = dataset.share_under(SMALL_PX, args.image_size)
     if small > SMALL_SHARE:
-        say(
-            f"warning: {small:.0%} of the boxes are under {SMALL_PX} px wide or high at --image-size "
-            f"{' '.join(map(str, args.image_size))}, too small to be learned; are they in px, and is the size right?"
-        )
+        what = f"under {SMALL_PX} px wide or high at --image-size {' '.join(map(str, args.image_size))}"
+        say(f"warning: {small:.0%} of the boxes are {what}, too small to learn; are they in px, and is the size right?")
     checked = records if args.bad_images == "stop" else None
     val_dataset = evaluation_dataset((split, val_split), args.image_size, args.overfit, dataset.category_ids, checked)
     differences = class_differences(dataset.classes | {"source": split.annotations}, val_dataset)
@@ -172,11 +170,10 @@ def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], 
     for (step, image_ids, _), row in zip(pending, rows, strict=True):
         if not all(map(math.isfinite, row)):
             text = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
-            kind = "gradient" if all(map(math.isfinite, row[:3])) else "loss"
-            raise FloatingPointError(
-                f"step {step + 1}: the {kind} is not finite ({text}); image ids {', '.join(map(str, image_ids))} of "
-                f"{source}. A lower --lr or a longer --warmup is the usual remedy."
-            )
+            what = f"the {'gradient' if all(map(math.isfinite, row[:3])) else 'loss'} is not finite ({text})"
+            images = f"image ids {', '.join(map(str, image_ids))} of {source}"
+            remedy = "A lower --lr or a longer --warmup is the usual remedy."
+            raise FloatingPointError(f"step {step + 1}: {what}; {images}. {remedy}")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

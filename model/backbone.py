@@ -18,10 +18,8 @@ class BackboneError(UserError):
 
 
 def hub_model(name: str) -> tuple[str, dict]:
-    """Return the architecture of a model on the hub, and its weights and normalisation for timm's configuration.
-
-    A weights file names the architecture alone, so it must be one that timm builds by name. Raises BackboneError.
-    """
+    """Return the architecture of a model on the hub, which must be one that timm builds by name, as a weights file has
+    no more, and its weights and normalisation for timm's configuration. Raises BackboneError."""
     try:
         config, architecture, changes = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
     except Exception as error:  # network, hub or file
@@ -62,11 +60,9 @@ class _ConstantNorm(torch.autograd.Function):
 
 
 class FrozenNorm(nn.Module):
-    """A batch norm of constants, and the activation that some of timm's norms include.
-
-    It keeps no activations for the gradient: a BatchNorm2d with fixed statistics keeps its input, which doubles what a
-    ResNet-50 keeps. timm's and torchvision's frozen norms turn bfloat16 activations into float32.
-    """
+    """A batch norm of constants, and the activation that some of timm's norms include. Unlike a BatchNorm2d with fixed
+    statistics, it keeps no input for the gradient, half of what a ResNet-50 keeps; unlike timm's and torchvision's
+    frozen norms, it leaves bfloat16 as it is."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -90,7 +86,7 @@ class Backbone(nn.Module):
     """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
     `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
-    `name` is the architecture's, also for a model on the hub (hf-hub:user/repo). Raises BackboneError.
+    `self.name` is the architecture's, also for a model on the hub (hf-hub:user/repo). Raises BackboneError.
     """
 
     def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
@@ -105,8 +101,8 @@ class Backbone(nn.Module):
         self.taps = [max(i for i, s in enumerate(strides) if s == stride) for stride in STRIDES[:3]]
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self.neck = FeaturePyramidNetwork([widths[i] for i in self.taps], channels, LastLevelP6P7(channels, channels))
-        data_config = timm.data.resolve_model_data_config(self.body)
-        self.mean, self.std = data_config["mean"], data_config["std"]
+        normalisation = timm.data.resolve_model_data_config(self.body)
+        self.mean, self.std = normalisation["mean"], normalisation["std"]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.body(images)

@@ -106,11 +106,9 @@ def _lock(folder: Path) -> None:
 
 
 def _check_identity(folder: Path, identity: dict, checkpoint: dict | None) -> None:
-    if checkpoint is None:
-        if (folder / "log.jsonl").exists() or (folder / "ota.safetensors").exists():
-            raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
-        return
-    before = json.loads(checkpoint["identity"])
+    if checkpoint is None and any((folder / name).exists() for name in ("log.jsonl", "ota.safetensors")):
+        raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
+    before = json.loads(checkpoint["identity"]) if checkpoint else identity
     names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
     if names:
         lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
@@ -133,8 +131,7 @@ def load_checkpoint(folder: Path) -> dict | None:
 
     A damaged one is renamed *.damaged, with a warning. Raises CheckpointError: none can be read.
     """
-    paths = _newest_first(folder)
-    for path in paths:
+    for path in (paths := _newest_first(folder)):
         try:
             data = path.read_bytes()
             if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
@@ -195,7 +192,8 @@ class RunFolder:
                         self._events.add_scalar(f"{group}/{name}", value, line["step"])
                 self._events.flush()
             if time.monotonic() - self._drawn_at > REDRAW_S:
-                self.draw()
+                draw_curves(self.log, self.path / "curves.png")
+                self._drawn_at = time.monotonic()
 
     def write_step(self, line: dict, bar: tqdm, seconds_left: float) -> None:
         """Add a line and show it: behind the bar, or, without a terminal, on a new line."""
@@ -206,11 +204,6 @@ class RunFolder:
         if bar.disable:
             eta = tqdm.format_interval(seconds_left)
             print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
-
-    def draw(self) -> None:
-        with disk_errors_named(self.path):
-            draw_curves(self.log, self.path / "curves.png")
-        self._drawn_at = time.monotonic()
 
     def save_weights(self, detector: Detector, step: int, metrics: dict | None, name: str = "ota.safetensors") -> None:
         training = {"step": step, "steps": self.steps, "metrics": metrics, **self.settings}
@@ -248,12 +241,10 @@ class RunFolder:
         about = {"data": str(dataset.split.annotations), "images": len(dataset), "total_s": round(seconds)}
         with disk_errors_named(self.path):
             write_file(self.path / "metrics.json", json.dumps(about | metrics, indent=1).encode())
-            pictures = []
-            for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)):
-                image, target = dataset[i]
-                pictures.append(draw_detections(image, target["boxes"], *detector.eval().predict(image, 0.5)))
+            samples = (dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)))
+            pictures = [draw_detections(x, t["boxes"], *detector.eval().predict(x, 0.5)) for x, t in samples]
             save_contact_sheet(pictures, self.path / "samples.png")
-        self.draw()
+            draw_curves(self.log, self.path / "curves.png")
         print(f"wrote {self.path}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
 
 

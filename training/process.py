@@ -47,17 +47,15 @@ def store_of_this_start() -> tuple[dist.Store, int, int]:
     So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name.
     """
     store, rank, world = next(dist.rendezvous("env://"))
-    name = uuid.uuid4().hex
+    name = prefix = uuid.uuid4().hex
     if rank == 0:
         store.set("start", name)
         store.set(f"{name}/all", "".join(store.get(f"{name}/{other}").decode() for other in range(1, world)))
-        return dist.PrefixStore(name, store), rank, world
-    while True:
+    while rank and not (store.check([f"{prefix}/all"]) and name in store.get(f"{prefix}/all").decode()):
         prefix = store.get("start").decode()
         store.set(f"{prefix}/{rank}", name)
-        if store.check([f"{prefix}/all"]) and name in store.get(f"{prefix}/all").decode():
-            return dist.PrefixStore(prefix, store), rank, world
         time.sleep(WAIT_S)
+    return dist.PrefixStore(prefix, store), rank, world
 
 
 _store: dist.Store | None = None
