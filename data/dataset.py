@@ -1,20 +1,24 @@
-"""Images and boxes of one split of a data set, with contiguous class ids 0..C-1 and boxes x1 y1 x2 y2 in px."""
+"""Images and boxes of one split of a data set, with contiguous class ids 0..C-1 and boxes x1 y1 x2 y2 in px.
+
+An image size is (shorter side, longest side at most) in px: the shorter side becomes the first number, unless the
+longer one would then pass the second. Small images are enlarged.
+"""
 
 import multiprocessing
 import sys
 from collections.abc import Callable, Collection
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from data.checks import Records
 from data.files import DatasetError, path_inside, printable
 from data.forms import Split
-from data.transforms import resized_size
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -189,3 +193,31 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     images = [image.as_subclass(Tensor) for image, _ in batch]
     targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
+
+
+def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
+    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
+
+    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
+    """
+    resize = eval_transform(image_size)
+    if sides:
+        resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
+    clean = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0))
+    return v2.Compose([v2.RandomHorizontalFlip(flip), resize, *clean])
+
+
+def eval_transform(image_size: tuple[int, int]) -> v2.Transform:
+    """Resize only: every box stays."""
+    shorter, longest = image_size
+    if not 0 < shorter <= longest:
+        raise ValueError(f"image_size {image_size}: wanted (shorter side, longest side), 0 < shorter <= longest")
+    # With equal sides only the longest one can bind, and torchvision wants size=None for that.
+    return v2.Resize(None if shorter == longest else [shorter], max_size=longest, antialias=True)
+
+
+@lru_cache(maxsize=2**16)
+def resized_size(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) in px of an image of height x width px after either transform."""
+    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))
+    return tuple(eval_transform(image_size)(canvas).canvas_size)

@@ -19,6 +19,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,34 +39,25 @@ Boxes = list[tuple[list[float], bool]]  # x, y, width, height in px, and whether
 
 
 class Form(NamedTuple):
-    """A form of annotations.
-
-    read      (split, read_bytes, look_at_files) -> the content of a COCO file; raises DatasetError or OSError
-    recipe    the name of its recipe in train.py, if it has one
-    boxes     the kinds of boxes to choose from, the default first
-    metrics   (annotations, results) -> numbers that evaluation reports beside COCO's
-    """
+    """A form of annotations: `read(split, read_bytes, look_at_files)` returns the content of a COCO file."""
 
     name: str
-    read: Callable[["Split", ReadBytes, bool], object]
-    recipe: str | None = None
-    boxes: tuple[str, ...] = ()
-    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None
+    read: Callable[["Split", ReadBytes, bool], object]  # raises DatasetError or OSError
+    recipe: str | None = None  # its name in train.py
+    boxes: tuple[str, ...] = ()  # the kinds to choose from, the default first
+    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None  # of annotations and results, beside COCO's
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one half of a data set lies; `name` is "train" or "val", `box` one of the form's kinds of boxes.
+    """Where one half of a data set lies."""
 
-    follow_links: read links to files outside the folders of images and annotations, instead of refusing them.
-    """
-
-    name: str
+    name: str  # "train" or "val"
     annotations: Path
     images: Path
     form: Form
-    box: str | None = None
-    follow_links: bool = False
+    box: str | None = None  # one of the form's kinds
+    follow_links: bool = False  # read links to files outside the folders of images and annotations
 
     def read(self, look_at_files: bool = True) -> Records:
         """Read and check the annotation files, with `look_at_files` also the images' headers. Raises DatasetError."""
@@ -221,8 +213,8 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
     """Return name of the image -> number of its first line in a list.
 
-    A name may have spaces. It is the whole line if that has an XML file in `folder`; else without a suffix, or without
-    the -1, 0 or 1 that the lists of one class have.
+    A name is a whole line, also with spaces, if that has an XML file in `folder`; else without a suffix, or without the
+    -1, 0 or 1 that the lists of one class have.
     """
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
@@ -239,10 +231,7 @@ def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
 
 
 def _read_scene(content: bytes) -> tuple[dict, list[dict]]:
-    """Return file_name, width and height of the image; name, bbox and iscrowd of its objects.
-
-    Raises ParseError or a ValueError that describes the mistake.
-    """
+    """Return file_name, width, height of an image; name, bbox, iscrowd of its objects. Raises ParseError, ValueError."""
     root = _parse_xml(content)
     width, height = (int(_number(root, f"size/{side}")) for side in ("width", "height"))
     objects = []
@@ -280,10 +269,7 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 def _number(element: ElementTree.Element, path: str) -> float:
     text = _text(element, path)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"<{path}> of <{element.tag}> is {text!r}, not a number")
-    return number
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f"<{path}> of <{element.tag}> is {text!r}, not a number")
