@@ -2,8 +2,7 @@
 
 CrowdHuman (Shao et al., arXiv 1805.00123): a line is {"ID": name of Images/ID.jpg, "gtboxes": [...]}. An entry of
 gtboxes has a tag, "person" or "mask" (a crowd, a reflection, a picture of a person), and three boxes x, y, width,
-height in px: `fbox` of the whole body, also where it is hidden or outside the image, `vbox` of its visible part, `hbox`
-of the head.
+height in px: `fbox` of the whole body, hidden parts included, `vbox` of its visible part, `hbox` of the head.
 Pascal VOC (Everingham et al., Challenge 2012, Development Kit): ImageSets/Main/train.txt and its like name the images
 of a split, one a line. Annotations/NAME.xml has an image's file name, size and objects, with the pixels at the corners,
 counted from 1: xmin to xmax, both of them inside.
@@ -24,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import BOX, Problems, Records, check_annotations, is_box, read_sizes, report
-from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, near_misses, parse_json, path_inside
+from data.checks import BOX, Problems, Records, check_annotations, is_box, raise_problems, read_sizes
+from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, parse_json, path_inside
 
 # The polygons are most of a large file, and not needed; parsing their numbers takes twice the time of the rest.
 POLYGONS = re.compile(r'"segmentation"\s*:\s*\[(?:[^][{}"]|\[[^][{}"]*\])*\]')
@@ -35,7 +34,7 @@ DIFFICULT = dict.fromkeys(("", "0", "0.0", "false", "unspecified"), 0) | dict.fr
 SUFFIX = re.compile("(" + "|".join(map(re.escape, (".xml", *IMAGE_SUFFIXES))) + ")$", re.IGNORECASE)
 
 ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
-Boxes = list[tuple[list[float], bool]]  # x, y, width, height in px, and whether it is a region to ignore
+Boxes = list[tuple[list[float], int]]  # x, y, width, height in px, and iscrowd
 
 
 class Form(NamedTuple):
@@ -95,13 +94,25 @@ def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> objec
         raise DatasetError(f"{split.annotations}: {error}{remark}") from error
 
 
+def _coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
+    """Return the content of a COCO file from images and their objects; an object's `name` is one of `names`."""
+    category_id = {name: number for number, name in enumerate(names, 1)}
+    pairs = ((image, record) for image, objects in scenes for record in objects)
+    annotations = [
+        record | {"id": row, "image_id": image["id"], "category_id": category_id[record["name"]]}
+        for row, (image, record) in enumerate(pairs, 1)
+    ]
+    categories = [{"id": number, "name": name} for name, number in category_id.items()]
+    return {"images": [image for image, _ in scenes], "annotations": annotations, "categories": categories}
+
+
 def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     """Return the content of a COCO file; an image's id is the number of its line.
 
     Regions to ignore have iscrowd 1: `mask` tags, entries whose extra.ignore is set, and, for `hbox`, those whose
-    head_attr.ignore is. Boxes are clipped to the image. The file has no image sizes: they are read from the headers of
-    all image files. Without `look_at_files`, an image that cannot be read gets the size that its boxes need.
-    A DatasetError names all malformed lines and all image files that are missing or cannot be read.
+    head_attr.ignore is. Boxes are clipped to the image. Image sizes are read from the headers of all image files.
+    Without `look_at_files`, an image that cannot be read gets the size that its boxes need; with it, a DatasetError
+    names all of them, as it names malformed lines.
     """
     problems: Problems = defaultdict(list)
     lines = []  # number, file name, boxes
@@ -118,17 +129,14 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
     named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
     unreadable = problems if look_at_files else defaultdict(list)
     sizes, missing = read_sizes(named, split.images, split.follow_links, unreadable)
-    if problems:
-        remarks = near_misses(missing if look_at_files else [], split.images)
-        raise DatasetError(report(split.annotations, problems, remarks))
-    images, annotations = [], []
+    raise_problems(split.annotations, problems, missing if look_at_files else [], split.images)
+    name, scenes = BOXES[split.box], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
         width, height = size or _extent(boxes)
-        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-        for box, ignored in boxes:
-            record = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(ignored)}
-            annotations.append(record | {"bbox": _clipped(box, width, height)})
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": BOXES[split.box]}]}
+        image = {"id": number, "file_name": file_name, "width": width, "height": height}
+        objects = [{"name": name, "bbox": _clipped(box, width, height), "iscrowd": crowd} for box, crowd in boxes]
+        scenes.append((image, objects))
+    return _coco_content(scenes, [name])
 
 
 def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
@@ -151,7 +159,7 @@ def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
         if not isinstance(extra, dict) or not isinstance(head, dict):
             raise ValueError(f"ID {name}, gtboxes[{row}]: extra and head_attr have to be objects")
         ignored = extra.get("ignore", 0) or (kind == "hbox" and head.get("ignore", 0))
-        boxes.append((box, tag == "mask" or bool(ignored)))
+        boxes.append((box, int(tag == "mask" or bool(ignored))))
     return f"{name}.jpg", boxes
 
 
@@ -174,10 +182,9 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     """Return the content of a COCO file for a list, ImageSets/Main/*.txt.
 
     An image's id is the number of the first line with its name. Its file is the <filename> of its XML if that is in the
-    image folder, else the one named like the line. Classes are those of all four lists, so that they are the same for
-    each, in alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1,
-    height = ymax - ymin + 1. An object marked as difficult has iscrowd 1: a region to ignore, not a target.
-    A DatasetError names every file which is missing or malformed.
+    image folder, else the one named like the line. Classes are those of all four lists, the same for each, in
+    alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax -
+    ymin + 1. A difficult object has iscrowd 1: a region to ignore. A DatasetError names all missing or malformed files.
     """
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
@@ -193,21 +200,15 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
                 missing += [f"{name}.xml"] if isinstance(error, FileNotFoundError) else []
                 line = f"{folder / name}.xml ({listed_in.name}): {error}"
                 problems["annotation files that cannot be read"].append(line)
-    if problems:
-        raise DatasetError(report(path, problems, near_misses(missing, folder)))
+    raise_problems(path, problems, missing, folder)
     class_names = sorted({record["name"] for _, objects in scenes.values() for record in objects})
-    category_id = {name: number for number, name in enumerate(class_names, 1)}
-    images, annotations = [], []
+    listed = []
     for name, number in numbers[path].items():
         image, objects = scenes[name]
         options = (image["file_name"], *(name + form for suffix in IMAGE_SUFFIXES for form in (suffix, suffix.upper())))
         present = (form for form in options if not leaves_folder(form) and os.path.isfile(split.images / form))
-        images.append(image | {"id": number, "file_name": next(present, image["file_name"])})
-        for record in objects:
-            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": category_id[record["name"]]}
-            annotations.append(record | ids)
-    categories = [{"id": number, "name": name} for name, number in category_id.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+        listed.append((image | {"id": number, "file_name": next(present, image["file_name"])}, objects))
+    return _coco_content(listed, class_names)
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
