@@ -74,11 +74,8 @@ def leaves_folder(name: str) -> bool:
 
 
 def path_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
-    """Return the path of file `name` in a folder, which may itself be a link.
-
-    Raises DatasetError if `name` leaves the folder, by a link only without `follow_links`; FileNotFoundError for a
-    link to nothing; ValueError if no file can have this name.
-    """
+    """Return the path of file `name` in a folder, which may itself be a link. Raises FileNotFoundError for a link to
+    nothing, DatasetError if `name` leaves the folder, by a link only without `follow_links`, ValueError for NUL in it."""
     if leaves_folder(name):
         raise DatasetError(f"{name!r} leaves the folder {folder}")
     real = os.path.realpath(folder)
@@ -104,10 +101,9 @@ CHANGES: dict[str, Callable[[str], str]] = {
 
 
 def near_misses(names: list[str], folder: Path) -> list[str]:
-    """Return a line for each way in which files missing in `folder` would be found: how many, and an example.
+    """Return a line for each way (some of CHANGES, another folder) in which files missing in `folder` would be found.
 
-    A way is some of CHANGES, another folder, or both. The file found is the one among the first FILES_WALKED in
-    `folder` and then in the folders beside it that shares the most trailing parts with a name.
+    Of FILES_WALKED files in `folder` and then beside it, that one counts which shares the most trailing parts of a name.
     """
     file_names, known = {_parts(name)[0] for name in names}, {}
     for path in islice(_walk(folder), FILES_WALKED) if names else ():
@@ -120,9 +116,9 @@ def near_misses(names: list[str], folder: Path) -> list[str]:
             path = known[parts[:shared]]
             ways[_way(name, path, shared, folder)].append(f"{path} for {name}")
     ways.pop("", None)  # the file has appeared since
-    ordered = sorted(ways.items(), key=lambda item: -len(item[1]))
-    total, more = len(names), sum(len(examples) for _, examples in ordered[WAYS_SHOWN:])
-    lines = [f"{len(e)} of the {total} missing files would be found {way}: {e[0]}" for way, e in ordered[:WAYS_SHOWN]]
+    shown = sorted(ways.items(), key=lambda item: -len(item[1]))[:WAYS_SHOWN]
+    more = sum(map(len, ways.values())) - sum(len(found) for _, found in shown)
+    lines = [f"{len(e)} of the {len(names)} missing files would be found {way}: {e[0]}" for way, e in shown]
     return lines + [f"and {more} more in other ways"] * (more > 0)
 
 

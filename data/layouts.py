@@ -22,15 +22,15 @@ LAYOUTS = (
     (VOC, ("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
     (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
 )
-NO_COCO = """COCO is not in {root}: no annotations/instances_train2017.json there. Unzip these three into that folder (or \
-set OTA_DATA to the folder that holds coco/):
+NO_COCO = """COCO is not in {root}: no annotations/instances_train2017.json there. Unzip these three into that folder \
+(or set OTA_DATA to the folder that holds coco/):
   http://images.cocodataset.org/zips/train2017.zip
   http://images.cocodataset.org/zips/val2017.zip
   http://images.cocodataset.org/annotations/annotations_trainval2017.zip"""
-NO_CROWDHUMAN = """CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so download \
-annotation_train.odgt, annotation_val.odgt, CrowdHuman_val.zip, CrowdHuman_train01.zip, CrowdHuman_train02.zip, \
-CrowdHuman_train03.zip from https://www.crowdhuman.org/download.html into that folder (or set OTA_DATA to the folder \
-that holds crowdhuman/) and unzip them: all images go into {images}"""
+NO_CROWDHUMAN = """CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so \
+download annotation_train.odgt, annotation_val.odgt, CrowdHuman_val.zip, CrowdHuman_train01.zip, \
+CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/download.html into that folder (or set \
+OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
 Halves = tuple[Split | None, Split | None]
 
 
@@ -76,7 +76,7 @@ def _missing_message(data: str, root: Path) -> str:
     if data == "coco":
         return NO_COCO.format(root=root)
     if data == "crowdhuman":
-        return NO_CROWDHUMAN.format(root=root, images=root / "Images")
+        return NO_CROWDHUMAN.format(root=root)
     layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
     if _is_yolo(root):
         state = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"
