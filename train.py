@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, train_transform
-from data.order import SeededDataset, batches_from, seed_of
+from data.dataset import SeededDataset, batches_from, seed_of
 from errors import UserError
 from eval import class_differences, describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights

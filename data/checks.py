@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -51,31 +51,27 @@ def check_annotations(
 ) -> Records:
     """Return the records of the parsed file `source`, or raise one DatasetError that lists every problem.
 
-    Image files (present, readable, inside `images_dir`, of the recorded size) are checked by their headers: all of them
-    up to 5,000, above that an evenly spaced 2,000, none without `look_at_files`. Every image is checked again when it
-    is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
+    With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000;
+    every image is checked again when it is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset
+    drops and clips them.
     """
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{source}: the top level is a {type(content).__name__}, not an object")
-    categories, images, objects = (_sound_records(key, content, problems) for key in FIELDS)
+    sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
+    categories, images, objects = sound
     for name, count in Counter(category["name"] for category in categories).items():
         if count > 1:
             problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
-    _check_boxes(records, objects, images, content, problems)
+    _check_boxes(records, objects, known, problems)
     missing = _check_files(images, images_dir, look_at_files, follow_links, problems)
-    if problems:
-        raise DatasetError(report(source, problems, near_misses(missing, images_dir)))
+    raise_problems(source, problems, missing, images_dir)
     return records
 
 
 def _is_id(value: object) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
 
 
 def is_box(value: object) -> bool:
@@ -85,21 +81,22 @@ def is_box(value: object) -> bool:
 BOX = "four numbers (x, y, width, height) of at most 64 bits"
 ID = (_is_id, "an integer of at most 64 bits")
 SIZE = (lambda v: type(v) in (int, float) and 0 < v < 2**31 and v == v // 1, "a number of pixels")
-FILE_NAME = (lambda v: _is_name(v) and "\0" not in v and len(v) <= 4096, "the name of a file")
+NAME = (lambda v: isinstance(v, str) and v.strip() != "", "a name")
+FILE_NAME = (lambda v: NAME[0](v) and "\0" not in v and len(v) <= 4096, "the name of a file")
 Fields = dict[str, tuple[Callable[[object], bool], str]]
 FIELDS: dict[str, Fields] = {  # that a record must have: name -> (predicate, the required value in words)
-    "categories": {"id": ID, "name": (_is_name, "a name")},
+    "categories": {"id": ID, "name": NAME},
     "images": {"id": ID, "file_name": FILE_NAME, "width": SIZE, "height": SIZE},
     "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": (is_box, BOX)},
 }
 
 
-def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
-    """Return the well-formed records under a top-level key, each id once."""
+def _sound_records(key: str, content: dict, problems: Problems) -> tuple[list[dict], list[int]]:
+    """Return the well-formed records under a top-level key, each id once, and the ids of all records."""
     records = content.get(key)
     if not isinstance(records, list):
         problems["missing top-level lists"].append(f"{key!r}: a COCO file has images, annotations, categories")
-        return []
+        return [], []
     if not records and key != "annotations":
         problems["empty top-level lists"].append(f"{key!r} has no records")
     sound: dict[int, dict] = {}
@@ -111,7 +108,8 @@ def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
         line = ", ".join([f"record {row}", *(f"{n} {VALUE.repr(record[n])}" for n in names if n in record)])
         kind = "malformed records" if flaw else "ids that occur twice"
         problems[f"{kind} in {key!r}"].append(f"{line}: {flaw}" if flaw else line)
-    return list(sound.values())
+    ids = [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
+    return list(sound.values()), ids
 
 
 def _flaw(record: object, fields: Fields) -> str | None:
@@ -130,8 +128,7 @@ def _flaw(record: object, fields: Fields) -> str | None:
 def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
     """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
-    areas = (record.get("area") for record in objects)
-    areas = [area if type(area) is float or _is_id(area) else math.nan for area in areas]
+    areas = [a if type(a) is float or _is_id(a) else math.nan for a in (record.get("area") for record in objects)]
     return Records(
         categories,
         np.array([image["id"] for image in images], np.int64),
@@ -146,12 +143,11 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     )
 
 
-def _check_boxes(records: Records, objects: list[dict], images: list[dict], content: dict, problems: Problems) -> None:
-    """Check that annotations refer to ids in `content`, and that boxes lie in their images and are in px."""
-    known = {}  # with ids of malformed records, as a reference to those is no mistake
-    for key in ("categories", "images"):
-        rows = content.get(key) if isinstance(content.get(key), list) else []
-        known[key] = [row["id"] for row in rows if isinstance(row, dict) and _is_id(row.get("id"))]
+def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:
+    """Check that annotations refer to `known` categories and images, and that boxes lie in their images and are in px.
+
+    Ids of malformed records are known, too: a reference to those is no mistake.
+    """
     owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
     sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
@@ -164,13 +160,13 @@ def _check_boxes(records: Records, objects: list[dict], images: list[dict], cont
     tiny &= share >= MOST_BOXES
     remedy = "(normalised, fractions of the image's sides? They have to be in px)"
     for kind, wrong, remark in (
-        ("annotations of unknown categories", ~np.isin(records.category_ids, known["categories"]), ": category_id {c}"),
-        ("annotations of unknown images", ~np.isin(image_ids, known["images"]), ""),
+        ("annotations of unknown categories", ~np.isin(records.category_ids, known[0]), ": category_id {c}"),
+        ("annotations of unknown images", ~np.isin(image_ids, known[1]), ""),
         ("boxes more than 1 px outside their image (x, y, width, height in px?)", outside, ": {box} in {w} x {h}"),
         (f"boxes of a pixel at most, {share:.0%} of all {remedy}", tiny, ": {box}"),
     ):
         for row in np.flatnonzero(wrong).tolist():
-            file_name = f" ({images[owners[row]]['file_name']})" if owners[row] >= 0 else ""
+            file_name = f" ({records.file_names[owners[row]]})" if owners[row] >= 0 else ""
             (h, w), c, box = sizes[row], records.category_ids[row], objects[row]["bbox"]
             line = f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
             problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
@@ -239,8 +235,10 @@ def read_sizes(
     return [size for size, _, _ in answers], missing
 
 
-def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str:
-    """Return the message of a DatasetError: every kind of problem with its first culprits, then the remarks."""
+def raise_problems(source: Path, problems: Problems, missing: list[str], folder: Path) -> None:
+    """Raise a DatasetError with every kind of problem, its first culprits, and where missing files may be, if any."""
+    if not problems:
+        return
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
@@ -248,7 +246,7 @@ def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str
         lines += [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         if len(culprits) > CULPRITS_SHOWN:
             lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
-    return "\n".join(lines + [f"  {_shortened(remark)}" for remark in remarks])
+    raise DatasetError("\n".join(lines + [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]))
 
 
 def _shortened(line: str) -> str:

@@ -1,20 +1,27 @@
-"""Images and boxes of one split of a data set, with contiguous class ids 0..C-1 and boxes x1 y1 x2 y2 in px."""
+"""Images and boxes of one split of a data set: their transforms, and their order in training.
 
+Class ids are contiguous, 0..C-1, boxes x1 y1 x2 y2 in px. An image size is (shorter side, longest side at most) in px:
+the shorter side becomes the first number, unless the longer one would then pass the second. Small images are enlarged.
+Order, flips and sizes in training are functions of the seed and the step alone: a run continues at any step, with any
+number of ranks and loader processes, as if it had never stopped.
+"""
+
+import hashlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Collection
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from data.checks import Records
 from data.files import DatasetError, path_inside, printable
 from data.forms import Split
-from data.transforms import resized_size
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -28,9 +35,9 @@ class CocoDataset(torch.utils.data.Dataset):
     category_ids   class c -> the file's own id, ascending; `classes` has both
     tall           whether each image is higher than wide
     grouping       the category that was left out because it only groups the others, None as a rule
-    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
-    crowd_boxes    iscrowd regions; these are regions to ignore, not targets
+    crowd_boxes    iscrowd boxes: regions to ignore, not targets
+    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     digest         SHA-256 of the annotation files, hex
     """
 
@@ -45,12 +52,11 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         """Raises DatasetError.
 
-        transform: of torchvision.transforms.v2, on (image, target); the boxes of its target end with the regions to
-        ignore, whose label is IGNORE
+        transform: of torchvision.transforms.v2, on (image, target); the target includes regions to ignore, label IGNORE
         bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
         next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
         first: only so many images, the first ones that have boxes
-        known_ids: category ids of a detector or of the training split, which are never left out, see `_grouping`
+        known_ids: category ids of a detector or of the training split, which are never left out as `grouping`
         records: of the split, if it was read before
         """
         self.split, self.transform = split, transform
@@ -63,8 +69,7 @@ class CocoDataset(torch.utils.data.Dataset):
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
         self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}
-        # Loader workers are forks: reading a Python object there counts references, which copies its page into every
-        # worker. So __getitem__ reads a few arrays.
+        # Loader workers are forks, where counting references to Python objects copies pages: __getitem__ reads arrays.
         self._image_ids, self._file_names, self._sizes = records.image_ids, records.file_names, records.sizes
         self.tall = (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
         self._bad = None
@@ -121,7 +126,7 @@ class CocoDataset(torch.utils.data.Dataset):
 
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
         """
         i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
         size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
@@ -189,3 +194,78 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     images = [image.as_subclass(Tensor) for image, _ in batch]
     targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
+
+
+def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
+    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
+
+    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
+    """
+    resize = eval_transform(image_size)
+    if sides:
+        resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
+    clean = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0))
+    return v2.Compose([v2.RandomHorizontalFlip(flip), resize, *clean])
+
+
+def eval_transform(image_size: tuple[int, int]) -> v2.Transform:
+    """Resize only: every box stays."""
+    shorter, longest = image_size
+    if not 0 < shorter <= longest:
+        raise ValueError(f"image_size {image_size}: wanted (shorter side, longest side), 0 < shorter <= longest")
+    # With equal sides only the longest one can bind, and torchvision wants size=None for that.
+    return v2.Resize(None if shorter == longest else [shorter], max_size=longest, antialias=True)
+
+
+@lru_cache(maxsize=2**16)
+def resized_size(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) in px of an image of height x width px after either transform."""
+    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))
+    return tuple(eval_transform(image_size)(canvas).canvas_size)
+
+
+def seed_of(*parts: int | str) -> int:
+    """Return an integer of 32 bits for torch.manual_seed; neighbouring parts give unrelated ones."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
+
+
+def batches_from(
+    step: int, steps: int, tall: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (epoch, image index) of this rank's share of every batch from `step` to the last one.
+
+    An epoch is a permutation of the images without the remainder that fills no batch. To be padded less, its batches,
+    except the last one, have only images that are `tall` or only others. `batch_size` counts over all ranks.
+    """
+    share, epoch_steps = batch_size // world, len(tall) // batch_size
+    for s in range(step, steps):
+        epoch, position = divmod(s, epoch_steps)
+        if s == step or position == 0:
+            generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+            drawn = torch.randperm(len(tall), generator=generator).tolist()
+            order, filling = [], {True: [], False: []}
+            # The remainder goes before grouping, or it would always be the rare orientation's.
+            for i in drawn[: epoch_steps * batch_size]:
+                batch = filling[bool(tall[i])]
+                batch.append(i)
+                if len(batch) == batch_size:
+                    order += batch
+                    batch.clear()
+            order += filling[True] + filling[False]
+        first = position * batch_size + rank * share
+        yield [(epoch, i) for i in order[first : first + share]]
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """Sample (epoch, i): image i of `dataset`, with random transforms that depend on seed, epoch and i alone.
+
+    Reseeds the process's global generator, which is what torchvision's transforms draw from.
+    """
+
+    def __init__(self, dataset: CocoDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, i = key
+        torch.manual_seed(seed_of(self.seed, "sample", epoch, i))
+        return self.dataset[i]

@@ -2,8 +2,7 @@
 
 CrowdHuman (Shao et al., arXiv 1805.00123): a line is {"ID": name of Images/ID.jpg, "gtboxes": [...]}. An entry of
 gtboxes has a tag, "person" or "mask" (a crowd, a reflection, a picture of a person), and three boxes x, y, width,
-height in px: `fbox` of the whole body, also where it is hidden or outside the image, `vbox` of its visible part, `hbox`
-of the head.
+height in px: `fbox` of the whole body, hidden parts included, `vbox` of its visible part, `hbox` of the head.
 Pascal VOC (Everingham et al., Challenge 2012, Development Kit): ImageSets/Main/train.txt and its like name the images
 of a split, one a line. Annotations/NAME.xml has an image's file name, size and objects, with the pixels at the corners,
 counted from 1: xmin to xmax, both of them inside.
@@ -19,12 +18,13 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.checks import BOX, Problems, Records, check_annotations, is_box, read_sizes, report
-from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, near_misses, parse_json, path_inside
+from data.checks import BOX, Problems, Records, check_annotations, is_box, raise_problems, read_sizes
+from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, parse_json, path_inside
 
 # The polygons are most of a large file, and not needed; parsing their numbers takes twice the time of the rest.
 POLYGONS = re.compile(r'"segmentation"\s*:\s*\[(?:[^][{}"]|\[[^][{}"]*\])*\]')
@@ -34,38 +34,29 @@ DIFFICULT = dict.fromkeys(("", "0", "0.0", "false", "unspecified"), 0) | dict.fr
 SUFFIX = re.compile("(" + "|".join(map(re.escape, (".xml", *IMAGE_SUFFIXES))) + ")$", re.IGNORECASE)
 
 ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
-Boxes = list[tuple[list[float], bool]]  # x, y, width, height in px, and whether it is a region to ignore
+Boxes = list[tuple[list[float], int]]  # x, y, width, height in px, and iscrowd
 
 
 class Form(NamedTuple):
-    """A form of annotations.
-
-    read      (split, read_bytes, look_at_files) -> the content of a COCO file; raises DatasetError or OSError
-    recipe    the name of its recipe in train.py, if it has one
-    boxes     the kinds of boxes to choose from, the default first
-    metrics   (annotations, results) -> numbers that evaluation reports beside COCO's
-    """
+    """A form of annotations: `read(split, read_bytes, look_at_files)` returns the content of a COCO file."""
 
     name: str
-    read: Callable[["Split", ReadBytes, bool], object]
-    recipe: str | None = None
-    boxes: tuple[str, ...] = ()
-    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None
+    read: Callable[["Split", ReadBytes, bool], object]  # raises DatasetError or OSError
+    recipe: str | None = None  # its name in train.py
+    boxes: tuple[str, ...] = ()  # the kinds to choose from, the default first
+    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None  # of annotations and results, beside COCO's
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one half of a data set lies; `name` is "train" or "val", `box` one of the form's kinds of boxes.
+    """Where one half of a data set lies."""
 
-    follow_links: read links to files outside the folders of images and annotations, instead of refusing them.
-    """
-
-    name: str
+    name: str  # "train" or "val"
     annotations: Path
     images: Path
     form: Form
-    box: str | None = None
-    follow_links: bool = False
+    box: str | None = None  # one of the form's kinds
+    follow_links: bool = False  # read links to files outside the folders of images and annotations
 
     def read(self, look_at_files: bool = True) -> Records:
         """Read and check the annotation files, with `look_at_files` also the images' headers. Raises DatasetError."""
@@ -103,13 +94,25 @@ def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> objec
         raise DatasetError(f"{split.annotations}: {error}{remark}") from error
 
 
+def _coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
+    """Return the content of a COCO file from images and their objects; an object's `name` is one of `names`."""
+    category_id = {name: number for number, name in enumerate(names, 1)}
+    pairs = ((image, record) for image, objects in scenes for record in objects)
+    annotations = [
+        record | {"id": row, "image_id": image["id"], "category_id": category_id[record["name"]]}
+        for row, (image, record) in enumerate(pairs, 1)
+    ]
+    categories = [{"id": number, "name": name} for name, number in category_id.items()]
+    return {"images": [image for image, _ in scenes], "annotations": annotations, "categories": categories}
+
+
 def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     """Return the content of a COCO file; an image's id is the number of its line.
 
     Regions to ignore have iscrowd 1: `mask` tags, entries whose extra.ignore is set, and, for `hbox`, those whose
-    head_attr.ignore is. Boxes are clipped to the image. The file has no image sizes: they are read from the headers of
-    all image files. Without `look_at_files`, an image that cannot be read gets the size that its boxes need.
-    A DatasetError names all malformed lines and all image files that are missing or cannot be read.
+    head_attr.ignore is. Boxes are clipped to the image. Image sizes are read from the headers of all image files.
+    Without `look_at_files`, an image that cannot be read gets the size that its boxes need; with it, a DatasetError
+    names all of them, as it names malformed lines.
     """
     problems: Problems = defaultdict(list)
     lines = []  # number, file name, boxes
@@ -126,17 +129,14 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
     named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
     unreadable = problems if look_at_files else defaultdict(list)
     sizes, missing = read_sizes(named, split.images, split.follow_links, unreadable)
-    if problems:
-        remarks = near_misses(missing if look_at_files else [], split.images)
-        raise DatasetError(report(split.annotations, problems, remarks))
-    images, annotations = [], []
+    raise_problems(split.annotations, problems, missing if look_at_files else [], split.images)
+    name, scenes = BOXES[split.box], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
         width, height = size or _extent(boxes)
-        images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-        for box, ignored in boxes:
-            record = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": int(ignored)}
-            annotations.append(record | {"bbox": _clipped(box, width, height)})
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": BOXES[split.box]}]}
+        image = {"id": number, "file_name": file_name, "width": width, "height": height}
+        objects = [{"name": name, "bbox": _clipped(box, width, height), "iscrowd": crowd} for box, crowd in boxes]
+        scenes.append((image, objects))
+    return _coco_content(scenes, [name])
 
 
 def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
@@ -159,7 +159,7 @@ def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
         if not isinstance(extra, dict) or not isinstance(head, dict):
             raise ValueError(f"ID {name}, gtboxes[{row}]: extra and head_attr have to be objects")
         ignored = extra.get("ignore", 0) or (kind == "hbox" and head.get("ignore", 0))
-        boxes.append((box, tag == "mask" or bool(ignored)))
+        boxes.append((box, int(tag == "mask" or bool(ignored))))
     return f"{name}.jpg", boxes
 
 
@@ -182,10 +182,9 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     """Return the content of a COCO file for a list, ImageSets/Main/*.txt.
 
     An image's id is the number of the first line with its name. Its file is the <filename> of its XML if that is in the
-    image folder, else the one named like the line. Classes are those of all four lists, so that they are the same for
-    each, in alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1,
-    height = ymax - ymin + 1. An object marked as difficult has iscrowd 1: a region to ignore, not a target.
-    A DatasetError names every file which is missing or malformed.
+    image folder, else the one named like the line. Classes are those of all four lists, the same for each, in
+    alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax -
+    ymin + 1. A difficult object has iscrowd 1: a region to ignore. A DatasetError names all missing or malformed files.
     """
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
@@ -201,28 +200,22 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
                 missing += [f"{name}.xml"] if isinstance(error, FileNotFoundError) else []
                 line = f"{folder / name}.xml ({listed_in.name}): {error}"
                 problems["annotation files that cannot be read"].append(line)
-    if problems:
-        raise DatasetError(report(path, problems, near_misses(missing, folder)))
+    raise_problems(path, problems, missing, folder)
     class_names = sorted({record["name"] for _, objects in scenes.values() for record in objects})
-    category_id = {name: number for number, name in enumerate(class_names, 1)}
-    images, annotations = [], []
+    listed = []
     for name, number in numbers[path].items():
         image, objects = scenes[name]
         options = (image["file_name"], *(name + form for suffix in IMAGE_SUFFIXES for form in (suffix, suffix.upper())))
         present = (form for form in options if not leaves_folder(form) and os.path.isfile(split.images / form))
-        images.append(image | {"id": number, "file_name": next(present, image["file_name"])})
-        for record in objects:
-            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": category_id[record["name"]]}
-            annotations.append(record | ids)
-    categories = [{"id": number, "name": name} for name, number in category_id.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+        listed.append((image | {"id": number, "file_name": next(present, image["file_name"])}, objects))
+    return _coco_content(listed, class_names)
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
     """Return name of the image -> number of its first line in a list.
 
-    A name may have spaces. It is the whole line if that has an XML file in `folder`; else without a suffix, or without
-    the -1, 0 or 1 that the lists of one class have.
+    A name is a whole line, also with spaces, if that has an XML file in `folder`; else without a suffix, or without the
+    -1, 0 or 1 that the lists of one class have.
     """
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
@@ -239,10 +232,7 @@ def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
 
 
 def _read_scene(content: bytes) -> tuple[dict, list[dict]]:
-    """Return file_name, width and height of the image; name, bbox and iscrowd of its objects.
-
-    Raises ParseError or a ValueError that describes the mistake.
-    """
+    """Return file_name, width, height of an image; name, bbox, iscrowd of its objects. Raises ParseError, ValueError."""
     root = _parse_xml(content)
     width, height = (int(_number(root, f"size/{side}")) for side in ("width", "height"))
     objects = []
@@ -280,10 +270,7 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 def _number(element: ElementTree.Element, path: str) -> float:
     text = _text(element, path)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"<{path}> of <{element.tag}> is {text!r}, not a number")
-    return number
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f"<{path}> of <{element.tag}> is {text!r}, not a number")
