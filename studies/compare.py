@@ -88,7 +88,7 @@ def crowded_ap(weights: Path, device: torch.device) -> float:
     truth, crowded = dict(dataset.annotations), crowded_images(dataset.annotations)
     if not crowded:
         return -1.0
-    _, results = evaluate(detector.to(device), dataset, device)
+    _, results = evaluate(detector.to(device), dataset)
     for name, key in (("images", "id"), ("annotations", "image_id")):
         truth[name] = [record for record in truth[name] if record[key] in crowded]
     return coco_metrics(truth, [result for result in results if result["image_id"] in crowded])["AP"]
