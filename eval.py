@@ -9,12 +9,9 @@ metrics.json beside the weights, or into --out. train.py calls `evaluate`.
 
 import argparse
 import contextlib
-import io
 import json
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -24,9 +21,8 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable
-from data.checks import Records
-from errors import UserError
+from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable
+from errors import run_script
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
 from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
@@ -57,10 +53,9 @@ def coco_results(image_id: int, detections: Detections, category_ids: list[int])
 
 
 @torch.no_grad()
-def detect_dataset(
-    detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int, workers: int
-) -> list[dict]:
-    """Detections of a data set in COCO result format, by image id: on rank 0 those of all ranks, elsewhere none."""
+def detect_dataset(detector: Detector, dataset: CocoDataset, batch_size: int, workers: int) -> list[dict]:
+    """Return detections in COCO result format, by image id: on rank 0 those of all ranks, elsewhere none."""
+    device = detector.mean.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = batches_of_one_size(dataset, detector.config.image_size, batch_size)[rank::world]
     settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts, "pin_memory": device.type == "cuda"}
@@ -71,11 +66,10 @@ def detect_dataset(
         for target, scale, detections in zip(targets, scales, detector(batch.to(device)), strict=True):
             detections = detections._replace(boxes=detections.boxes.cpu() * scale)
             results += coco_results(target["image_id"], detections, dataset.category_ids)
+    gathered = [results] * world if rank == 0 else None
     if world > 1:
-        gathered = [None] * world if rank == 0 else None
         dist.gather_object(results, gathered)
-        results = [r for part in gathered for r in part] if rank == 0 else []
-    return sorted(results, key=lambda r: r["image_id"])
+    return sorted((r for part in gathered or () for r in part), key=lambda r: r["image_id"])
 
 
 def coco_metrics(annotations: dict, results: list[dict]) -> dict:
@@ -88,7 +82,7 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
         area = area if 0 < area <= (width + 1) * (height + 1) else width * height
         records.append(record | {"id": number, "area": area})
     truth.dataset = {"info": {}, **annotations, "annotations": records}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):  # print is silent
         truth.createIndex()
         # loadRes refuses an empty list.
         evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
@@ -97,28 +91,25 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # IoU threshold, recall, class; all areas, 100 boxes
     per_class = {}
-    for c, category_id in enumerate(evaluation.params.catIds):
-        rows = precision[:, :, c]
+    for category_id, rows in zip(evaluation.params.catIds, precision.transpose(2, 0, 1), strict=True):
         boxes = sum(not a["iscrowd"] for a in truth.loadAnns(truth.getAnnIds(catIds=[category_id])))
         ap, ap50 = (float(p[p > -1].mean()) if boxes else -1.0 for p in (rows, rows[0]))
         per_class[truth.cats[category_id]["name"]] = {"boxes": boxes, "AP": ap, "AP50": ap50}
     return {**dict(zip(METRICS, map(float, evaluation.stats[: len(METRICS)]), strict=True)), "per_class": per_class}
 
 
-def evaluate(
-    detector: Detector, dataset: CocoDataset, device: torch.device, batch_size: int = 8, workers: int = 2
-) -> tuple[dict, list[dict]]:
-    """Return metrics and detections of a data set made with `eval_transform`; all ranks call it, rank 0 has the result.
+def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, workers: int = 2) -> tuple[dict, list]:
+    """Return metrics, COCO's and those of the data set's form, and detections; all ranks call it, rank 0 has them.
 
-    Metrics are COCO's and those of the data set's form, such as CrowdHuman's.
+    The data set is made with `eval_transform`.
     """
     training = detector.training
-    results = detect_dataset(detector.eval(), dataset, device, batch_size, workers)
+    results = detect_dataset(detector.eval(), dataset, batch_size, workers)
     detector.train(training)
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    metrics = coco_metrics(dataset.annotations, results) if is_main else {}
-    if is_main and dataset.split.form.metrics:
-        metrics |= dataset.split.form.metrics(dataset.annotations, results)
+    metrics, form = {}, dataset.split.form
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        metrics = coco_metrics(dataset.annotations, results)
+        metrics |= form.metrics(dataset.annotations, results) if form.metrics else {}
     wait_for_main()
     return metrics, results
 
@@ -130,73 +121,55 @@ def print_table(metrics: dict) -> None:
     for name, row in rows:
         scores = "  ".join("    -" if row[k] < 0 else f"{row[k]:.3f}" for k in ("AP", "AP50"))
         print(f"{name:{width}} {row['boxes']:7d}  {scores}")
-    print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[:6]))
-    print("  ".join(f"{name} {metrics[name]:.3f}" for name in METRICS[6:]))
-    if extra := {name: metrics[name] for name in metrics if name.startswith("crowd_")}:
-        print("  ".join(f"{name} {value:.3f}" for name, value in extra.items()))
+    crowd = [name for name in metrics if name.startswith("crowd_")]
+    for names in filter(None, (METRICS[:6], METRICS[6:], crowd)):
+        print("  ".join(f"{name} {metrics[name]:.3f}" for name in names))
 
 
-def class_differences(metadata: dict, dataset: CocoDataset) -> str:
-    """The first categories (id and name) that only one of the two has, as text; empty where all agree."""
-    sources = (metadata["source"], metadata), (dataset.split.annotations, vars(dataset))
-    sides = [(source, set(zip(has["category_ids"], has["class_names"], strict=True))) for source, has in sources]
-    return "; ".join(
-        f"only in {source}: " + ", ".join(f"{i} {printable(name)}" for i, name in sorted(classes - others)[:5])
-        for (source, classes), (_, others) in (sides, sides[::-1])
-        if classes - others
-    )
+def describe(dataset: CocoDataset) -> str:
+    group = f", category {g['id']} {printable(g['name'])}, which groups the others" if (g := dataset.grouping) else ""
+    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions{group}"
+    return f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
 
 
-def evaluation_dataset(
-    splits: tuple[Split | None, Split | None],
-    image_size: tuple[int, int],
-    overfit: int | None = None,
-    known_ids: Collection[int] = (),
-    train_records: Records | None = None,
-) -> CocoDataset:
-    """Return the validation split; the training split, with a note, if there is none; with `overfit`, its first images.
+def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict, **options) -> CocoDataset:
+    """Return `split`, with a note if it is a training split as a whole. Raises DatasetError.
 
-    known_ids: category ids of the training. train_records: the result of the training split's read().
+    classes: class_names, category_ids and source (their file) of the training, which must be those of the split.
+    options: `first` and `records` of CocoDataset.
     """
-    split = splits[0] if overfit or splits[1] is None else splits[1]
-    records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
-    dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
-    if int(os.environ.get("RANK", 0)) == 0:
-        if split is splits[0] and not overfit:
+    options["records"] = options.get("records") or from_main(split.read)
+    dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if split.name == "train" and not options.get("first"):
             note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
             print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
-        print(f"evaluation on {dataset.split.annotations}: {describe(dataset)}")
+        print(f"evaluation on {split.annotations}: {describe(dataset)}")
+    theirs, ours = ({*zip(c["category_ids"], c["class_names"], strict=True)} for c in (classes, dataset.classes))
+    sides = {classes["source"]: theirs - ours, split.annotations: ours - theirs}
+    examples = {source: [f"{i} {printable(name)}" for i, name in sorted(only)[:5]] for source, only in sides.items()}
+    if differences := "; ".join(f"only in {source}: {', '.join(e)}" for source, e in examples.items() if e):
+        remedy = "Training and evaluation need the same classes: pass the fitting data set with --data."
+        raise DatasetError(f"the classes do not fit: {differences}. {remedy}")
     return dataset
 
 
 def load_with_data(
     weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
 ) -> tuple[Detector, CocoDataset, str]:
-    """The detector in a file that train.py wrote, a data set with its classes, and the data set's name.
+    """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
 
     `data` and `box` default to those of the training. Raises WeightsError, DatasetError, SettingsError.
     """
     detector, metadata = load_weights(weights)
-    data = data or metadata.get("data")
-    if data is None:
-        raise WeightsError(f"{weights} does not name its data set; name one with --data")
-    size, ids = detector.config.image_size, detector.category_ids
-    splits = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
-    dataset = evaluation_dataset(splits, size, known_ids=ids)
-    if box and not dataset.split.form.boxes:
-        raise SettingsError(f"--box {box} is for CrowdHuman; {dataset.split.annotations} has one kind of boxes")
-    differences = class_differences(metadata | {"source": weights}, dataset)
-    if differences:
-        raise WeightsError(f"the classes do not fit: {differences}. Pass the fitting data set with --data.")
+    if (data := data or metadata.get("data")) is None:
+        raise WeightsError(f"{weights} names no data set; name the data set with --data")
+    train_split, val_split = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
+    split = val_split or train_split
+    if box and not split.form.boxes:
+        raise SettingsError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
+    dataset = evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights})
     return detector, dataset, data
-
-
-def describe(dataset: CocoDataset) -> str:
-    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
-    text = f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
-    if dataset.grouping:
-        text += f", category {dataset.grouping['id']} {printable(dataset.grouping['name'])}, which groups the others"
-    return text
 
 
 def main() -> None:
@@ -214,12 +187,11 @@ def main() -> None:
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
-    metrics, results = evaluate(detector.to(device), dataset, device, args.batch_size, args.workers)
+    metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
         names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]
-        on_hub = is_on_hub(args.weights)
-        folder = Path() if on_hub else weights.parent
-        out = args.out or folder / ("-".join(["eval", *names]) if names or on_hub else "")
+        folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
+        out = args.out or folder / "-".join([name, *names])
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
@@ -231,7 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"eval.py: {error}")
+    run_script(main)

@@ -3,22 +3,19 @@
     python export.py --weights runs/shapes-.../ota.safetensors --format onnx --nms      (pip install -e ".[export]")
     python export.py --weights hf://user/repo --format torch --out detector.pt2
 
-Inputs    images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, 0 too, and H and W
-          in multiples of 32 from 160 to 16384 px
-          sizes (B, 2) int64: height and width of every image, px, clamped to its slot; 0 means no image
-Outputs   boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that
-          are no detection come last, with score 0, label -1 and a box of zeros
+Inputs   images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner of its slot; any B, 0 too, and H and W
+         in multiples of 32 from 160 to 16384 px
+         sizes (B, 2) int64: height and width of every image, px, clamped to its slot; 0 means no image
+Outputs  boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that are
+         no detection come last, with score 0, label -1 and a box of zeros. Without --nms: the candidates for NMS
 
-With --nms these are the detector's detections; without, its candidates, to be suppressed by the caller. Normalisation
-is inside; resizing is not. The file's metadata (ONNX: metadata_props; .pt2: the extra file ota.json) have class_names,
-category_ids, image_size, preprocessing, nms and the thresholds, as JSON.
+Normalisation is inside; resizing is not. The metadata (ONNX: metadata_props; .pt2: the extra file ota.json) are JSON.
 """
 
 import argparse
 import importlib.util
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from errors import UserError
+from errors import UserError, run_script
 from kernels.grid import MAX_SIDE_PX
 from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
@@ -35,7 +32,6 @@ from training.process import print_any_text
 from training.settings import SettingsError
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
-OPSET = 18
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
 PREPROCESSING = (
     "RGB, upright, uint8 0..255. Resize (bilinear, antialiased) to a shorter side of image_size[0], or less where the "
@@ -97,15 +93,13 @@ def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
 
 def export_onnx(detector: Detector, nms: bool) -> bytes:
     """Raises UserError: packages are missing, or torch cannot export the network."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise SettingsError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
-    names = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels")}
-    settings = {"dynamo": True, "opset_version": OPSET, "verbose": False}
+    settings = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels"), "opset_version": 18}
     settings["custom_translation_table"] = {torch.ops.ota_triton.suppressed.default: onnx_suppressed}
-    program = torch.onnx.export(export_program(detector, suppress_op if nms else None), **names, **settings)
-    metadata = {name: json.dumps(value) for name, value in metadata_of(detector, nms).items()}
-    program.model.metadata_props.update(metadata)
+    program = export_program(detector, suppress_op if nms else None)
+    program = torch.onnx.export(program, **settings, dynamo=True, verbose=False)
+    program.model.metadata_props.update((k, json.dumps(v)) for k, v in metadata_of(detector, nms).items())
     return program.model_proto.SerializeToString()
 
 
@@ -140,7 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"export.py: {error}")
+    run_script(main)

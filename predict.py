@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import printable, resized_size
 from data.draw import draw_detections
-from errors import UserError
+from errors import run_script
 from eval import coco_results
 from images import ImageError, load_image
 from model import Detector, load, write_file
@@ -34,7 +34,6 @@ from training.settings import SettingsError, number, positive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images in folders; and written as they are
 JPEG_QUALITY = 92
-THREADS = min(8, os.cpu_count() or 1)
 
 
 def find_images(inputs: list[str]) -> list[Path]:
@@ -52,8 +51,9 @@ def find_images(inputs: list[str]) -> list[Path]:
         for path in paths:
             images.setdefault(os.path.normpath(path.absolute()), path)
     if not images:
-        suffixes = " ".join(SUFFIXES)
-        raise SettingsError(f"no images in {', '.join(inputs)}; folders and globs are searched for {suffixes}")
+        raise SettingsError(
+            f"no images in {', '.join(inputs)}; folders and globs are searched for {' '.join(SUFFIXES)}"
+        )
     return list(images.values())
 
 
@@ -77,24 +77,23 @@ def predict(detector: Detector, paths: list[Path], out: Path, score: float, batc
     """Write the pictures; return the detections of all images in COCO result format and how many images failed."""
     results, failed, pictures = [], 0, picture_paths(paths, out)
 
-    def read(path: Path) -> Tensor | ImageError:
-        try:
-            image = load_image(path)
-        except ImageError as error:
-            return error
-        is_too_narrow = min(resized_size(*image.shape[1:], detector.config.image_size)) < 1
-        return ImageError(f"image file {path} is too narrow to be resized") if is_too_narrow else image
+    def read(path: Path) -> Tensor:
+        image = load_image(path)
+        if min(resized_size(*image.shape[1:], detector.config.image_size)) < 1:
+            raise ImageError(f"image file {path} is too narrow to be resized")
+        return image
 
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar:
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(paths), desc="predict", unit="image", disable=None) as bar:
         reading = [pool.submit(read, path) for path in paths[:batch_size]]
         for start in range(0, len(paths), batch_size):
-            images = dict(enumerate((future.result() for future in reading), start))
+            images = {}
+            for i, future in enumerate(reading, start):
+                try:
+                    images[i] = future.result()
+                except ImageError as error:
+                    bar.write(printable(str(error)), file=sys.stderr)
+                    failed += 1
             reading = [pool.submit(read, path) for path in paths[start + batch_size : start + 2 * batch_size]]
-            errors = [error for error in images.values() if isinstance(error, ImageError)]
-            for error in errors:
-                bar.write(printable(str(error)), file=sys.stderr)
-            failed += len(errors)
-            images = {i: image for i, image in images.items() if isinstance(image, Tensor)}
             detections = detector.predict(list(images.values()), score, batch_size)
             for (i, image), of_image in zip(images.items(), detections, strict=True):
                 rows = zip(coco_results(i + 1, of_image, detector.category_ids), of_image.names, strict=True)
@@ -132,7 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"predict.py: {error}")
+    run_script(main)

@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, train_transform
-from data.order import SeededDataset, batches_from, seed_of
+from data.dataset import SeededDataset, batches_from, seed_of
 from errors import UserError
-from eval import class_differences, describe, evaluate, evaluation_dataset, print_table
+from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
 from model.batch import Batch, pack, static_sides
 from model.head import Predictions
@@ -60,11 +60,11 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
     if small > SMALL_SHARE:
         what = f"under {SMALL_PX} px wide or high at --image-size {' '.join(map(str, args.image_size))}"
         say(f"warning: {small:.0%} of the boxes are {what}, too small to learn; are they in px, and is the size right?")
-    checked = records if args.bad_images == "stop" else None
-    val_dataset = evaluation_dataset((split, val_split), args.image_size, args.overfit, dataset.category_ids, checked)
-    differences = class_differences(dataset.classes | {"source": split.annotations}, val_dataset)
-    if differences:
-        raise DatasetError(f"the two parts of {args.data} differ in their categories: {differences}")
+    if args.overfit or not val_split:
+        val_split = split
+    checked = records if val_split is split and args.bad_images == "stop" else None
+    classes = dataset.classes | {"source": split.annotations}
+    val_dataset = evaluation_dataset(val_split, args.image_size, classes, first=args.overfit, records=checked)
     return dataset, val_dataset
 
 
@@ -204,7 +204,7 @@ def evaluate_now(
         for buffer in detector.buffers():
             dist.broadcast(buffer, 0)
     with eagerly(args.compile):
-        metrics, _ = evaluate(detector, dataset, detector.mean.device, workers=args.workers)
+        metrics, _ = evaluate(detector, dataset, workers=args.workers)
     if folder:
         folder.write_evaluation(detector, step, metrics, dataset.split.name)
     return metrics

@@ -39,7 +39,7 @@ def check_parity(scene: Scene, config: OTAConfig, backend: str) -> Parity:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, help="default: single on a CPU, coco on a GPU")
     args, device, about = start(parser, argv, repeats=50)
@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parities = {backend: check_parity(scene, config, backend) for backend in backends}
     failures = [f"{name}, {backend}: {text}" for backend in backends for text in parities[backend].failures]
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        return 1
-
+        sys.exit("\n".join(failures))
     print(f"\n{line('')}")
     if len(scene.gt_boxes) * scene.grid.num_points <= TIMED[device.type]:
         backends += ["reference"]
@@ -73,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             report["targets"] = {column: {"limit": limit, "measured": row[column]} for column, limit in limits}
             print(f"targets for an H200: {report['targets']}")
         write_report(args.out, about | {"workloads": {name: report}})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

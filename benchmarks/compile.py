@@ -111,13 +111,12 @@ def launch(scene: Scene, config: OTAConfig) -> None:
 
 
 def set_target(target: str) -> None:
-    """Answer what Triton asks its driver before a launch, as if the GPU were present."""
-    driver = SimpleNamespace(
-        get_current_device=lambda: target,  # a device for each target, because Triton keeps a cache per device
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: TARGETS[target][0],
-    )
-    triton.runtime.driver.set_active(driver)
+    """Answer what Triton asks its driver before a launch, as if the GPU were present.
+
+    Each target is a device, because Triton keeps a cache per device.
+    """
+    answers = {"device": lambda: target, "stream": lambda device: 0, "target": lambda: TARGETS[target][0]}
+    triton.runtime.driver.set_active(SimpleNamespace(**{f"get_current_{name}": f for name, f in answers.items()}))
 
 
 def record_binaries(target: str, brief: bool) -> list[Binary]:
@@ -177,7 +176,7 @@ def table(binaries: list[Binary]) -> str:
     return markdown(("kernel", "constants", *fields), rows)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--brief", action="store_true", help="one form of each kernel")
@@ -192,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(binaries), f"{len(binaries)} binaries, {len(failures)} failures", *failures, sep="\n")
     rows = [{name: value for name, value in asdict(b).items() if name != "specialization"} for b in binaries]
     write_report(args.out, environment(torch.device("cpu")) | {"binaries": rows, "failures": failures})
-    return int(bool(failures))
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -65,7 +65,7 @@ def forward_and_backward(loss: Callable[..., Tensor], logits: Tensor, *matches: 
     return ()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16)
     args, device, about = start(parser, argv, repeats=20)
@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if (name, dtype) != ("torchvision", "bfloat16"):  # torchvision computes in the type of the logits
             failures += [f"{name}, {dtype}: {text}" for text in parity_failures(losses[name], *inputs[dtype])]
     if failures:
-        print("\n".join(failures), file=sys.stderr)
-        return 1
-
+        sys.exit("\n".join(failures))
     results = {dtype: {} for dtype in inputs}
     report = about | {"images": args.images, "points": POINTS, "classes": CLASSES, "results": results}
     for dtype, tensors in inputs.items():
@@ -93,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             results[dtype][name] = row
             print(line(name, row, "useful_gb_per_s"), flush=True)
             write_report(args.out, report)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

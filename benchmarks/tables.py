@@ -30,19 +30,11 @@ def markdown(head: tuple, rows: list[tuple]) -> str:
 
 def runs() -> str:
     """Trainings, a row for each."""
-    reports = [r for report in results("train-*.json") for r in report.get("runs", {"": report}).values()]
-    rows = [
-        (
-            r.get("title") or r["command"],
-            f"{m['AP']:.3f}",
-            f"{m['AP50']:.3f}",
-            f"{m['total_s'] / 60:.1f}",
-            r["device"],
-            r["date"][:10],
-        )
-        for r in reports
-        if (m := r.get("metrics"))
-    ]
+    rows = []
+    for run in (run for report in results("train-*.json") for run in report.get("runs", {"": report}).values()):
+        if metrics := run.get("metrics"):
+            numbers = f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}", f"{metrics['total_s'] / 60:.1f}"
+            rows.append((run.get("title") or run["command"], *numbers, run["device"], run["date"][:10]))
     return markdown(("run", "AP", "AP50", "minutes, all in all", "on", "measured"), rows)
 
 

@@ -72,10 +72,10 @@ def torchvision_fcos(backbone: str) -> FCOS:
 
 
 class Contestant:
-    """A model in training. Subclasses have `losses`, the terms of a forward pass over their batch."""
+    """A model in training. `forward() -> dict[str, Tensor]` returns the losses of its batch."""
 
-    def __init__(self, model: nn.Module, device: torch.device, compiled: bool) -> None:
-        self.model, self.device, self.compiled = model.to(device).train(), device, compiled
+    def __init__(self, model: nn.Module, forward: Callable, device: torch.device, compiled: bool) -> None:
+        self.model, self.forward, self.device, self.compiled = model.to(device).train(), forward, device, compiled
         fused = device.type == "cuda"
         self.optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4, fused=fused)
         self.moments = {}  # of the latest step: its start and the ends of its phases
@@ -85,7 +85,7 @@ class Contestant:
     def backward(self) -> dict[str, Tensor]:
         self.moments = {"start": now(self.device)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
-            losses = self.losses()
+            losses = self.forward()
         self.moments["forward" if self.compiled else "assignment and losses"] = now(self.device)
         sum(losses.values()).backward()
         self.moments["backward"] = now(self.device)
@@ -99,49 +99,39 @@ class Contestant:
         return list(losses.values())
 
 
-class Ours(Contestant):
-    """`compiled` compiles the step, and pads the batch for it, as train.py does."""
-
-    def __init__(self, case: Case, device: torch.device, compiled: bool) -> None:
-        weights = torchvision_fcos(case.backbone).backbone
-        detector = Detector(DetectorConfig(CLASSES, case.backbone, channels=CHANNELS, frozen_norm=True))
-        detector.backbone.body.load_state_dict(weights.body.state_dict())
-        detector.backbone.neck.load_state_dict(weights.fpn.state_dict())
-        super().__init__(detector, device, compiled)
-        self.batch = pack(*make_samples(case), tuple(sorted(case.image_size)) if compiled else ()).to(device)
-        if compiled:
-            self.batch.mark_ragged()
-            detector.compile_training("default")
-
-    def losses(self) -> dict[str, Tensor]:
-        return self.model(self.batch)[0]
+def ours(case: Case, device: torch.device, compiled: bool) -> Contestant:
+    """This detector; `compiled` compiles the step, and pads the batch for it, as train.py does."""
+    weights = torchvision_fcos(case.backbone).backbone
+    detector = Detector(DetectorConfig(CLASSES, case.backbone, channels=CHANNELS, frozen_norm=True))
+    detector.backbone.body.load_state_dict(weights.body.state_dict())
+    detector.backbone.neck.load_state_dict(weights.fpn.state_dict())
+    batch = pack(*make_samples(case), tuple(sorted(case.image_size)) if compiled else ()).to(device)
+    contestant = Contestant(detector, lambda: detector(batch)[0], device, compiled)
+    if compiled:
+        batch.mark_ragged()
+        detector.compile_training("default")
+    return contestant
 
 
-class Torchvision(Contestant):
-    def __init__(self, case: Case, device: torch.device, compiled: bool, memory_format: torch.memory_format) -> None:
-        model = torchvision_fcos(case.backbone)
-        super().__init__(model.to(memory_format=memory_format), device, compiled)
-        images, targets = make_samples(case)
-        self.images = torch.stack(images).to(device)
-        self.targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
-        # Under autocast FCOS rounds anchors and boxes to bfloat16, to 8 px at the right border.
-        model.head.register_forward_hook(lambda _, __, outputs: {name: v.float() for name, v in outputs.items()})
-        model.anchor_generator.register_forward_pre_hook(
-            lambda _, inputs: (inputs[0], [torch.empty((), device=f.device).expand(f.shape) for f in inputs[1]])
-        )
-        if compiled:
-            model.backbone.compile(dynamic=False)
-            model.head.compile(dynamic=False)
-
-    def losses(self) -> dict[str, Tensor]:
-        return self.model(list(self.images.float() / 255), self.targets)
+def torchvision(case: Case, device: torch.device, compiled: bool, memory_format=torch.contiguous_format) -> Contestant:
+    model = torchvision_fcos(case.backbone).to(memory_format=memory_format)
+    samples, boxes_and_labels = make_samples(case)
+    images = torch.stack(samples).to(device)
+    targets = [{name: value.to(device) for name, value in target.items()} for target in boxes_and_labels]
+    contestant = Contestant(model, lambda: model(list(images.float() / 255), targets), device, compiled)
+    # Under autocast FCOS rounds anchors and boxes to bfloat16, to 8 px at the right border.
+    model.head.register_forward_hook(lambda _, __, outputs: {name: v.float() for name, v in outputs.items()})
+    model.anchor_generator.register_forward_pre_hook(
+        lambda _, inputs: (inputs[0], [torch.empty((), device=f.device).expand(f.shape) for f in inputs[1]])
+    )
+    if compiled:
+        model.backbone.compile(dynamic=False)
+        model.head.compile(dynamic=False)
+    return contestant
 
 
-CONTESTANTS = {
-    "ours": Ours,
-    "torchvision": partial(Torchvision, memory_format=torch.contiguous_format),
-    "torchvision, channels last": partial(Torchvision, memory_format=torch.channels_last),
-}
+CONTESTANTS = {"ours": ours, "torchvision": torchvision}
+CONTESTANTS["torchvision, channels last"] = partial(torchvision, memory_format=torch.channels_last)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -192,7 +182,7 @@ def attempt(name: str, case: Case, device: torch.device, compiled: bool, use: Ca
         raise
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     cases = CASES["cuda" if torch.cuda.is_available() else "cpu"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases))
@@ -205,8 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         reports[name]["sanity"][title] = facts = attempt(title, cases[name], device, False, check)
         print(f"{name}, {title}: {facts}")
         if facts.get("failure"):
-            print(f"{name}, {title}: {facts['failure']}", file=sys.stderr)
-            return 1
+            sys.exit(f"{name}, {title}: {facts['failure']}")
 
     print(f"\n{line('', None, MORE)}")
     for compiled, name, title in product((False, True)[: 1 + args.compile], args.case, CONTESTANTS):
@@ -217,8 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         reports[name]["rows"][title + ", compiled" * compiled] = row
         print(line(f"{name}: {title}" + ", compiled" * compiled, row, MORE), flush=True)
         write_report(args.out, report)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,9 +2,8 @@
 
 # ruff: noqa: F401
 from data.checks import check_annotations
-from data.dataset import CocoDataset, collate
+from data.dataset import CocoDataset, collate, eval_transform, resized_size, train_transform
 from data.files import DatasetError, printable
+from data.forms import Split
 from data.layouts import BOXES, find_form, find_splits
 from data.shapes import generate_shapes
-from data.split import Split
-from data.transforms import eval_transform, resized_size, train_transform

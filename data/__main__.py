@@ -14,21 +14,16 @@ def main() -> None:
     parser.add_argument("--one-class", action="store_true", help="every shape is of the class shape")
     parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
     parser.add_argument("--val-images", type=int, default=VAL_IMAGES)
-    parser.add_argument("--size", type=int, default=SIZE_PX, metavar="PX", help="side of an image")
+    parser.add_argument("--size", type=int, default=SIZE_PX, dest="size_px", metavar="PX", help="side of an image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.root.exists():
         parser.error(f"{args.root} exists; name another folder")
-    bounded = 32 <= args.size <= MAX_SIDE_PX and 0 <= args.seed < 2**63
+    bounded = 32 <= args.size_px <= MAX_SIDE_PX and 0 <= args.seed < 2**63
     if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
-        parser.error(
-            f"--crowded-share lies between 0 and 1, --size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; "
-            "each part has an image"
-        )
-    generate_shapes(
-        args.root, seed=args.seed, train_images=args.train_images, val_images=args.val_images, size_px=args.size,
-        crowded_share=args.crowded_share, one_class=args.one_class,
-    )  # fmt: skip
+        bounds = f"--size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; each part has an image"
+        parser.error(f"--crowded-share lies between 0 and 1, {bounds}")
+    generate_shapes(**vars(args))
     print(f"wrote {args.root}; python train.py --data {args.root}")
 
 

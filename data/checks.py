@@ -1,13 +1,9 @@
-"""Checks of an annotation file before anything is trained on it.
-
-`check_annotations` reads the records and the headers of the image files, collects every problem, and raises one error
-that lists them by kind. A box is x, y, width, height in px, as COCO has it.
-"""
+"""Checks of an annotation file before anything is trained on it. A box is x, y, width, height in px, as COCO has it."""
 
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -46,10 +42,8 @@ class Records(NamedTuple):
         """Return the records of the first `count` images that have boxes."""
         rows = np.unique(self.owners[~self.crowd])[:count]
         kept = np.isin(self.owners, rows)
-        images = {name: getattr(self, name)[rows] for name in ("image_ids", "file_names", "sizes")}
-        columns = ("ids", "category_ids", "boxes", "crowd", "areas")
-        objects = {name: getattr(self, name)[kept] for name in columns}
-        return self._replace(**images, **objects, owners=np.searchsorted(rows, self.owners[kept]))
+        columns = (*(column[rows] for column in self[1:4]), *(column[kept] for column in self[4:10]))
+        return Records(self.categories, *columns, self.digest)._replace(owners=np.searchsorted(rows, self.owners[kept]))
 
 
 def check_annotations(
@@ -57,25 +51,22 @@ def check_annotations(
 ) -> Records:
     """Return the records of the parsed file `source`, or raise one DatasetError that lists every problem.
 
-    Image files (present, readable, inside `images_dir`, of the recorded size) are checked by their headers: all of them
-    up to 5,000, above that an evenly spaced 2,000, none without `look_at_files`. Every image is checked again when it
-    is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
+    With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000;
+    every image is checked again when it is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset
+    drops and clips them.
     """
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{source}: the top level is a {type(content).__name__}, not an object")
-    categories, images, objects = (_sound_records(key, content, problems) for key in FIELDS)
+    sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
+    categories, images, objects = sound
     for name, count in Counter(category["name"] for category in categories).items():
         if count > 1:
             problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
-    known = {key: _ids(content.get(key)) for key in ("categories", "images")}
-    _check_boxes(records, objects, images, known, problems)
-    inside, missing = _check_file_names(images, images_dir, problems)
-    if look_at_files:
-        missing += _check_files(inside, images_dir, follow_links, problems)
-    if problems:
-        raise DatasetError(report(source, problems, near_misses(missing, images_dir)))
+    _check_boxes(records, objects, known, problems)
+    missing = _check_files(images, images_dir, look_at_files, follow_links, problems)
+    raise_problems(source, problems, missing, images_dir)
     return records
 
 
@@ -83,55 +74,42 @@ def _is_id(value: object) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _is_size(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < 2**31 and value == value // 1
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _is_file_name(value: object) -> bool:
-    return _is_name(value) and "\0" not in value and len(value) <= 4096
-
-
 def is_box(value: object) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(type(v) is float or _is_id(v) for v in value)
 
 
-# The fields that a record must have: name -> (predicate, the required value in words).
-Fields = dict[str, tuple[Callable[[object], bool], str]]
-_ID = (_is_id, "an integer of at most 64 bits")
-_SIZE = (_is_size, "a number of pixels")
 BOX = "four numbers (x, y, width, height) of at most 64 bits"
-FIELDS: dict[str, Fields] = {
-    "categories": {"id": _ID, "name": (_is_name, "a name")},
-    "images": {"id": _ID, "file_name": (_is_file_name, "the name of a file"), "width": _SIZE, "height": _SIZE},
-    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (is_box, BOX)},
+ID = (_is_id, "an integer of at most 64 bits")
+SIZE = (lambda v: type(v) in (int, float) and 0 < v < 2**31 and v == v // 1, "a number of pixels")
+NAME = (lambda v: isinstance(v, str) and v.strip() != "", "a name")
+FILE_NAME = (lambda v: NAME[0](v) and "\0" not in v and len(v) <= 4096, "the name of a file")
+Fields = dict[str, tuple[Callable[[object], bool], str]]
+FIELDS: dict[str, Fields] = {  # that a record must have: name -> (predicate, the required value in words)
+    "categories": {"id": ID, "name": NAME},
+    "images": {"id": ID, "file_name": FILE_NAME, "width": SIZE, "height": SIZE},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": (is_box, BOX)},
 }
 
 
-def _sound_records(key: str, content: dict, problems: Problems) -> list[dict]:
-    """Return the well-formed records under a top-level key, each id once."""
+def _sound_records(key: str, content: dict, problems: Problems) -> tuple[list[dict], list[int]]:
+    """Return the well-formed records under a top-level key, each id once, and the ids of all records."""
     records = content.get(key)
     if not isinstance(records, list):
         problems["missing top-level lists"].append(f"{key!r}: a COCO file has images, annotations, categories")
-        return []
+        return [], []
     if not records and key != "annotations":
         problems["empty top-level lists"].append(f"{key!r} has no records")
     sound: dict[int, dict] = {}
     for row, record in enumerate(records):
         flaw = _flaw(record, FIELDS[key])
-        if flaw is None and record["id"] not in sound:
-            sound[record["id"]] = record
+        if not flaw and sound.setdefault(record["id"], record) is record:
             continue
         names = ("id", "image_id", "file_name", "name") if isinstance(record, dict) else ()
         line = ", ".join([f"record {row}", *(f"{n} {VALUE.repr(record[n])}" for n in names if n in record)])
-        if flaw:
-            problems[f"malformed records in {key!r}"].append(f"{line}: {flaw}")
-        else:
-            problems[f"ids that occur twice in {key!r}"].append(line)
-    return list(sound.values())
+        kind = "malformed records" if flaw else "ids that occur twice"
+        problems[f"{kind} in {key!r}"].append(f"{line}: {flaw}" if flaw else line)
+    ids = [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
+    return list(sound.values()), ids
 
 
 def _flaw(record: object, fields: Fields) -> str | None:
@@ -147,17 +125,10 @@ def _flaw(record: object, fields: Fields) -> str | None:
     return None
 
 
-def _ids(records: object) -> list[int]:
-    """Return the ids of all records, malformed ones too, as a reference to those is no mistake."""
-    records = records if isinstance(records, list) else []
-    return [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
-
-
 def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
     """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
-    areas = (record.get("area") for record in objects)
-    areas = [area if type(area) is float or _is_id(area) else math.nan for area in areas]
+    areas = [a if type(a) is float or _is_id(a) else math.nan for a in (record.get("area") for record in objects)]
     return Records(
         categories,
         np.array([image["id"] for image in images], np.int64),
@@ -172,10 +143,11 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     )
 
 
-def _check_boxes(
-    records: Records, objects: list[dict], images: list[dict], known: dict[str, list[int]], problems: Problems
-) -> None:
-    """Check references of annotations to `known` ids, that boxes lie in their images, and that they are in px."""
+def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:
+    """Check that annotations refer to `known` categories and images, and that boxes lie in their images and are in px.
+
+    Ids of malformed records are known, too: a reference to those is no mistake.
+    """
     owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
     sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
@@ -188,50 +160,49 @@ def _check_boxes(
     tiny &= share >= MOST_BOXES
     remedy = "(normalised, fractions of the image's sides? They have to be in px)"
     for kind, wrong, remark in (
-        ("annotations of unknown categories", ~np.isin(records.category_ids, known["categories"]), ": category_id {c}"),
-        ("annotations of unknown images", ~np.isin(image_ids, known["images"]), ""),
+        ("annotations of unknown categories", ~np.isin(records.category_ids, known[0]), ": category_id {c}"),
+        ("annotations of unknown images", ~np.isin(image_ids, known[1]), ""),
         ("boxes more than 1 px outside their image (x, y, width, height in px?)", outside, ": {box} in {w} x {h}"),
         (f"boxes of a pixel at most, {share:.0%} of all {remedy}", tiny, ": {box}"),
     ):
         for row in np.flatnonzero(wrong).tolist():
-            file_name = f" ({images[owners[row]]['file_name']})" if owners[row] >= 0 else ""
+            file_name = f" ({records.file_names[owners[row]]})" if owners[row] >= 0 else ""
             (h, w), c, box = sizes[row], records.category_ids[row], objects[row]["bbox"]
             line = f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
             problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
 
 
-def _check_file_names(images: list[dict], images_dir: Path, problems: Problems) -> tuple[list[dict], list[str]]:
-    """Return one record for each file name inside the image folder, and the other names that no file has."""
+def _check_files(
+    images: list[dict], images_dir: Path, look_at_files: bool, follow_links: bool, problems: Problems
+) -> list[str]:
+    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
     first_with: dict[str, dict] = {}
     for record in images:
-        name = record["file_name"]
-        first = first_with.setdefault(name, record)
+        first = first_with.setdefault(record["file_name"], record)
         if first is not record:
-            problems["file names that occur twice"].append(f"{name}: images {first['id']} and {record['id']}")
-        if leaves_folder(name):
+            both = f"{record['file_name']}: images {first['id']} and {record['id']}"
+            problems["file names that occur twice"].append(both)
+        if leaves_folder(record["file_name"]):
             problems[LEAVING].append(_image(record))
-    inside = [record for name, record in first_with.items() if not leaves_folder(name)]
-    return inside, [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
-
-
-def _image(record: dict) -> str:
-    return f"image {record['id']} ({record['file_name']})"
-
-
-def _check_files(images: list[dict], images_dir: Path, follow_links: bool, problems: Problems) -> list[str]:
-    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
-    sample, coverage = images, ""
-    if len(images) > ALL_FILES_UP_TO:
-        sample = [images[i * len(images) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
-        coverage = f" (in {FILES_SAMPLED} of {len(images)} files looked at)"
+    missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
+    sample, coverage = [record for name, record in first_with.items() if not leaves_folder(name)], ""
+    if not look_at_files:
+        return missing
+    if len(sample) > ALL_FILES_UP_TO:
+        coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
+        sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
     named = [(_image(record), record["file_name"]) for record in sample]
-    sizes, missing = read_sizes(named, images_dir, follow_links, problems, coverage)
+    sizes, more_missing = read_sizes(named, images_dir, follow_links, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
             both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
             problems[kind].append(f"{_image(record)}: {both}")
-    return missing
+    return missing + more_missing
+
+
+def _image(record: dict) -> str:
+    return f"image {record['id']} ({record['file_name']})"
 
 
 def read_sizes(
@@ -264,8 +235,10 @@ def read_sizes(
     return [size for size, _, _ in answers], missing
 
 
-def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str:
-    """Return the message of a DatasetError: every kind of problem with its first culprits, then the remarks."""
+def raise_problems(source: Path, problems: Problems, missing: list[str], folder: Path) -> None:
+    """Raise a DatasetError with every kind of problem, its first culprits, and where missing files may be, if any."""
+    if not problems:
+        return
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
@@ -273,7 +246,7 @@ def report(source: Path, problems: Problems, remarks: Sequence[str] = ()) -> str
         lines += [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         if len(culprits) > CULPRITS_SHOWN:
             lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
-    return "\n".join(lines + [f"  {_shortened(remark)}" for remark in remarks])
+    raise DatasetError("\n".join(lines + [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]))
 
 
 def _shortened(line: str) -> str:

@@ -1,8 +1,8 @@
 """CrowdHuman's own metrics, all in [0, 1]: AP, the log-average miss rate MR^-2 (less is better), the Jaccard index JI.
 
 AP and MR^-2 follow the code of the set's authors (Shao et al., arXiv 1805.00123; Dollar et al., Pedestrian Detection,
-PAMI 2012), JI follows Chu et al., Detection in Crowded Scenes, arXiv 2003.09163. A detection overlaps a real box by
-IoU, and a region to ignore by IoA, intersection over the detection's area. All boxes are first clipped to the image.
+PAMI 2012), JI follows Chu et al., Detection in Crowded Scenes, arXiv 2003.09163. IoA is intersection over the
+detection's area. All boxes are first clipped to the image.
 In an image: n detections, best score first, ties in the order of the results; m real boxes.
 """
 
@@ -20,8 +20,6 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
     """Return `crowd_AP`, `crowd_MR`, `crowd_JI`, and `crowd_JI_score`, the threshold of this JI; -1 without real boxes.
 
     annotations: the content of a COCO file, whose iscrowd boxes are the regions to ignore; results: COCO result format.
-    Categories are ignored.
-
     AP, MR: each detection, best first, takes the free real box with the highest IoU over 0.5 (ties: the first). Without
     one it is left out if its IoA with a region to ignore is over 0.5, and else false.
     AP: trapezoids under precision over recall, from the first to the last detection, without interpolation.
@@ -45,10 +43,9 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
     for image in annotations["images"]:
         rows = np.array(detected[image["id"]], np.float64).reshape(-1, 5)
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-        detections = _corners(rows[:, :4], image)
-        truth, regions = (_corners(boxes[image["id"]], image) for boxes in (real, ignored))
-        iou = overlaps(detections, truth)
-        covered = _covered(detections, regions)
+        found = (rows[:, :4], real[image["id"]], ignored[image["id"]])
+        detections, truth, regions = (_corners(boxes, image) for boxes in found)
+        iou, covered = overlaps(detections, truth), _covered(detections, regions)
         hit = match_greedily(iou, covered)
         scores.append(rows[hit >= 0, 4])
         hits.append(hit[hit >= 0])
@@ -58,14 +55,15 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
     hits = np.concatenate(hits)[np.argsort(-np.concatenate(scores), kind="stable")]
     recall, precision = hits.cumsum() / num_real, hits.cumsum() / np.arange(1, len(hits) + 1)
     fppi = (1 - hits).cumsum() / len(annotations["images"])
+    at_fppi = np.searchsorted(fppi, FPPI_POINTS).clip(max=len(fppi) - 1)
+    miss_rates = 1 - recall[at_fppi] if len(hits) else np.ones(1)
     counted = ~np.isnan(jaccard)
     ji = np.where(counted, jaccard, 0).sum(0) / counted.sum(0).clip(1)
-    return {
-        "crowd_AP": float(((precision[1:] + precision[:-1]) / 2 * np.diff(recall)).sum()),
-        "crowd_MR": log_average_miss_rate(fppi, 1 - recall),
-        "crowd_JI": float(ji.max()),
-        "crowd_JI_score": JI_THRESHOLDS[int(ji.argmax())],
-    }
+    ap = float(((precision[1:] + precision[:-1]) / 2 * np.diff(recall)).sum())
+    with np.errstate(divide="ignore"):  # a miss rate of 0
+        mr = float(np.exp(np.log(miss_rates).mean()))
+    best = int(ji.argmax())
+    return {"crowd_AP": ap, "crowd_MR": mr, "crowd_JI": float(ji[best]), "crowd_JI_score": JI_THRESHOLDS[best]}
 
 
 def _corners(boxes: list | np.ndarray, image: dict) -> np.ndarray:
@@ -101,15 +99,6 @@ def match_greedily(iou: np.ndarray, covered: np.ndarray) -> np.ndarray:
     return hit
 
 
-def log_average_miss_rate(fppi: np.ndarray, miss_rate: np.ndarray) -> float:
-    """From the curve, detection by detection."""
-    if not len(fppi):
-        return 1.0
-    places = np.searchsorted(fppi, FPPI_POINTS).clip(max=len(fppi) - 1)
-    with np.errstate(divide="ignore"):  # a miss rate of 0
-        return float(np.exp(np.log(miss_rate[places]).mean()))
-
-
 def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(T,) the Jaccard index of the best `counts` (T,) detections of an image; NaN where nothing is left.
 
@@ -118,15 +107,12 @@ def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndar
     how many covered ones are matched; likewise for the real boxes, at once (Mendelsohn and Dulmage 1958).
     """
     edges = iou >= MIN_OVERLAP
-    matched = matching_sizes(edges)[counts]
-    matched_bare, bare_matched = matched, matched
+    matched = matched_bare = bare_matched = matching_sizes(edges)[counts]
     if covered.any() or truth_covered.any():
         matched_bare = matching_sizes(edges & ~covered[:, None])[counts]
         bare_matched = matching_sizes(edges & ~truth_covered)[counts]
     bare = np.concatenate([[0], (~covered).cumsum()])[counts]
-    left = bare + matched - matched_bare
-    truth_left = (~truth_covered).sum() + matched - bare_matched
-    union = left + truth_left - matched
+    union = bare + matched - matched_bare + (~truth_covered).sum() - bare_matched  # both sides' rest, less `matched`
     return np.divide(matched, union, out=np.full(len(counts), np.nan), where=union > 0)
 
 

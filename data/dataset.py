@@ -1,24 +1,27 @@
-"""Images and boxes of one split of a data set.
+"""Images and boxes of one split of a data set: their transforms, and their order in training.
 
-Inside, class ids are contiguous, 0..C-1 in the order of the file's own ids, and boxes are x1 y1 x2 y2 in px; the file's
-ids and names are kept for the output.
+Class ids are contiguous, 0..C-1, boxes x1 y1 x2 y2 in px. An image size is (shorter side, longest side at most) in px:
+the shorter side becomes the first number, unless the longer one would then pass the second. Small images are enlarged.
+Order, flips and sizes in training are functions of the seed and the step alone: a run continues at any step, with any
+number of ranks and loader processes, as if it had never stopped.
 """
 
+import hashlib
 import multiprocessing
 import sys
-from collections.abc import Callable, Collection
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property, lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from data.checks import Records
 from data.files import DatasetError, path_inside, printable
-from data.split import Split
-from data.transforms import resized_size
+from data.forms import Split
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -29,11 +32,12 @@ class CocoDataset(torch.utils.data.Dataset):
     """One split: image i and its boxes, checked at the start (see `check_annotations`).
 
     class_names    class c -> name
-    category_ids   class c -> the file's own id, ascending
+    category_ids   class c -> the file's own id, ascending; `classes` has both
+    tall           whether each image is higher than wide
     grouping       the category that was left out because it only groups the others, None as a rule
-    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     num_boxes      boxes that are targets
-    crowd_boxes    iscrowd regions; these are regions to ignore, not targets
+    crowd_boxes    iscrowd boxes: regions to ignore, not targets
+    dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
     digest         SHA-256 of the annotation files, hex
     """
 
@@ -48,13 +52,12 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         """Raises DatasetError.
 
-        transform: a torchvision.transforms.v2 callable on (image, target); the boxes of its target end with the regions
-        to ignore, whose label is IGNORE
+        transform: of torchvision.transforms.v2, on (image, target); the target includes regions to ignore, label IGNORE
         bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
         next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
         first: only so many images, the first ones that have boxes
-        known_ids: category ids of a detector or of the training split, which are never left out, see `_grouping`
-        records: what split.read() returned; the split is read if it is None
+        known_ids: category ids of a detector or of the training split, which are never left out as `grouping`
+        records: of the split, if it was read before
         """
         self.split, self.transform = split, transform
         self.records = records = split.read(look_at_files=bad_images == "stop") if records is None else records
@@ -65,12 +68,14 @@ class CocoDataset(torch.utils.data.Dataset):
         self.categories = sorted(categories, key=lambda category: category["id"])
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
-        # Loader workers are forks: reading a Python object there counts references, which copies its page into every
-        # worker. So __getitem__ reads a few arrays.
+        self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}
+        # Loader workers are forks, where counting references to Python objects copies pages: __getitem__ reads arrays.
         self._image_ids, self._file_names, self._sizes = records.image_ids, records.file_names, records.sizes
-        # The images that were skipped, in shared memory: the loader's workers count together.
-        self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_() if bad_images == "skip" else None
-        self._bad_lock = multiprocessing.Lock() if bad_images == "skip" else None
+        self.tall = (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
+        self._bad = None
+        if bad_images == "skip":  # the images that were skipped, in shared memory: the loader's workers count together
+            self._bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+            self._bad_lock = multiprocessing.Lock()
 
         # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
         boxes, limits = records.boxes.copy(), np.tile(self._sizes[records.owners, ::-1], 2)
@@ -85,10 +90,6 @@ class CocoDataset(torch.utils.data.Dataset):
         self._offsets = np.searchsorted(records.owners[rows], np.arange(len(self) + 1))
         self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
         self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
-
-    @property
-    def classes(self) -> dict[str, list]:
-        return {"class_names": self.class_names, "category_ids": self.category_ids}
 
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
@@ -117,11 +118,6 @@ class CocoDataset(torch.utils.data.Dataset):
         annotations = [dict(zip(fields, row, strict=True)) for row in rows]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
 
-    @property
-    def tall(self) -> list[bool]:
-        """Whether each image is higher than wide."""
-        return (self._sizes[:, 0] > self._sizes[:, 1]).tolist()
-
     def __len__(self) -> int:
         return len(self._image_ids)
 
@@ -130,18 +126,13 @@ class CocoDataset(torch.utils.data.Dataset):
 
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size; or too many are.
+        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
         """
-        i, image = self._load(i) if self._bad is None else self._load_next_good(i)
-        height, width = self._sizes[i].tolist()
-        rows = slice(self._offsets[i], self._offsets[i + 1])
-        boxes = torch.from_numpy(self._boxes[rows].copy())
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.from_numpy(self._labels[rows].copy()),
-            "image_id": int(self._image_ids[i]),
-            "orig_size": (height, width),
-        }
+        i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
+        size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
+        boxes, labels = (torch.from_numpy(column[rows].copy()) for column in (self._boxes, self._labels))
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+        target = {"boxes": boxes, "labels": labels, "image_id": int(self._image_ids[i]), "orig_size": size}
         image = tv_tensors.Image(image)
         if self.transform:
             image, target = self.transform(image, target)
@@ -150,8 +141,7 @@ class CocoDataset(torch.utils.data.Dataset):
         target["boxes"], target["labels"] = tv_tensors.wrap(boxes[~ignored], like=boxes), target["labels"][~ignored]
         return image, target
 
-    def _load(self, i: int) -> tuple[int, Tensor]:
-        """Return i and its image. Raises DatasetError."""
+    def _load(self, i: int) -> Tensor:
         source = f"{self.split.annotations}, image {int(self._image_ids[i])}"
         height, width = self._sizes[i].tolist()
         try:
@@ -159,17 +149,16 @@ class CocoDataset(torch.utils.data.Dataset):
         except (OSError, ValueError) as error:
             raise DatasetError(printable(f"{source}: {error}")) from error
         if image.shape[1:] != (height, width):
-            raise DatasetError(
-                f"{source} ({printable(self._file_names[i])}): {width} x {height} in the record, "
-                f"{image.shape[2]} x {image.shape[1]} in the file with its EXIF orientation applied"
-            )
-        return i, image
+            sizes = f"{width} x {height} in the record, {image.shape[2]} x {image.shape[1]} in the file"
+            name = printable(self._file_names[i])
+            raise DatasetError(f"{source} ({name}): {sizes} with its EXIF orientation applied")
+        return image
 
     def _load_next_good(self, i: int) -> tuple[int, Tensor]:
-        """Return the first good image from i on, in file order and around its end. Raises DatasetError over the cap."""
+        """Return the first good image from i on, in file order and around its end, and its index."""
         for candidate in chain(range(i, len(self)), range(i)):
             try:
-                return self._load(candidate)
+                return candidate, self._load(candidate)
             except DatasetError as error:
                 self._count_bad(candidate, error)
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
@@ -185,9 +174,8 @@ class CocoDataset(torch.utils.data.Dataset):
                 sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
                 sys.stderr.flush()
                 return
-        raise DatasetError(
-            f"{count} images cannot be used, and --bad-images skip takes {cap} at most; the latest: {error}"
-        ) from error
+        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
+        raise DatasetError(f"{cause}; the latest: {error}") from error
 
 
 def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
@@ -206,3 +194,78 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     images = [image.as_subclass(Tensor) for image, _ in batch]
     targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
     return images, targets
+
+
+def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
+    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
+
+    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
+    """
+    resize = eval_transform(image_size)
+    if sides:
+        resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
+    clean = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0))
+    return v2.Compose([v2.RandomHorizontalFlip(flip), resize, *clean])
+
+
+def eval_transform(image_size: tuple[int, int]) -> v2.Transform:
+    """Resize only: every box stays."""
+    shorter, longest = image_size
+    if not 0 < shorter <= longest:
+        raise ValueError(f"image_size {image_size}: wanted (shorter side, longest side), 0 < shorter <= longest")
+    # With equal sides only the longest one can bind, and torchvision wants size=None for that.
+    return v2.Resize(None if shorter == longest else [shorter], max_size=longest, antialias=True)
+
+
+@lru_cache(maxsize=2**16)
+def resized_size(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) in px of an image of height x width px after either transform."""
+    canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))
+    return tuple(eval_transform(image_size)(canvas).canvas_size)
+
+
+def seed_of(*parts: int | str) -> int:
+    """Return an integer of 32 bits for torch.manual_seed; neighbouring parts give unrelated ones."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest())
+
+
+def batches_from(
+    step: int, steps: int, tall: Sequence[bool], batch_size: int, seed: int, rank: int = 0, world: int = 1
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield (epoch, image index) of this rank's share of every batch from `step` to the last one.
+
+    An epoch is a permutation of the images without the remainder that fills no batch. To be padded less, its batches,
+    except the last one, have only images that are `tall` or only others. `batch_size` counts over all ranks.
+    """
+    share, epoch_steps = batch_size // world, len(tall) // batch_size
+    for s in range(step, steps):
+        epoch, position = divmod(s, epoch_steps)
+        if s == step or position == 0:
+            generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+            drawn = torch.randperm(len(tall), generator=generator).tolist()
+            order, filling = [], {True: [], False: []}
+            # The remainder goes before grouping, or it would always be the rare orientation's.
+            for i in drawn[: epoch_steps * batch_size]:
+                batch = filling[bool(tall[i])]
+                batch.append(i)
+                if len(batch) == batch_size:
+                    order += batch
+                    batch.clear()
+            order += filling[True] + filling[False]
+        first = position * batch_size + rank * share
+        yield [(epoch, i) for i in order[first : first + share]]
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """Sample (epoch, i): image i of `dataset`, with random transforms that depend on seed, epoch and i alone.
+
+    Reseeds the process's global generator, which is what torchvision's transforms draw from.
+    """
+
+    def __init__(self, dataset: CocoDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, i = key
+        torch.manual_seed(seed_of(self.seed, "sample", epoch, i))
+        return self.dataset[i]

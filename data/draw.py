@@ -23,7 +23,7 @@ SCORES = " .0123456789"  # besides a name, in a caption
 
 
 def font_files() -> Iterator[str]:
-    """Yield DejaVu Sans, which comes with matplotlib, and then the fonts of this machine."""
+    """Yield DejaVu Sans, which comes with matplotlib, then the fonts of this machine."""
     yield str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
     from matplotlib.font_manager import findSystemFonts  # reads the list of all fonts
 
@@ -50,8 +50,7 @@ def draw_detections(
 ) -> Tensor:
     """Draw true boxes (n, 4) in white and detections in a colour per class, with name and score; uint8 (3, H, W).
 
-    Lines and captions grow with the image; an image smaller than MIN_SIDE_PX is enlarged. A name that no font of this
-    machine can write is drawn as its label, "#3".
+    An image smaller than MIN_SIDE_PX is enlarged. A name that no font of this machine can write is drawn as "#3".
     """
     scale = max(1.0, min(MIN_SIDE_PX / min(image.shape[-2:]), MAX_ENLARGED_PX / max(image.shape[-2:])))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
@@ -68,9 +67,9 @@ def draw_detections(
         hues = [colorsys.hsv_to_rgb(c * 0.618 % 1, 0.85, 1.0) for _, c in rows]
         colors = [tuple(int(255 * part) for part in hue) for hue in hues]
         text = ["black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.43 else "white" for r, g, b in hues]
-        style = {"colors": colors, "width": width, "label_colors": text, "fill_labels": True}
+        style = {"width": width, "font": font, "font_size": font_px, "fill_labels": True, "label_colors": text}
         some = boxes.cpu()[[row for row, _ in rows]] * scale
-        picture = draw_bounding_boxes(picture, some, captions, font=font, font_size=font_px, **style)
+        picture = draw_bounding_boxes(picture, some, captions, colors, **style)
     return picture
 
 

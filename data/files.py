@@ -1,4 +1,4 @@
-"""Text that others wrote: JSON, and names of files, which may leave their folder or differ a little from the disk's."""
+"""JSON, and names of files, which may lead out of their folder or differ a little from the names on the disk."""
 
 import json
 import os
@@ -16,8 +16,7 @@ from errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FILES_WALKED, WAYS_SHOWN = 200_000, 5
 
-# Cuts a long or nested value for a message; Python's own repr raises RecursionError where nesting is deep.
-VALUE = reprlib.Repr()
+VALUE = reprlib.Repr()  # cuts values for messages; repr() itself raises RecursionError where nesting is deep
 VALUE.maxstring = VALUE.maxother = 200
 
 
@@ -33,18 +32,14 @@ class DatasetError(UserError):
     """Something is wrong with the data; the message names the file, the record and the remedy."""
 
 
-def parse_json(text: str, dropped: str | None = None) -> object:
-    """Return the value of a JSON text, without the key `dropped` of its objects.
-
-    Raises ValueError with one sentence for everything that Python's parser may raise, and for a key given twice.
-    """
+def parse_json(text: str) -> object:
+    """Return the value of a JSON text. Raises ValueError with one sentence for any fault, also a key given twice."""
 
     def make_object(pairs: list[tuple[str, object]]) -> dict:
         made = dict(pairs)
         if len(made) != len(pairs):
             twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise KeyError(f"the key {VALUE.repr(twice)} is given twice in {VALUE.repr(made)}")
-        made.pop(dropped, None)
         return made
 
     try:
@@ -59,7 +54,7 @@ def parse_json(text: str, dropped: str | None = None) -> object:
         raise ValueError("not usable JSON: a number has thousands of digits") from error
 
 
-def json_text(content: bytes) -> str:
+def decode(content: bytes) -> str:
     """Return the text of a file in UTF-8, UTF-16 or UTF-32. Raises ValueError with one sentence."""
     if not content.strip(b"\0\t\n\r "):
         raise ValueError(f"the file is empty: {len(content)} bytes, all of them blank or NUL")
@@ -68,10 +63,9 @@ def json_text(content: bytes) -> str:
         return content.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"the file is not text in {encoding.upper()}: byte 0x{content[error.start]:02x} in line {line}. Save it as"
-            " UTF-8; it may be in another encoding, such as GBK or Latin-1"
-        ) from error
+        byte = f"byte 0x{content[error.start]:02x} in line {line}"
+        remedy = "Save it as UTF-8; it may be in another encoding, such as GBK or Latin-1"
+        raise ValueError(f"the file is not text in {encoding.upper()}: {byte}. {remedy}") from error
 
 
 def leaves_folder(name: str) -> bool:
@@ -80,11 +74,8 @@ def leaves_folder(name: str) -> bool:
 
 
 def path_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
-    """Return the path of file `name` in a folder, which may itself be a link.
-
-    Raises DatasetError if `name` leaves the folder, by a link only without `follow_links`; FileNotFoundError for a
-    link to nothing; ValueError if no file can have this name.
-    """
+    """Return the path of file `name` in a folder, which may itself be a link. Raises FileNotFoundError for a link to
+    nothing, DatasetError if `name` leaves the folder, by a link only without `follow_links`, ValueError for NUL in it."""
     if leaves_folder(name):
         raise DatasetError(f"{name!r} leaves the folder {folder}")
     real = os.path.realpath(folder)
@@ -97,11 +88,7 @@ def path_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
     return Path(path)
 
 
-def _without_suffix(path: str) -> str:
-    stem, suffix = os.path.splitext(path)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else path
-
-
+SUFFIX = re.compile(f"(?<=[^/])({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 # How a missing name may differ from a path on disk, in words, and a form in which both agree. Applied in this order.
 CHANGES: dict[str, Callable[[str], str]] = {
     "with %20 and the like decoded": unquote,
@@ -109,15 +96,14 @@ CHANGES: dict[str, Callable[[str], str]] = {
     "without blanks at the ends": str.strip,
     "in another Unicode form (NFC, NFD)": lambda path: unicodedata.normalize("NFC", path),
     "with upper and lower case changed": str.casefold,
-    "with another extension": _without_suffix,
+    "with another extension": lambda path: SUFFIX.sub("", path),
 }
 
 
 def near_misses(names: list[str], folder: Path) -> list[str]:
-    """Return a line for each way in which files missing in `folder` would be found: how many, and an example.
+    """Return a line for each way (some of CHANGES, another folder) in which files missing in `folder` would be found.
 
-    A way is some of CHANGES, another folder, or both. Searches the first FILES_WALKED files in `folder` and then in the
-    folders beside it, for the path that shares the most trailing parts with a name.
+    Of FILES_WALKED files in `folder` and then beside it, that one counts which shares the most trailing parts of a name.
     """
     file_names, known = {_parts(name)[0] for name in names}, {}
     for path in islice(_walk(folder), FILES_WALKED) if names else ():
@@ -125,16 +111,14 @@ def near_misses(names: list[str], folder: Path) -> list[str]:
         for count in range(1, len(parts) + 1) if parts[0] in file_names else ():
             known.setdefault(parts[:count], path)
     ways = defaultdict(list)
-    for name in names:
-        parts = _parts(name)
-        shared = next((count for count in range(len(parts), 0, -1) if parts[:count] in known), 0)
-        if shared:
+    for name, parts in zip(names, map(_parts, names), strict=True):
+        if shared := next((count for count in range(len(parts), 0, -1) if parts[:count] in known), 0):
             path = known[parts[:shared]]
             ways[_way(name, path, shared, folder)].append(f"{path} for {name}")
     ways.pop("", None)  # the file has appeared since
-    ordered = sorted(ways.items(), key=lambda item: -len(item[1]))
-    total, more = len(names), sum(len(examples) for _, examples in ordered[WAYS_SHOWN:])
-    lines = [f"{len(e)} of the {total} missing files would be found {way}: {e[0]}" for way, e in ordered[:WAYS_SHOWN]]
+    shown = sorted(ways.items(), key=lambda item: -len(item[1]))[:WAYS_SHOWN]
+    more = sum(map(len, ways.values())) - sum(len(found) for _, found in shown)
+    lines = [f"{len(e)} of the {len(names)} missing files would be found {way}: {e[0]}" for way, e in shown]
     return lines + [f"and {more} more in other ways"] * (more > 0)
 
 
@@ -142,9 +126,7 @@ def _walk(folder: Path) -> Iterator[str]:
     """Yield paths of files in `folder`, then of those beside it, relative to `folder`, with / on every system."""
     for top in (folder, folder.absolute().parent):
         for place, folders, files in islice(os.walk(top), FILES_WALKED):
-            if top != folder:
-                folders[:] = [name for name in folders if Path(place, name) != folder.absolute()]
-            folders.sort()
+            folders[:] = sorted(n for n in folders if top == folder or Path(place, n) != folder.absolute())
             relative = Path(os.path.relpath(place, folder)).as_posix()
             yield from (name if relative == "." else f"{relative}/{name}" for name in sorted(files))
 

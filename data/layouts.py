@@ -4,13 +4,10 @@ import os
 import re
 from pathlib import Path
 
-from data.coco import read_coco
 from data.crowd_metrics import crowd_metrics
-from data.crowdhuman import BOXES, read_crowdhuman
 from data.files import DatasetError
+from data.forms import BOXES, Form, Split, read_coco, read_crowdhuman, read_voc
 from data.shapes import generate_shapes, shapes_folder
-from data.split import Form, Split
-from data.voc import read_voc
 
 COCO = Form("COCO", read_coco)
 CROWDHUMAN = Form("CrowdHuman", read_crowdhuman, "crowdhuman", tuple(BOXES), crowd_metrics)
@@ -25,21 +22,24 @@ LAYOUTS = (
     (VOC, ("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
     (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
 )
-COCO_ZIPS = ("zips/train2017.zip", "zips/val2017.zip", "annotations/annotations_trainval2017.zip")
-CROWDHUMAN_FILES = (
-    *("annotation_train.odgt", "annotation_val.odgt", "CrowdHuman_val.zip"),
-    *("CrowdHuman_train01.zip", "CrowdHuman_train02.zip", "CrowdHuman_train03.zip"),
-)
+NO_COCO = """COCO is not in {root}: no annotations/instances_train2017.json there. Unzip these three into that folder \
+(or set OTA_DATA to the folder that holds coco/):
+  http://images.cocodataset.org/zips/train2017.zip
+  http://images.cocodataset.org/zips/val2017.zip
+  http://images.cocodataset.org/annotations/annotations_trainval2017.zip"""
+NO_CROWDHUMAN = """CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so \
+download annotation_train.odgt, annotation_val.odgt, CrowdHuman_val.zip, CrowdHuman_train01.zip, \
+CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/download.html into that folder (or set \
+OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
 Halves = tuple[Split | None, Split | None]
 
 
 def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> Halves:
-    """Return the train and the val split; one of them may be missing.
+    """Return the train and the val split, one of which may be missing. Raises DatasetError if both are.
 
-    data: "coco" ($OTA_DATA/coco), "crowdhuman" ($OTA_DATA/crowdhuman), "shapes" (generated under $OTA_DATA on first
-    use) or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
-    OTA_DATA is ./datasets by default. box: for forms with several kinds of boxes.
-    Raises DatasetError if neither split exists.
+    data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
+    or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
+    box: for forms with several kinds of boxes.
     """
     root = _root(data)
     if data == "shapes" and not root.is_dir():
@@ -66,37 +66,25 @@ def _root(data: str) -> Path:
 def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> Halves:
     known = []
     for form, *halves in LAYOUTS:
-        kind = (box or form.boxes[0]) if form.boxes else None
-        splits = [
-            Split(name, root / annotations, root / images, form, kind, follow_links)
-            for name, (annotations, images) in zip(("train", "val"), halves, strict=True)
-        ]
+        kind, named = (box or form.boxes[0]) if form.boxes else None, zip(("train", "val"), halves, strict=True)
+        splits = [Split(name, root / file, root / images, form, kind, follow_links) for name, (file, images) in named]
         known.append(tuple(split if os.path.isfile(split.annotations) else None for split in splits))
     return next(filter(all, known), None) or next(filter(any, known), (None, None))
 
 
 def _missing_message(data: str, root: Path) -> str:
     if data == "coco":
-        urls = "".join(f"\n  http://images.cocodataset.org/{name}" for name in COCO_ZIPS)
-        return (
-            f"COCO is not in {root}: no {LAYOUTS[0][1][0]} there. Unzip these three into that folder"
-            f" (or set OTA_DATA to the folder that holds coco/):{urls}"
-        )
+        return NO_COCO.format(root=root)
     if data == "crowdhuman":
-        return (
-            f"CrowdHuman is not in {root}: no annotation_train.odgt there. Its images may not be passed on, so download"
-            f" {', '.join(CROWDHUMAN_FILES)} from https://www.crowdhuman.org/download.html into that folder (or set"
-            f" OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root / 'Images'}"
-        )
+        return NO_CROWDHUMAN.format(root=root)
     layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
-    state = "does not exist; wanted a folder with one of"
     if _is_yolo(root):
         state = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"
     elif os.path.isfile(root):
         folder = next((folder for folder in root.parents[:3] if any(_halves(folder))), None)
         state = f"is a file; --data takes the folder of a data set{f', here {folder}' if folder else ''}, with one of"
-    elif os.path.isdir(root):
-        state = "has none of"
+    else:
+        state = "has none of" if os.path.isdir(root) else "does not exist; wanted a folder with one of"
     return f'no data set for --data {data} ("coco", "crowdhuman", "shapes" or a folder): {root} {state}{layouts}'
 
 

@@ -10,8 +10,8 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,29 +21,22 @@ from torchvision.ops import box_iou
 
 Proposals = Iterator[tuple[int, float, np.ndarray]]  # class, size and centre of the next shape
 
-VERSION = 2  # to be raised with any change to the pictures: it is part of the folder's name
+VERSION = 2  # raise it with any change to the pictures: it is part of the folder's name, like all settings
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 SIZE_PX, TRAIN_IMAGES, VAL_IMAGES = 160, 1000, 200
 EMPTY_SHARE, CROWDED_SHARE = 0.04, 0.35
 SPARSE_OBJECTS, CROWD_OBJECTS = (1, 6), (6, 10)
 SPARSE_SIZE, CROWD_SIZE = (0.15, 0.50), (0.20, 0.36)  # of the image's side
-FRESH_START = 0.08  # chance that the next shape of a crowd starts another row or cluster
-BORDER = 0.3  # how far inside the image a centre stays, in units of the shape's size
 CROWD_STEP = (0.34, 0.50)  # from neighbour to neighbour, in units of their size
+MIN_VISIBLE = 0.5  # share of a shape's own pixels
+MAX_IOU, MAX_IOU_SAME_CLASS = 0.7, 0.55  # the second under any sensible NMS threshold
+ATTEMPTS_PER_OBJECT, OUTLINE_PX, JPEG_QUALITY = 10, 1.5, 90
+BORDER = 0.3  # how far inside the image a centre stays, in units of the shape's size
+FRESH_START = 0.08  # chance that the next shape of a crowd starts another row or cluster
 NESTED_SHARE = 0.5  # of the crowded images
 NEST_START, NEST_SIZE = 0.4, (0.30, 0.50)  # chance that the next shape starts another nest, and the size of its first
 NEST_RATIO, NEST_STEP = (0.50, 0.70), 0.08  # size and shift of a shape inside the one before, in units of its size
-MIN_VISIBLE = 0.5  # share of a shape's own pixels
-MAX_IOU, MAX_IOU_SAME_CLASS = 0.7, 0.55  # the second under any sensible NMS threshold
-ATTEMPTS_PER_OBJECT = 10
-OUTLINE_PX = 1.5
-JPEG_QUALITY = 90
-SETTINGS = (
-    *(VERSION, CLASSES, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, EMPTY_SHARE, CROWDED_SHARE, SPARSE_OBJECTS),
-    *(CROWD_OBJECTS, SPARSE_SIZE, CROWD_SIZE, CROWD_STEP, MIN_VISIBLE, MAX_IOU, MAX_IOU_SAME_CLASS),
-    *(ATTEMPTS_PER_OBJECT, OUTLINE_PX, JPEG_QUALITY, BORDER, FRESH_START),
-    *(NESTED_SHARE, NEST_START, NEST_SIZE, NEST_RATIO, NEST_STEP),
-)
+SETTINGS = tuple(value for name, value in list(globals().items()) if name.isupper())
 
 
 def shapes_folder() -> str:
@@ -66,22 +59,20 @@ def generate_shapes(
     With `one_class` every shape is of the class "shape". `root` appears when it is complete, also if several processes
     write it at once.
     """
+    categories = [{"id": c, "name": name} for c, name in enumerate(("shape",) if one_class else CLASSES, 1)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
         made = Path(unfinished) / root.name
         (made / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):
             (made / name).mkdir()
-            names = ("shape",) if one_class else CLASSES
-            categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
             images, annotations = [], []
             for i in range(1, count + 1):
                 scene = Scene(size_px, np.random.default_rng([seed, split, i - 1]))
                 scene.fill(crowded_share)
-                file_name = f"{i:06d}.jpg"
-                pixels = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
-                pixels.save(made / name / file_name, quality=JPEG_QUALITY)
-                images.append({"id": i, "file_name": file_name, "width": size_px, "height": size_px})
+                images.append({"id": i, "file_name": f"{i:06d}.jpg", "width": size_px, "height": size_px})
+                picture = Image.fromarray(scene.canvas.clip(0, 255).astype(np.uint8))
+                picture.save(made / name / images[-1]["file_name"], quality=JPEG_QUALITY)
                 for shape in scene.shapes:
                     x1, y1, x2, y2 = shape.box(size_px).round(2).tolist()
                     w, h = round(x2 - x1, 2), round(y2 - y1, 2)
@@ -97,13 +88,11 @@ def generate_shapes(
                 raise
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One object, covered or not, in px of the image."""
 
     label: int  # index into CLASSES
-    x: float  # of the centre
-    y: float
+    centre: np.ndarray  # (2,) x and y
     radius: float  # of the circle around it
     angle: float
 
@@ -118,12 +107,12 @@ class Shape:
 
     def box(self, size_px: int) -> np.ndarray:
         """Return x1 y1 x2 y2 of the whole shape, clipped to the image."""
-        centre, outline = (self.x, self.y), self.outline()
-        return np.concatenate([outline.min(0) + centre, outline.max(0) + centre]).clip(0, size_px)
+        outline = self.outline()
+        return np.concatenate([outline.min(0) + self.centre, outline.max(0) + self.centre]).clip(0, size_px)
 
     def coverage(self, left: int, top: int, side: int, inset: float = 0.0) -> np.ndarray:
         """Return the (side, side) share of each pixel that the shape covers, 0..1, in a window at left, top."""
-        centre = np.array([self.x - left, self.y - top])
+        centre = self.centre - (left, top)
         patch = Image.new("L", (2 * side, 2 * side))
         draw = ImageDraw.Draw(patch)
         draw.polygon([tuple(p) for p in 2 * (centre + self.outline(inset)) - 0.5], fill=255)
@@ -157,7 +146,7 @@ class Scene:
             proposals = self._nest() if self.rng.random() < NESTED_SHARE else self._crowd()
         for _, (label, size, place) in zip(range(ATTEMPTS_PER_OBJECT * wanted), proposals, strict=False):
             angle = float(self.rng.uniform(0, 2 * np.pi))
-            self._add(Shape(label, float(place[0]), float(place[1]), float(size / 2), angle))
+            self._add(Shape(label, place, float(size / 2), angle))
             if len(self.shapes) == wanted:
                 return
 
@@ -181,7 +170,7 @@ class Scene:
                 parent = self.shapes[-1 if in_row else rng.integers(len(self.shapes))]
                 turn = heading + rng.normal(0, 0.15) if in_row else rng.uniform(0, 2 * np.pi)
                 step = size * rng.uniform(*CROWD_STEP)
-                place = np.array([parent.x + step * np.cos(turn), parent.y + step * np.sin(turn)])
+                place = parent.centre + step * np.array([np.cos(turn), np.sin(turn)])
                 if ((place < BORDER * size) | (place > self.size_px - BORDER * size)).any():
                     continue
             yield label, size, place
@@ -196,7 +185,7 @@ class Scene:
             if self.shapes and rng.random() > NEST_START:
                 parent = self.shapes[-1]
                 size = 2 * parent.radius * rng.uniform(*NEST_RATIO)
-                place = np.array([parent.x, parent.y]) + rng.uniform(-1, 1, 2) * NEST_STEP * size
+                place = parent.centre + rng.uniform(-1, 1, 2) * NEST_STEP * size
                 if size < SPARSE_SIZE[0] * self.size_px:
                     continue
             yield label, size, place
@@ -206,16 +195,15 @@ class Scene:
 
     def _add(self, shape: Shape) -> None:
         """Draw the shape on top, unless it or one below could then no longer be found, or it repeats another's box."""
-        side = int(2 * shape.radius) + 4
-        left, top = int(shape.x - shape.radius) - 2, int(shape.y - shape.radius) - 2
-        # The window that the shape is drawn in, and its part inside the image.
-        x1, y1 = max(left, 0), max(top, 0)
-        seen = np.s_[y1 - top : self.size_px - top, x1 - left : self.size_px - left]
+        side = int(2 * shape.radius) + 4  # of the window that the shape is drawn in
+        left, top = ((shape.centre - shape.radius).astype(int) - 2).tolist()
+        x, y = max(left, 0), max(top, 0)
+        window = np.s_[y : top + side, x : left + side]
+        seen = np.s_[y - top : self.size_px - top, x - left : self.size_px - left]  # its part inside the image
         coverage = shape.coverage(left, top, side)
         pixels = np.append(self._pixels, (coverage > 0.5).sum())
         coverage = coverage[seen]
         mask = coverage > 0.5
-        window = np.s_[y1 : y1 + mask.shape[0], x1 : x1 + mask.shape[1]]
         covered = np.bincount(self._topmost[window][mask] + 1, minlength=len(self.shapes) + 1)[1:]
         visible = np.append(self._visible - covered, mask.sum())
         boxes = torch.from_numpy(np.stack([s.box(self.size_px) for s in [*self.shapes, shape]]))

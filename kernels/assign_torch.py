@@ -28,16 +28,6 @@ ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log doma
 _point_strides = lru_cache(maxsize=32)(PointGrid.point_strides)
 
 
-class _Solution(NamedTuple):
-    """The plan, and what its decoding needs."""
-
-    plan: Plan
-    iou: Tensor  # (P,)
-    column: Tensor  # (P,) position of the pair's point in `plan.points`
-    score: Tensor  # (P,) log plan, rescaled if so configured; a point takes the supplier with the highest one
-    score_bg: Tensor  # (A,)
-
-
 def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU of P pairs of boxes, (P, 4) each."""
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
@@ -141,18 +131,17 @@ def _sinkhorn(
     return u, v
 
 
-def _solve(inputs: Inputs, config: OTAConfig) -> _Solution:
+def _solve(inputs: Inputs, config: OTAConfig) -> tuple[Plan, Tensor, Tensor, Tensor, Tensor]:
+    """The plan, the pairs' IoU (P,) and position of their point in `plan.points` (P,), and what decoding compares: the
+    log plan of the pairs (P,) and of background (A,), rescaled if so configured."""
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
-    num_images, num_points, num_classes = logits.shape
-    num_rows, device = gt_boxes.shape[0], boxes.device
+    (num_images, num_points, num_classes), num_rows, device = logits.shape, len(gt_boxes), boxes.device
 
     image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, num_classes)
     gt, point = candidate_pairs(gt_boxes, valid, grid, config)
     image = image_of_row[gt]
-    logit = logits[image, point, gt_labels[gt]].float()
-    predicted = boxes[image, point].float()
-    stride = _point_strides(grid, device)[point]
-    cost, iou = _pair_cost(logit, predicted, gt_boxes[gt].float(), stride, config)
+    logit, predicted = logits[image, point, gt_labels[gt]].float(), boxes[image, point].float()
+    cost, iou = _pair_cost(logit, predicted, gt_boxes[gt].float(), _point_strides(grid, device)[point], config)
     finite = torch.isfinite(logit) & torch.isfinite(predicted).all(1) & torch.isfinite(cost / config.eps)
     if not finite.all():
         gt, image, point, cost, iou = gt[finite], image[finite], point[finite], cost[finite], iou[finite]
@@ -184,26 +173,22 @@ def _solve(inputs: Inputs, config: OTAConfig) -> _Solution:
         score = sent - peak[supplier]
     parts = [gt.numel(), num_active, num_images]
     (log_plan, log_plan_bg, _), (score, score_bg, _) = log_plan.split(parts), score.split(parts)
-    return _Solution(Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg)
+    return Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg
 
 
 def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
     """The assignment of all images at once, and the plan that it comes from."""
-    shape, device = inputs.boxes.shape[:2], inputs.boxes.device
     plan, pair_iou, column, score, score_bg = _solve(inputs, config)
-
-    num_pairs = plan.gt.numel()
-    best = score_bg.scatter_reduce(0, column, score, "amax")
-    pair = torch.arange(num_pairs, device=device)
-    pair = torch.where(score >= best[column], pair, num_pairs)
+    num_pairs, best = len(score), score_bg.scatter_reduce(0, column, score, "amax")
+    pair = torch.where(score >= best[column], torch.arange(num_pairs, device=score.device), num_pairs)
     winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, column, pair, "amin")
-    foreground = (winner < num_pairs).nonzero()[:, 0]
+    foreground = winner < num_pairs
     winner, point = winner[foreground], plan.points[foreground]
 
-    gt_index = torch.full((shape.numel(),), -1, device=device)
-    iou = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
-    gt_index[point], iou[point] = plan.gt[winner], pair_iou[winner]
-    return Assignment(gt_index.view(shape), iou.view(shape), plan.k.int()), plan
+    gt_index = torch.full(inputs.boxes.shape[:2], -1, device=score.device)
+    iou = torch.zeros_like(gt_index, dtype=torch.float32)
+    gt_index.view(-1)[point], iou.view(-1)[point] = plan.gt[winner], pair_iou[winner]
+    return Assignment(gt_index, iou, plan.k.int()), plan
 
 
 def ota_assign_torch(inputs: Inputs, config: OTAConfig) -> Assignment:

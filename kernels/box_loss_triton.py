@@ -106,56 +106,40 @@ def _box_gradient_kernel(box_gradient, logit_gradient, upstream, inputs, num_poi
 
 
 @torch.library.custom_op(f"ota_triton::box_sums_{NAMESPACE}", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def box_sums(boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Both sums, (2,)."""
+def box_sums(*inputs: Tensor) -> Tensor:
+    """Both results of `box_loss` (2,), on a GPU, or on a CPU in Triton's interpreter."""
+    boxes, _, gt_index, _, gt_boxes = inputs
     num_points = gt_index.numel()
     programs = triton.cdiv(num_points, _POINTS.value)
-    partial = torch.empty(2, programs, dtype=torch.float32, device=boxes.device)
+    partial = boxes.new_empty(2, programs, dtype=torch.float32)
     if num_points > 0:
-        inputs = contiguous(boxes, iou_logits, gt_index, iou, gt_boxes)
         with torch.cuda.device_of(boxes):
-            _box_loss_kernel[(programs,)](partial, inputs, num_points, len(gt_boxes))
+            _box_loss_kernel[(programs,)](partial, contiguous(*inputs), num_points, len(gt_boxes))
     return partial.sum(1)
 
 
-_SCHEMA = f"(Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)"
-
-
-@torch.library.custom_op(f"ota_triton::box_gradient_{NAMESPACE}", mutates_args=(), schema=_SCHEMA)
-def box_gradient(
-    upstream: Tensor, boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
-) -> tuple[Tensor, Tensor]:
-    num_points, gradients = gt_index.numel(), _empty_gradients(boxes, iou_logits)
+@torch.library.custom_op(
+    f"ota_triton::box_gradient_{NAMESPACE}", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)"
+)
+def box_gradient(upstream: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    boxes, _, gt_index, _, gt_boxes = inputs
+    num_points, gradients = gt_index.numel(), _empty_gradients(upstream, *inputs)
     if num_points > 0:
-        upstream, *inputs = contiguous(upstream, boxes, iou_logits, gt_index, iou, gt_boxes)
         programs = (triton.cdiv(num_points, _POINTS.value),)
+        sizes = num_points, len(gt_boxes)
         with torch.cuda.device_of(boxes):
-            _box_gradient_kernel[programs](*gradients, upstream, tuple(inputs), num_points, len(gt_boxes))
+            _box_gradient_kernel[programs](*gradients, upstream.contiguous(), contiguous(*inputs), *sizes)
     return gradients
 
 
-def _empty_gradients(boxes: Tensor, iou_logits: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (boxes, iou_logits))
-
-
-@box_sums.register_fake
-def _(boxes: Tensor, *_) -> Tensor:
-    return boxes.new_empty(2, dtype=torch.float32)
-
-
 @box_gradient.register_fake
-def _(upstream: Tensor, boxes: Tensor, iou_logits: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(boxes, iou_logits)
+def _empty_gradients(upstream: Tensor, boxes: Tensor, iou_logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (boxes, iou_logits))
 
 
 def _backward(ctx, upstream: Tensor):
     return *box_gradient(upstream, *ctx.saved_tensors), None, None, None
 
 
+box_sums.register_fake(lambda boxes, *_: boxes.new_empty(2, dtype=torch.float32))
 box_sums.register_autograd(_backward, setup_context=keep_inputs)
-
-
-def box_loss_triton(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The contract of `box_loss`, on a GPU, or on a CPU in Triton's interpreter."""
-    sums = box_sums(*inputs)
-    return sums[0], sums[1]  # the results of unbind cannot be changed in place

@@ -127,48 +127,33 @@ def keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
 
 @torch.library.custom_op(f"ota_triton::focal_sum_{NAMESPACE}", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def focal_sum(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
+    """The contract of `focal_loss`, on a GPU, or on a CPU in Triton's interpreter."""
     if logits.numel() == 0:
         return logits.new_zeros((), dtype=torch.float32)
     programs, sizes = _launch(logits, len(gt_labels))
-    partial = torch.empty(programs, dtype=torch.float32, device=logits.device)
+    partial = logits.new_empty(programs, dtype=torch.float32)
     with torch.cuda.device_of(logits):
         _focal_loss_kernel[programs](partial, contiguous(logits, gt_index, gt_labels, ignored), *sizes)
     return partial.sum()
 
 
-_SCHEMA = f"(Tensor upstream, {_INPUTS}) -> Tensor"
-
-
-@torch.library.custom_op(f"ota_triton::focal_gradient_{NAMESPACE}", mutates_args=(), schema=_SCHEMA)
-def focal_gradient(
-    upstream: Tensor, logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None
-) -> Tensor:
+@torch.library.custom_op(
+    f"ota_triton::focal_gradient_{NAMESPACE}", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> Tensor"
+)
+def focal_gradient(upstream: Tensor, *inputs: Tensor | None) -> Tensor:
+    logits, _, gt_labels, _ = inputs
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if logits.numel() > 0:
         programs, sizes = _launch(logits, len(gt_labels))
         with torch.cuda.device_of(logits):
-            inputs = contiguous(logits, gt_index, gt_labels, ignored)
-            _focal_gradient_kernel[programs](gradient, upstream, inputs, *sizes)
+            _focal_gradient_kernel[programs](gradient, upstream, contiguous(*inputs), *sizes)
     return gradient
-
-
-@focal_sum.register_fake
-def _(logits: Tensor, *_) -> Tensor:
-    return logits.new_empty((), dtype=torch.float32)
-
-
-@focal_gradient.register_fake
-def _(upstream: Tensor, logits: Tensor, *_) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _backward(ctx, upstream: Tensor):
     return focal_gradient(upstream, *ctx.saved_tensors), None, None, None
 
 
+focal_sum.register_fake(lambda logits, *_: logits.new_empty((), dtype=torch.float32))
+focal_gradient.register_fake(lambda _, x, *__: torch.empty_like(x, memory_format=torch.contiguous_format))
 focal_sum.register_autograd(_backward, setup_context=keep_inputs)
-
-
-def focal_loss_triton(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
-    """The contract of `focal_loss`, on a GPU, or on a CPU in Triton's interpreter."""
-    return focal_sum(logits, gt_index, gt_labels, ignored)

@@ -16,10 +16,11 @@ from torch import Tensor
 from .assign import FLOATS, HAS_TRITON, check_tensors, choose_backend
 from .config import FOCAL_ALPHA, GIOU_EPS
 
-box_loss_triton = focal_loss_triton = None
 if HAS_TRITON:
-    from .box_loss_triton import box_loss_triton
-    from .focal_triton import focal_loss_triton
+    from .box_loss_triton import box_sums
+    from .focal_triton import focal_sum
+
+BACKENDS = "torch", "triton"
 
 
 def focal_loss(
@@ -39,7 +40,7 @@ def focal_loss(
 
     Raises ValueError for shapes, devices or a backend that do not fit, TypeError for wrong types.
     """
-    backend = choose_backend(backend, FOCAL_BACKENDS, logits.device)
+    backend = choose_backend(backend, BACKENDS, logits.device)
     if logits.dim() != 3:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, N, C)")
     expected = {
@@ -50,7 +51,8 @@ def focal_loss(
     if ignored is not None:
         expected["ignored"] = (ignored, tuple(logits.shape[:2]), (torch.bool,))
     check_tensors(expected, logits.device)
-    return FOCAL_BACKENDS[backend](logits, gt_index, gt_labels, ignored)
+    loss = focal_sum if backend == "triton" else _focal_loss_torch
+    return loss(logits, gt_index, gt_labels, ignored)
 
 
 def box_loss(
@@ -67,8 +69,7 @@ def box_loss(
     The GIoU loss is that of torchvision's generalized_box_iou_loss. Gradients go to boxes and iou_logits only, and are
     finite for boxes without area, too. Backends and errors are those of `focal_loss`.
     """
-    backend = choose_backend(backend, BOX_BACKENDS, boxes.device)
-    points = tuple(boxes.shape[:2])
+    backend, points = choose_backend(backend, BACKENDS, boxes.device), tuple(boxes.shape[:2])
     expected = {
         "boxes": (boxes, (*points, 4), FLOATS),
         "iou_logits": (iou_logits, points, FLOATS),
@@ -77,12 +78,14 @@ def box_loss(
         "gt_boxes": (gt_boxes, (*gt_boxes.shape[:1], 4), FLOATS),
     }
     check_tensors(expected, boxes.device)
-    return BOX_BACKENDS[backend](boxes, iou_logits, gt_index, iou.detach(), gt_boxes.detach())
+    loss = box_sums if backend == "triton" else _box_loss_torch
+    sums = loss(boxes, iou_logits, gt_index, iou.detach(), gt_boxes.detach())
+    return sums[0], sums[1]  # the results of unbind cannot be changed in place
 
 
 def _focal_loss_torch(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
     """Focal loss as w p^2 softplus(s), p = sigmoid(s): s = -z, w = 1/4 for the target's class, else s = z, w = 3/4."""
-    logits = logits.to(_compute_type(logits)).contiguous()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     matched = (gt_index >= 0) & (gt_index < len(gt_labels))
     labels = F.pad(gt_labels, (0, 1), value=-1)  # one more row, for background, so that G may be 0
     label = labels[torch.where(matched, gt_index, len(gt_labels))]
@@ -97,8 +100,7 @@ def _focal_loss_torch(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignor
 def _box_loss_torch(
     boxes: Tensor, iou_logits: Tensor, gt_index: Tensor, iou: Tensor, gt_boxes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dtype = _compute_type(boxes)
-    matched = (gt_index >= 0) & (gt_index < len(gt_boxes))
+    dtype, matched = torch.promote_types(boxes.dtype, torch.float32), (gt_index >= 0) & (gt_index < len(gt_boxes))
     targets = F.pad(gt_boxes.to(dtype), (0, 0, 0, 1))  # one more row, as in the focal loss
     # Where a point is background, prediction and target agree, so that its gradient is finite before it is masked.
     target = targets[torch.where(matched, gt_index, len(gt_boxes))]
@@ -118,11 +120,3 @@ def _giou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     union = (x2 - x1) * (y2 - y1) + (gx2 - gx1) * (gy2 - gy1) - overlap
     hull = (torch.maximum(x2, gx2) - torch.minimum(x1, gx1)) * (torch.maximum(y2, gy2) - torch.minimum(y1, gy1))
     return 1 - overlap / (union + GIOU_EPS) + (hull - union) / (hull + GIOU_EPS)
-
-
-def _compute_type(predictions: Tensor) -> torch.dtype:
-    return torch.promote_types(predictions.dtype, torch.float32)
-
-
-FOCAL_BACKENDS = {"torch": _focal_loss_torch, "triton": focal_loss_triton}
-BOX_BACKENDS = {"torch": _box_loss_torch, "triton": box_loss_triton}

@@ -1,6 +1,6 @@
 """Candidate pairs, their costs and the supplies of a batch in one Triton launch: one program per ground truth.
 
-A program lists its candidates by the arithmetic of center_prior_triton.py, packs their points into slots of its own,
+A program lists its candidates by the arithmetic of center_prior_triton.py, packs their points into its slots,
 reads one logit and one box for each, and writes the relative cost in the units of Sinkhorn,
 
     D_ij log2(e) / eps,  D_ij = l(z_j,c_i ; 1) - l(z_j,c_i ; 0) + alpha L_reg(b_j, g_i),
@@ -256,7 +256,7 @@ def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool)
     reach = [radius_in_units(radius, stride) if center_prior == "radius" else 0 for stride in grid.strides]
     parts = [torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]).flatten()]
     if center_prior == "closest":
-        parts += possible_ranks(int(radius) ** 2, torch.device("cpu"))
+        parts.append(possible_ranks(int(radius) ** 2, torch.device("cpu")).flatten())
     table = torch.cat(parts)
     return table.pin_memory() if pinned else table
 

@@ -14,17 +14,13 @@ from .head import Predictions
 BOX_WEIGHT, IOU_WEIGHT = 2.0, 0.5
 
 
-def average_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
-
-
 def mean_positives(assignment: Assignment) -> Tensor:
-    """The number of matched points of an average rank, a float32 scalar on the device."""
-    return average_over_ranks((assignment.gt_index >= 0).sum().float())
+    """Return the number of matched points of an average rank, a float32 scalar on the device."""
+    count = (assignment.gt_index >= 0).sum().float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count
 
 
 def points_inside(points: Tensor, boxes: Tensor, image_index: Tensor, num_images: int) -> Tensor:
@@ -35,11 +31,7 @@ def points_inside(points: Tensor, boxes: Tensor, image_index: Tensor, num_images
 
 
 def detection_losses(
-    predictions: Predictions,
-    assignment: Assignment,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    ignored: Tensor | None = None,
+    predictions: Predictions, assignment: Assignment, gt_boxes: Tensor, gt_labels: Tensor, ignored: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Scalars `cls`, `box` and `iou`; gt_boxes (G, 4) and gt_labels (G,) are those given to the assigner.
 

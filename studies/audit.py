@@ -19,25 +19,28 @@ does not; they decode the exact plan alike. Writes audit.json and audit.png into
 """
 
 import argparse
-import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.measure import write_report
 from benchmarks.tables import audits_table
 from errors import UserError
+from eval import load_with_data
 from kernels import OTAConfig
 from kernels.assign_reference import classification_loss
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import units_received
 from studies.exact import NoPlanError, exact_labels, exact_pairs, highs
-from studies.predictions import Predictor
+from studies.predictions import predicted_scene
 from tests.support.scenes import WORKLOADS, Scene, make_workload
 from training.environment import environment
 from training.settings import SettingsError, positive
@@ -50,22 +53,6 @@ PAPER = (0.1, 50)  # eps and iterations (section 4.1)
 
 
 @dataclass
-class Labels:
-    """Decoded labels, counted over the images."""
-
-    lost: int = 0  # positive in the exact plan alone
-    gained: int = 0
-    moved: int = 0  # from one ground truth to another
-    positives: int = 0
-    supply_error: int = 0  # units
-    cost: float = 0.0
-
-    @property
-    def changed(self) -> int:
-        return self.lost + self.gained + self.moved
-
-
-@dataclass
 class Row:
     """One eps and number of iterations, summed over the images."""
 
@@ -73,7 +60,7 @@ class Row:
     iterations: int
     plan_cost: float = 0.0
     residual: float = 0.0
-    decoded: dict[str, Labels] = field(default_factory=lambda: {name: Labels() for name in DECODINGS})
+    decoded: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in DECODINGS})
 
 
 @dataclass
@@ -97,13 +84,12 @@ class Audit:
         rows = []
         for row in self.rows:
             plan = {"plan_cost_ratio": ratio(row.plan_cost, self.cost), "residual": ratio(row.residual, self.points)}
-            line = asdict(row) | plan
+            decoded = {}
             for name, labels in row.decoded.items():
-                shares = {"changed_share": labels.changed, "supply_error_share": labels.supply_error}
-                line["decoded"][name] |= {"changed": labels.changed, "cost_ratio": ratio(labels.cost, self.cost)}
-                line["decoded"][name] |= {name: ratio(count, self.positives) for name, count in shares.items()}
-            rows.append(line)
-        return asdict(self) | {"rows": rows}
+                shares = {f"{key}_share": ratio(labels[key], self.positives) for key in ("changed", "supply_error")}
+                decoded[name] = dict(labels, cost_ratio=ratio(labels["cost"], self.cost), **shares)
+            rows.append(vars(row) | plan | {"decoded": decoded})
+        return vars(self) | {"rows": rows}
 
 
 def background_cost(scene: Scene, plan: Plan, config: OTAConfig) -> Tensor:
@@ -112,16 +98,15 @@ def background_cost(scene: Scene, plan: Plan, config: OTAConfig) -> Tensor:
     return classification_loss(logits, torch.zeros_like(logits), config.cls_cost)
 
 
-def count_labels(total: Labels, labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> None:
-    """Add an image with the labels (A,) of its candidate points; `exact` (A,) are those of the exact plan."""
-    total.lost += int(((exact >= 0) & (labels < 0)).sum())
-    total.gained += int(((exact < 0) & (labels >= 0)).sum())
-    total.moved += int(((exact >= 0) & (labels >= 0) & (exact != labels)).sum())
-    total.positives += int((labels >= 0).sum())
-    given = torch.bincount(labels[labels >= 0], minlength=len(plan.k))
-    total.supply_error += int((given - plan.k).abs().sum())
+def count_labels(labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> dict[str, float]:
+    """Compare the labels (A,) of an image's candidate points with `exact` (A,), those of the exact plan."""
+    positive, expected, changed = labels >= 0, exact >= 0, labels != exact
+    counts = {"lost": changed & ~positive, "gained": changed & ~expected, "moved": changed & positive & expected}
+    counts |= {"changed": changed, "positives": positive}
+    supply_error = torch.bincount(labels[positive], minlength=len(plan.k)) - plan.k
     chosen = labels[torch.searchsorted(plan.points, plan.flat_point)] == plan.gt
-    total.cost += cost_bg + float(plan.cost[chosen].double().sum())
+    sums = {"supply_error": int(supply_error.abs().sum()), "cost": cost_bg + float(plan.cost[chosen].double().sum())}
+    return {name: int(points.sum()) for name, points in counts.items()} | sums
 
 
 def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
@@ -143,7 +128,7 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
             setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
             match, plan = solve(scene, setting)
             labels = match.gt_index.flatten()[plan.points]
-            count_labels(row.decoded[decoding], labels, exact, plan, float(cost_bg.sum()))
+            row.decoded[decoding].update(count_labels(labels, exact, plan, float(cost_bg.sum())))
         received = units_received(plan)[0]
         row.plan_cost += float(received @ cost_bg + plan.log_plan.exp() @ plan.cost.double())
         row.residual += float((received - 1).abs().sum())
@@ -151,12 +136,8 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
 
 def draw(report: dict, path: Path) -> None:
     """Labels changed, cost and residual over the iterations, a line for every eps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure((15, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     for eps, color, marker in zip(EPS, ("tab:orange", "tab:blue", "tab:green"), "^os", strict=True):
         rows = [row for row in report["rows"] if row["eps"] == eps]
         style = {"color": color, "marker": marker, "markersize": 5}
@@ -185,7 +166,6 @@ def draw(report: dict, path: Path) -> None:
         f"Dotted: the paper's {PAPER[1]} iterations, at eps {PAPER[0]:g}"
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[str, Scene]]]:
@@ -196,10 +176,10 @@ def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[
         images = make_workload(WORKLOADS[args.workload], args.images).images()
         scenes = ((f"image {b}", scene) for b, scene in enumerate(images))
         return f"synthetic workload {args.workload}", OTAConfig(), scenes
-    predictor = Predictor(args.weights, args.data)
-    picks = range(min(args.images, len(predictor.dataset)))
-    scenes = ((predictor.dataset.images[i]["file_name"], predictor.scene(i)[1]) for i in picks)
-    return f"{args.weights.name} on {Path(predictor.data).name}", predictor.ota, scenes
+    detector, dataset, data = load_with_data(args.weights, args.data)
+    images = enumerate(dataset.images[: args.images])
+    scenes = ((image["file_name"], predicted_scene(detector, dataset, i)[1]) for i, image in images)
+    return f"{args.weights.name} on {Path(data).name}", detector.config.ota, scenes
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -219,12 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     report = {"source": source, "assigner": asdict(config)} | audit.report()
     if audit.without_plan:
         print(f"left out, because the supplies do not fit the candidate points: {', '.join(audit.without_plan)}")
+    write_report(args.out / "audit.json", environment(torch.device("cpu")) | {"scipy": version("scipy")} | report)
     if audit.positives:
         print(audits_table({source: report}))
-    args.out.mkdir(parents=True, exist_ok=True)
-    about = environment(torch.device("cpu")) | {"scipy": version("scipy")}
-    (args.out / "audit.json").write_text(json.dumps(about | report, indent=1) + "\n")
-    if audit.positives:
         draw(report, args.out / "audit.png")
     print(f"\nwrote {args.out / 'audit.json'}" + (" and audit.png" if audit.positives else ""))
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
+from benchmarks.measure import write_report
 from benchmarks.tables import AMBIGUOUS, APS, POINTS, SIZES, seeds_table
 from errors import UserError
 from eval import coco_metrics, evaluate, load_with_data
@@ -86,7 +88,7 @@ def crowded_ap(weights: Path, device: torch.device) -> float:
     truth, crowded = dict(dataset.annotations), crowded_images(dataset.annotations)
     if not crowded:
         return -1.0
-    _, results = evaluate(detector.to(device), dataset, device)
+    _, results = evaluate(detector.to(device), dataset)
     for name, key in (("images", "id"), ("annotations", "image_id")):
         truth[name] = [record for record in truth[name] if record[key] in crowded]
     return coco_metrics(truth, [result for result in results if result["image_id"] in crowded])["AP"]
@@ -109,12 +111,8 @@ def measure(folder: Path, seed: int, device: torch.device) -> dict:
 
 def draw(rows: dict[str, list[dict]], title: str, path: Path) -> None:
     """AP and AP of the crowded images: a dot for every seed, a line for the mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.42 * len(rows)), sharey=True, layout="constrained")
+    figure = Figure((11, 1.2 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, metric in zip(axes, ("AP", "AP_crowded"), strict=True):
         for y, (name, seeds) in enumerate(rows.items()):
             color, values = "tab:orange" if name.startswith("ota") else "tab:blue", [row[metric] for row in seeds]
@@ -125,7 +123,6 @@ def draw(rows: dict[str, list[dict]], title: str, path: Path) -> None:
     axes[0].invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     shown = {name: title for name, title in COLUMNS.items() if any(s[name] >= 0 for row in rows.values() for s in row)}
     print(seeds_table(rows, shown))
     report = {"command": command, **environment(torch.device("cpu")), "rows": rows}
-    (args.out / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.out / "compare.json", report)
     title = f"{Path(args.data).name}: a dot for each of {len(args.seeds)} seeds, a line for their mean"
     draw(rows, title, args.out / "compare.png")
     print(f"wrote {args.out / 'compare.json'} and {args.out / 'compare.png'}")

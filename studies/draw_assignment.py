@@ -3,7 +3,7 @@
     python -m studies.draw_assignment [--weights FILE [--data DIR] [--image INDEX|NAME]] [--strategies ota ...]
                                       [--out DIR]
 
-Writes plan.png, the units that each of three overlapping objects (studies/toy.py) and background send to every point,
+Writes plan.png, the units that each of three overlapping objects and background send to every point,
 and the labels decoded from them (the paper's figure 2); and levels.png, one image with strategies below one another and
 levels side by side. The image is one of a data set under the predictions of a detector (by default the one with the
 most objects), or, without --weights, a generated crowd under synthetic predictions. A dot is a point in the colour of
@@ -17,22 +17,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import adjust_saturation
 
 from data import DatasetError, shapes
 from errors import UserError
+from eval import load_with_data
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
 from kernels.statistics import AMBIGUOUS_SHARE
 from model.assigners import STRATEGIES, assign_and_ambiguous
 from model.backbone import STRIDES
-from studies.predictions import Predictor, find_image
-from studies.toy import toy_scene
-from tests.support.scenes import Scene, trained_predictions
+from studies.predictions import find_image, predicted_scene
+from tests.support.scenes import PRIOR_LOGIT, Scene, trained_predictions
 from training.settings import SettingsError
 
+TOY_BOXES_PX = [[16.0, 20, 88, 88], [38, 12, 110, 80], [28, 38, 98, 108]]
 CROWD_PX, CROWD_SEED = 256, 12
 # Distinct in hue and lightness, for most colour-blind readers as well (after Okabe and Ito, and Tol).
 COLORS = "#d55e00 #0072b2 #009e73 #cc3399 #e6a700 #56b4e9 #332288 #882255 #7a5230 #66aa00".split()
@@ -56,9 +61,22 @@ class Picture(NamedTuple):
 
     title: str
     image: Tensor  # uint8 (3, H, W)
-    size_px: tuple[int, int]  # height, width
     scene: Scene  # B = 1
     config: OTAConfig
+
+
+def toy_scene() -> Scene:
+    """Three objects of one class that overlap, on 3 levels of an image of 128 x 128 px.
+
+    A point predicts a mean of the boxes, weighted by how close their centres are, and a logit that rises towards the
+    closest centre.
+    """
+    grid, boxes = PointGrid.for_image((128, 128), (8, 16, 32)), torch.tensor(TOY_BOXES_PX)
+    center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    distance = ((grid.points()[:, None] - center) / size).norm(dim=2)  # (N, 3), 0.5 about where a box ends
+    predicted = (-6 * distance).softmax(1) @ boxes
+    logits = PRIOR_LOGIT + 7 * (1 - distance.amin(1, keepdim=True)).clamp(min=0)
+    return Scene(logits[None], predicted[None], boxes, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), grid)
 
 
 def generated_crowd() -> Picture:
@@ -70,7 +88,7 @@ def generated_crowd() -> Picture:
     grid = PointGrid.for_image((CROWD_PX, CROWD_PX), STRIDES)
     predictions = trained_predictions(grid, boxes, labels, len(shapes.CLASSES), torch.Generator().manual_seed(0))
     scene = Scene(*(t[None] for t in predictions), boxes, labels, torch.tensor([0, len(boxes)]), grid)
-    return Picture("generated crowd, synthetic predictions", image, (CROWD_PX, CROWD_PX), scene, OTAConfig())
+    return Picture("generated crowd, synthetic predictions", image, scene, OTAConfig())
 
 
 def picture_of(args: argparse.Namespace) -> Picture:
@@ -78,25 +96,22 @@ def picture_of(args: argparse.Namespace) -> Picture:
         if args.data or args.image:
             raise SettingsError("--data and --image need --weights, whose predictions are assigned there")
         return generated_crowd()
-    predictor = Predictor(args.weights, args.data)
-    index = find_image(predictor.dataset, args.image)
-    image, scene = predictor.scene(index)
+    detector, dataset, data = load_with_data(args.weights, args.data)
+    index = find_image(dataset, args.image)
+    image, scene = predicted_scene(detector, dataset, index)
+    name = dataset.images[index]["file_name"]
     if not len(scene.gt_boxes):
-        raise DatasetError(f"{predictor.dataset.images[index]['file_name']} (--image) has no objects to assign to")
-    title = f"{predictor.dataset.images[index]['file_name']} of {Path(predictor.data).name}, {args.weights.name}"
-    return Picture(title, image, tuple(image.shape[-2:]), scene, predictor.ota)
+        raise DatasetError(f"{name} (--image) has no objects to assign to")
+    return Picture(f"{name} of {Path(data).name}, {args.weights.name}", image, scene, detector.config.ota)
 
 
 def draw_boxes(axis, boxes: Tensor, colors: list[str], width: float = 1.5) -> None:
-    from matplotlib.patches import Rectangle
-
     for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors, strict=True):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, zorder=2))
 
 
 def draw_points(axis, points: Tensor, labels: Tensor, ambiguous: Tensor, colors: list[str], dot_px: float) -> None:
     """Points (n, 2) px with labels (n,), -1 for background, in dots `dot_px` wide, a length on the axis."""
-    from matplotlib.collections import EllipseCollection
 
     def dots(which: Tensor, share: float, **style) -> None:
         size = torch.full((int(which.sum()),), share * dot_px).numpy()
@@ -116,13 +131,11 @@ def frame(axis, size_px: tuple[int, int]) -> None:
 
 def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
     """Strategies below one another, levels side by side, except those where no strategy has anything to show."""
-    import matplotlib.pyplot as plt
-
-    scene, colors = picture.scene, colors_of(picture.scene.gt_boxes)
-    grid, points, (height, width) = scene.grid, scene.grid.points(), picture.size_px
+    title, image, scene, config = picture
+    grid, points, (height, width), colors = scene.grid, scene.grid.points(), image.shape[-2:], colors_of(scene.gt_boxes)
     drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
     for strategy in strategies:
-        match, ambiguous = assign_and_ambiguous(strategy, scene, picture.config)
+        match, ambiguous = assign_and_ambiguous(strategy, scene, config)
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
@@ -131,14 +144,15 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
 
     panel = min(max(3.4, 0.11 * grid.sizes[0][1]), 6)  # inches; dots that touch stay distinct
     figsize = max(9, panel * len(kept)), panel * len(drawn) * height / width + 1.2
-    figure, axes = plt.subplots(len(drawn), len(kept), squeeze=False, layout="constrained", figsize=figsize)
-    pale = adjust_saturation(picture.image, SATURATION).permute(1, 2, 0).numpy() / 255 * (1 - PAPER_WHITE) + PAPER_WHITE
+    figure = Figure(figsize, layout="constrained")
+    axes = figure.subplots(len(drawn), len(kept), squeeze=False)
+    pale = adjust_saturation(image, SATURATION).permute(1, 2, 0).numpy() / 255 * (1 - PAPER_WHITE) + PAPER_WHITE
     for row, (strategy, (labels, ambiguous)) in zip(axes, drawn.items(), strict=True):
         counts = f"{int((labels >= 0).sum())} positive\n{int(ambiguous.sum())} ambiguous"
         row[0].set_ylabel(f"{strategy}\n{counts}", fontsize=13)
         for level, axis in zip(kept, row, strict=True):
             rows, stride = levels[level], grid.strides[level]
-            frame(axis, picture.size_px)
+            frame(axis, (height, width))
             axis.imshow(pale, extent=(0, width, height, 0))
             draw_boxes(axis, scene.gt_boxes, colors)
             dot_px = max(grid.strides[0], min(stride, 0.06 * width))
@@ -147,19 +161,13 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
     for level, axis in zip(kept, axes[0], strict=True):
         rows, columns = grid.sizes[level]
         axis.set_title(f"stride {grid.strides[level]} px, {columns} x {rows} points", fontsize=13)
-    nothing = f"; nothing on strides {', '.join(left)}" if left else ""
-    figure.suptitle(
-        f"{picture.title}\ndot: positive, in the colour of its object; ring: ambiguous{nothing}", fontsize=13
-    )
+    rest = f"; nothing on strides {', '.join(left)}" if left else ""
+    figure.suptitle(f"{title}\ndot: positive, in the colour of its object; ring: ambiguous{rest}", fontsize=13)
     figure.savefig(path, dpi=DPI)
-    plt.close(figure)
 
 
 def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     """The units that every object and background send to every point, and the labels: a row for each level."""
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LinearSegmentedColormap
-
     grid, count = scene.grid, len(scene.gt_boxes)
     plan = solve(scene, config)[1]
     match, ambiguous = assign_and_ambiguous("ota", scene, config)
@@ -170,8 +178,8 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
 
     colors, points = [*colors_of(scene.gt_boxes), BACKGROUND_COLOR], grid.points()
     size_px = tuple(side * grid.strides[0] for side in grid.sizes[0])
-    figsize = 2.7 * (count + 2), 2.7 * len(grid.strides) + 1
-    figure, axes = plt.subplots(len(grid.strides), count + 2, figsize=figsize, layout="constrained")
+    figure = Figure((2.7 * (count + 2), 2.7 * len(grid.strides) + 1), layout="constrained")
+    axes = figure.subplots(len(grid.strides), count + 2)
     for level, row in enumerate(axes):
         points_of_level, dot_px = slice(*grid.level_offsets[level : level + 2]), min(grid.strides[level], 12)
         row[0].set_ylabel(f"stride {grid.strides[level]} px")
@@ -196,7 +204,6 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
         f"Rings: points that no supplier sends {AMBIGUOUS_SHARE:g} of their unit"
     )
     figure.savefig(path, dpi=DPI)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,9 +214,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder to write to")
     args = parser.parse_args(argv)
-    import matplotlib
-
-    matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     draw_levels(picture_of(args), args.strategies, args.out / "levels.png")
     draw_plan(toy_scene(), OTAConfig(), args.out / "plan.png")

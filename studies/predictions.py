@@ -1,35 +1,26 @@
 """Predictions of a trained detector on its data, one image at a time."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from data import CocoDataset, DatasetError
-from eval import load_with_data
+from model import Detector
 from model.batch import pack
 from tests.support.scenes import Scene
 
 
-class Predictor:
-    """The detector of a weights file and the validation split of a data set with its classes.
+@torch.no_grad()
+def predicted_scene(detector: Detector, dataset: CocoDataset, i: int) -> tuple[Tensor, Scene]:
+    """Image i, uint8 (3, H, W) without padding, and the arguments of ota_assign for it alone.
 
     The network runs in evaluation mode, in float32 on the CPU. If its batch norms learn, its predictions differ from
-    those in training. Raises WeightsError and DatasetError.
+    those in training.
     """
-
-    def __init__(self, weights: Path, data: str | None = None):
-        self.detector, self.dataset, self.data = load_with_data(weights, data)
-        self.ota = self.detector.config.ota
-
-    @torch.no_grad()
-    def scene(self, i: int) -> tuple[Tensor, Scene]:
-        """Image i, uint8 (3, H, W) without padding, and the arguments of ota_assign for it alone."""
-        image, target = self.dataset[i]
-        batch = pack([image.as_subclass(Tensor)], [target])
-        predictions, grid = self.detector.predict_raw(self.detector.normalise(batch.images, batch.sizes))
-        truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
-        return image, Scene(predictions.logits, predictions.boxes, *truth, grid)
+    image, target = dataset[i]
+    batch = pack([image.as_subclass(Tensor)], [target])
+    predictions, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
+    truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
+    return image, Scene(predictions.logits, predictions.boxes, *truth, grid)
 
 
 def find_image(dataset: CocoDataset, wanted: str | None) -> int:
@@ -44,6 +35,5 @@ def find_image(dataset: CocoDataset, wanted: str | None) -> int:
         return names.index(wanted)
     if wanted.isdecimal() and int(wanted) < len(dataset):
         return int(wanted)
-    raise DatasetError(
-        f"--image {wanted} is neither a file name in {dataset.split.annotations} nor an index in 0..{len(dataset) - 1}"
-    )
+    options = f"a file name in {dataset.split.annotations} nor an index in 0..{len(dataset) - 1}"
+    raise DatasetError(f"--image {wanted} is neither {options}")

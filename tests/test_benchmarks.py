@@ -12,6 +12,7 @@ from benchmarks import assign, losses, measure, train_step
 from benchmarks.measure import COLUMNS
 from kernels import PointGrid
 from model import Detector
+from model.batch import pack
 from tests.support.scenes import WORKLOADS, Workload, make_workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ def tiny_cases(monkeypatch):
 
 
 def run(module, path, *flags: str) -> dict:
-    assert module.main(["--out", str(path), "--repeats", "1", *flags]) == 0
+    module.main(["--out", str(path), "--repeats", "1", *flags])
     report = json.loads(path.read_text())
     assert {"device", "torch", "commit", "date"} <= report.keys()
     return report
@@ -56,9 +57,9 @@ def test_assign(tmp_path, capsys):
 
 def test_assign_reports_no_cost_when_parity_is_broken(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tests.support.parity.PLAN_TOLERANCE", -1)
-    assert assign.main(["--out", str(tmp_path / "assign.json")]) == 1 and not (tmp_path / "assign.json").exists()
-    printed = capsys.readouterr()
-    assert "plan differs by" in printed.err and "ms_median" not in printed.out
+    with pytest.raises(SystemExit, match="single, torch: image 0: plan differs by"):
+        assign.main(["--out", str(tmp_path / "assign.json")])
+    assert not (tmp_path / "assign.json").exists() and "ms_median" not in capsys.readouterr().out
 
 
 def test_losses(tmp_path):
@@ -69,11 +70,12 @@ def test_losses(tmp_path):
         assert row["useful_gb_per_s"] > 0
 
 
-def test_losses_report_no_cost_when_parity_is_broken(monkeypatch, capsys):
+def test_losses_report_no_cost_when_parity_is_broken(tmp_path, monkeypatch, capsys):
     focal_loss = losses.focal_loss
     monkeypatch.setattr(losses, "focal_loss", lambda *inputs, **more: 1.001 * focal_loss(*inputs, **more))
-    assert losses.main(["--images", "1"]) == 1
-    assert "the gradient is off by 1.0e-03 of its largest entry" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="the gradient is off by 1.0e-03 of its largest entry"):
+        losses.main(["--images", "1", "--out", str(tmp_path / "losses.json")])
+    assert not (tmp_path / "losses.json").exists() and "ms_median" not in capsys.readouterr().out
 
 
 def test_train_step(tmp_path):
@@ -98,16 +100,16 @@ def test_train_step_reports_no_cost_when_a_loss_is_not_finite(tmp_path, monkeypa
     forward = Detector.forward
     monkeypatch.setattr(Detector, "forward", broken)
     path = tmp_path / "step.json"
-    assert train_step.main(["--out", str(path)]) == 1 and not path.exists()
-    printed = capsys.readouterr()
-    assert "tiny, ours: a loss or the gradient is 0 or not finite" in printed.err and "ms_median" not in printed.out
+    with pytest.raises(SystemExit, match="tiny, ours: a loss or the gradient is 0 or not finite"):
+        train_step.main(["--out", str(path)])
+    assert not path.exists() and "ms_median" not in capsys.readouterr().out
 
 
 def test_too_little_memory_costs_one_row(tmp_path, monkeypatch):
     def large(case, device, compiled):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
 
-    monkeypatch.setattr(train_step, "CONTESTANTS", {"large": large, "ours": train_step.Ours})
+    monkeypatch.setattr(train_step, "CONTESTANTS", {"large": large, "ours": train_step.ours})
     rows = run(train_step, tmp_path / "step.json")["cases"]["tiny"]["rows"]
     assert rows["large"] == {"skipped": "OutOfMemoryError: CUDA out of memory. Tried to allocate"}
     assert rows["ours"]["images_per_s"] > 0
@@ -117,10 +119,12 @@ def test_both_sides_have_the_same_feature_maps():
     ours, theirs = (
         contestant(TINY_STEP, torch.device("cpu"), False) for contestant in list(train_step.CONTESTANTS.values())[:2]
     )
+    images, targets = train_step.make_samples(TINY_STEP)
+    batch = pack(images, targets)
     with torch.no_grad():
-        maps = ours.model.backbone(ours.model.normalise(ours.batch.images, ours.batch.sizes))
-        images = theirs.model.transform(list(theirs.images.float() / 255))[0].tensors
-        for one, other in zip(maps, theirs.model.backbone(images).values(), strict=True):
+        maps = ours.model.backbone(ours.model.normalise(batch.images, batch.sizes))
+        normalised = theirs.model.transform([image.float() / 255 for image in images])[0].tensors
+        for one, other in zip(maps, theirs.model.backbone(normalised).values(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 

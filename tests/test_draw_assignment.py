@@ -6,14 +6,14 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from data import CocoDataset, DatasetError, find_splits, generate_shapes
+from eval import load_with_data
 from kernels import OTAConfig, PointGrid, assignment_statistics, ota_assign
 from model import Detector, DetectorConfig, WeightsError
 from model.assigners import STRATEGIES, assign_and_ambiguous
 from model.weights import save_weights
 from studies import draw_assignment
-from studies.draw_assignment import COLORS, colors_of, generated_crowd
-from studies.predictions import Predictor, find_image
-from studies.toy import toy_scene
+from studies.draw_assignment import COLORS, colors_of, generated_crowd, toy_scene
+from studies.predictions import find_image, predicted_scene
 from tests.support.scenes import make_scene
 from training.settings import SettingsError
 
@@ -90,12 +90,12 @@ def test_pictures_of_a_detector(weights, tmp_path):
 
 
 def test_predictions_are_of_the_image_as_the_detector_sees_it(weights):
-    predictor = Predictor(weights)
-    image, scene = predictor.scene(1)
-    assert predictor.ota.radius == 3 and image.shape == (3, 96, 96)
+    detector, dataset, _ = load_with_data(weights, None)
+    image, scene = predicted_scene(detector, dataset, 1)
+    assert detector.config.ota.radius == 3 and image.shape == (3, 96, 96)
     boxes, scores = scene.boxes, scene.logits.sigmoid()
     assert boxes.shape == (1, scene.grid.num_points, 4) and scores.shape == (1, scene.grid.num_points, 5)
-    assert len(scene.gt_boxes) == int(scene.gt_offsets[-1]) == len(predictor.dataset[1][1]["boxes"])
+    assert len(scene.gt_boxes) == int(scene.gt_offsets[-1]) == len(dataset[1][1]["boxes"])
 
 
 def test_image_is_found_by_index_by_name_and_by_its_objects(dataset):

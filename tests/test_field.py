@@ -166,7 +166,9 @@ def test_category_that_only_groups_the_others_is_left_out(changed):
     assert 0 not in dataset.category_ids and "things" not in dataset.class_names
     assert [c["name"] for c in dataset.annotations["categories"]] == dataset.class_names
     assert "category 0 things, which groups the others" in eval_script.describe(dataset)
-    known = evaluation_dataset(find_splits(str(root)), (64, 107), known_ids=[0])  # weights of before have the class
+    ids, names = [0, *dataset.category_ids], ["things", *dataset.class_names]
+    classes = {"source": "old.safetensors", "category_ids": ids, "class_names": names}  # has the class
+    known = evaluation_dataset(dataset.split, (64, 107), classes)
     assert known.category_ids[0] == 0 and known.grouping is None
 
 

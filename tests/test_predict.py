@@ -263,7 +263,7 @@ def test_names_that_do_not_fit_the_weights_are_refused(detector, tmp_path):
 
 def test_predict_and_eval_give_the_same_detections(call, detector, shapes, tmp_path, weights, one_thread):
     dataset = CocoDataset(find_splits(str(shapes))[1], eval_transform(detector.config.image_size))
-    wanted = detect_dataset(detector, dataset, torch.device("cpu"), batch_size=6, workers=0)
+    wanted = detect_dataset(detector, dataset, batch_size=6, workers=0)
     call(predict_script, shapes / "val", "--weights", weights, "--score", 0, "--batch-size", 6, "--out", tmp_path, *CPU)
     found = json.loads((tmp_path / "detections.json").read_text())
     id_of = {image["file_name"]: image["id"] for image in dataset.images}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from data import generate_shapes
-from data.order import SeededDataset, batches_from
+from data.dataset import SeededDataset, batches_from
 from model import load_weights
 from training.folder import CheckpointError, load_checkpoint, save_checkpoint
 

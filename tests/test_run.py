@@ -21,7 +21,7 @@ import model.assigners
 import train
 import training.folder
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
-from data.order import batches_from
+from data.dataset import batches_from
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
 from model import Detector, DetectorConfig, WeightsError, init_weights, save_weights

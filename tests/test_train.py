@@ -21,7 +21,7 @@ import train
 from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes
 from eval import batches_of_one_size, coco_metrics
 from kernels import OTAConfig
-from model import BackboneError, DetectorConfig, WeightsError, load_weights
+from model import BackboneError, DetectorConfig, load_weights
 from training.folder import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -303,7 +303,7 @@ def test_eval_refuses_other_classes(call, trained, four_images, tmp_path):
     content = json.loads(path.read_text())
     content["categories"][1]["name"] = "rhombus"
     path.write_text(json.dumps(content))
-    with pytest.raises(WeightsError, match="2 square.*2 rhombus.*--data"):
+    with pytest.raises(DatasetError, match="2 square.*2 rhombus.*--data"):
         call(eval_script, "--weights", trained / "ota.safetensors", "--data", other)
 
 

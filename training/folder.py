@@ -230,9 +230,7 @@ class RunFolder:
         if broken:
             remedy = "A lower --lr or a longer --warmup is the usual remedy."
             what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
-            raise FloatingPointError(
-                f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}."
-            )
+            raise FloatingPointError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}")
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
         with disk_errors_named(self.path):
             save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
