@@ -56,7 +56,7 @@ def test_labels_are_those_of_ota_assign_and_ambiguity_that_of_the_log():
 
 
 def test_boxes_that_meet_differ_in_colour():
-    boxes = generated_crowd().scene.gt_boxes
+    boxes = generated_crowd()[2].gt_boxes
     colors = colors_of(boxes)
     met = (box_iou(boxes, boxes) > 0).fill_diagonal_(False)
     assert met.any() and all(colors[i] != colors[j] for i, j in met.nonzero().tolist())
