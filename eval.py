@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable
+from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable, read_split
 from data.checks import Records
 from errors import UserError
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
@@ -156,10 +156,12 @@ def evaluation_dataset(
 ) -> CocoDataset:
     """Return the validation split; the training split, with a note, if there is none; with `overfit`, its first images.
 
-    known_ids: category ids of the training. train_records: the result of the training split's read().
+    known_ids: category ids of the training. train_records: of the training split, if it was read before.
     """
     split = splits[0] if overfit or splits[1] is None else splits[1]
-    records = train_records if split is splits[0] and train_records is not None else from_main(split.read)
+    records = (
+        train_records if split is splits[0] and train_records is not None else from_main(lambda: read_split(split))
+    )
     dataset = CocoDataset(split, eval_transform(image_size), first=overfit, known_ids=known_ids, records=records)
     if int(os.environ.get("RANK", 0)) == 0:
         if split is splits[0] and not overfit:
