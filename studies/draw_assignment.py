@@ -26,7 +26,7 @@ from errors import UserError
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
 from kernels.statistics import AMBIGUOUS_SHARE
-from model.assigners import STRATEGIES, assign_and_ambiguous
+from model.assigners import STRATEGIES, assign_with_statistics
 from model.backbone import STRIDES
 from studies.predictions import Predictor, find_image
 from studies.toy import toy_scene
@@ -122,7 +122,7 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
     grid, points, (height, width) = scene.grid, scene.grid.points(), picture.size_px
     drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
     for strategy in strategies:
-        match, ambiguous = assign_and_ambiguous(strategy, scene, picture.config)
+        match, ambiguous, _ = assign_with_statistics(strategy, scene, picture.config)
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
@@ -162,7 +162,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
 
     grid, count = scene.grid, len(scene.gt_boxes)
     plan = solve(scene, config)[1]
-    match, ambiguous = assign_and_ambiguous("ota", scene, config)
+    match, ambiguous, _ = assign_with_statistics("ota", scene, config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     sent[count] = 1  # background is the only supplier of points that are no candidate
