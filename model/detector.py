@@ -13,7 +13,7 @@ from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
-from .assigners import NEITHER, STRATEGIES, assign, statistics_of
+from .assigners import NEITHER, STRATEGIES, assign, assign_with_statistics
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
 from .fields import Rule, first_flaw, integer, number, one_of_type
@@ -140,10 +140,10 @@ class Detector(nn.Module):
         return losses, assignment, detached
 
     def statistics(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
-        """Numbers about the assignment of a training batch, see model.assigners.statistics_of. Waits for the device."""
+        """Numbers about the assignment of a training batch, see kernels.assignment_statistics. Waits for the device."""
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
         grid = PointGrid.for_image(tuple(batch.images.shape[-2:]), STRIDES)
-        return statistics_of(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)
+        return assign_with_statistics(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)[2]
 
     def compile_training(self, mode: str) -> str:
         """Compile a training step, or without Triton's assignment the network, in place; return a name for this."""

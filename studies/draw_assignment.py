@@ -30,7 +30,7 @@ from eval import load_with_data
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
 from kernels.statistics import AMBIGUOUS_SHARE
-from model.assigners import STRATEGIES, assign_and_ambiguous
+from model.assigners import STRATEGIES, assign_with_statistics
 from model.backbone import STRIDES
 from studies.predictions import find_image, predicted_scene
 from tests.support.scenes import PRIOR_LOGIT, Scene, trained_predictions
@@ -122,7 +122,7 @@ def draw_levels(title: str, image: Tensor, scene: Scene, config: OTAConfig, stra
     grid, points, (height, width), colors = scene.grid, scene.grid.points(), image.shape[-2:], colors_of(scene.gt_boxes)
     drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
     for strategy in strategies:
-        match, ambiguous = assign_and_ambiguous(strategy, scene, config)
+        match, ambiguous, _ = assign_with_statistics(strategy, scene, config)
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
@@ -156,7 +156,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     """The units that every object and background send to every point, and the labels: a row for each level."""
     grid, count = scene.grid, len(scene.gt_boxes)
     plan = solve(scene, config)[1]
-    match, ambiguous = assign_and_ambiguous("ota", scene, config)
+    match, ambiguous, _ = assign_with_statistics("ota", scene, config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     sent[count] = 1  # background is the only supplier of points that are no candidate
