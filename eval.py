@@ -55,15 +55,14 @@ def coco_results(image_id: int, detections: Detections, category_ids: list[int])
 @torch.no_grad()
 def detect_dataset(detector: Detector, dataset: CocoDataset, batch_size: int, workers: int) -> list[dict]:
     """Return detections in COCO result format, by image id: on rank 0 those of all ranks, elsewhere none."""
-    device = detector.mean.device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batches = batches_of_one_size(dataset, detector.config.image_size, batch_size)[rank::world]
-    settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts, "pin_memory": device.type == "cuda"}
+    settings = {"num_workers": workers, "worker_init_fn": ignore_interrupts, "pin_memory": detector.mean.is_cuda}
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack_samples, **settings)
     results, hidden = [], None if rank == 0 else True
     for batch, targets in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=hidden):
         scales = (torch.tensor([t["orig_size"] for t in targets]) / batch.sizes).flip(1).repeat(1, 2)
-        for target, scale, detections in zip(targets, scales, detector(batch.to(device)), strict=True):
+        for target, scale, detections in zip(targets, scales, detector(batch.to(detector.mean.device)), strict=True):
             detections = detections._replace(boxes=detections.boxes.cpu() * scale)
             results += coco_results(target["image_id"], detections, dataset.category_ids)
     gathered = [results] * world if rank == 0 else None

@@ -158,10 +158,7 @@ class Detector(nn.Module):
         return unpad(*self.detect_padded(images, sizes), self.class_names)
 
     def resize_and_detect(self, images: list[Tensor]) -> list[Detections]:
-        """Return detections in px of the images as given. Raises ImageError.
-
-        Images that pad to the same size go through the network together: no detection depends on the other images.
-        """
+        """Detect in batches of one padded size, so that no detection depends on other images. Raises ImageError."""
         groups, detections, device = defaultdict(list), [None] * len(images), self.mean.device
         for i, image in enumerate(images):
             try:
