@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable
+from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable, read_split
 from errors import run_script
 from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -138,7 +138,7 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
     classes: class_names, category_ids and source (their file) of the training, which must be those of the split.
     options: `first` and `records` of CocoDataset.
     """
-    options["records"] = options.get("records") or from_main(split.read)
+    options["records"] = options.get("records") or from_main(lambda: read_split(split))
     dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         if split.name == "train" and not options.get("first"):

@@ -9,7 +9,8 @@ Inputs   images (B, 3, H, W) uint8 RGB in 0..255, each in the upper left corner 
 Outputs  boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best first, labels (B, K) int64; rows that are
          no detection come last, with score 0, label -1 and a box of zeros. Without --nms: the candidates for NMS
 
-Normalisation is inside; resizing is not. The metadata (ONNX: metadata_props; .pt2: the extra file ota.json) are JSON.
+Normalisation is inside; resizing is not. The metadata (ONNX: metadata_props; .pt2: the extra file ota.json) are JSON:
+class_names, category_ids, image_size, preprocessing, nms and the thresholds.
 """
 
 import argparse
@@ -73,14 +74,14 @@ def export_program(detector: Detector, suppress: Callable[..., Tensor] | None) -
         raise UserError(f"torch cannot export {detector.config.backbone} for images of any size: {error}") from error
 
 
-def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, max_detections: int):
+def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, limit: int):
     """`suppressed` by ONNX's operator, which wants scores (B, C, K): a candidate has one in the row of its class."""
     from onnxscript import opset18 as op
 
     classes = op.Constant(value_ints=list(range(num_classes)))
     of_class = op.Equal(op.Unsqueeze(labels, [1]), op.Unsqueeze(classes, [0, 2]))
     table = op.Where(of_class, op.Unsqueeze(scores, [1]), 0.0)
-    kept = op.NonMaxSuppression(boxes, table, [max_detections], [nms_iou], [0.0])  # rows of image, class, candidate
+    kept = op.NonMaxSuppression(boxes, table, [limit], [nms_iou], [0.0])  # rows of image, class, candidate
     place = op.Gather(kept, [0, 2], axis=1)
     return op.ScatterND(op.Mul(scores, 0.0), place, op.GatherND(scores, place))
 
@@ -92,7 +93,7 @@ def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
 
 
 def export_onnx(detector: Detector, nms: bool) -> bytes:
-    """Raises UserError: packages are missing, or torch cannot export the network."""
+    """Return the file. Raises UserError: packages are missing, or torch cannot export the network."""
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise SettingsError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
     settings = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels"), "opset_version": 18}

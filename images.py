@@ -1,7 +1,4 @@
-"""Images in any form to RGB tensors, the same way for training, evaluation and prediction.
-
-Imports nothing of this repository except its error class.
-"""
+"""Images in any form to RGB tensors, the same way for training, evaluation and prediction."""
 
 import math
 import os
@@ -26,7 +23,7 @@ class ImageError(UserError):
 
 
 def to_tensor(image: ImageLike, name: str = "the image") -> Tensor:
-    """RGB (3, H, W), uint8 in 0..255, or float32 in 0..1 where it was that before. Raises ImageError.
+    """Return RGB (3, H, W), uint8 in 0..255, or float32 in 0..1 for a floating point tensor. Raises ImageError.
 
     path, PIL image   turned upright as the EXIF orientation says; of any mode with at most 8 bits a channel
     numpy array       (H, W, 3) uint8 RGB (OpenCV has BGR: give it image[..., ::-1])
@@ -51,7 +48,7 @@ def to_tensor(image: ImageLike, name: str = "the image") -> Tensor:
 
 
 def load_image(image: str | os.PathLike | Image.Image) -> Tensor:
-    """RGB, uint8 (3, H, W), turned upright as its EXIF orientation says. Raises ImageError naming the file."""
+    """Return uint8 RGB (3, H, W), turned upright as the EXIF orientation says. Raises ImageError naming the file."""
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
             check_pixels(opened)
@@ -74,7 +71,7 @@ def check_pixels(image: Image.Image) -> None:
 
 
 def header_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as displayed, without decoding. Raises what Pillow raises."""
+    """Return (width, height) as displayed, without decoding. Raises Pillow's errors, and ValueError."""
     with Image.open(path) as image:
         check_pixels(image)
         # PngImageFile.getexif would decode the whole file to look for EXIF behind the pixels.

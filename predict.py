@@ -32,14 +32,14 @@ from model import Detector, load, write_file
 from training.process import setup_distributed
 from training.settings import SettingsError, number, positive
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images in folders; and written as they are
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # searched for in folders, and written
 JPEG_QUALITY = 92
 
 
 def find_images(inputs: list[str]) -> list[Path]:
-    """Files as they are named, and the images of folders and globs, sorted; each file once.
+    """Return files as they are named, and the images of folders and globs, sorted; each file once. Raises UserError.
 
-    A name without a file is kept, to be reported with the files that cannot be read. Raises SettingsError: no images.
+    A name without a file is kept, to be reported with the files that cannot be read.
     """
     images: dict[str, Path] = {}
     for name in inputs:
@@ -51,15 +51,13 @@ def find_images(inputs: list[str]) -> list[Path]:
         for path in paths:
             images.setdefault(os.path.normpath(path.absolute()), path)
     if not images:
-        raise SettingsError(
-            f"no images in {', '.join(inputs)}; folders and globs are searched for {' '.join(SUFFIXES)}"
-        )
+        raise SettingsError(f"no images in {', '.join(inputs)}; a folder or glob is searched for {' '.join(SUFFIXES)}")
     return list(images.values())
 
 
 def picture_paths(images: list[Path], out: Path) -> list[Path]:
-    """Where to write the picture of every image: its name in `out`; a name that is taken gets a number. A kind of file
-    that is not written, such as GIF, becomes a PNG. Raises SettingsError: a picture would overwrite an image.
+    """Return the paths of pictures: the images' names in `out`, with a number if the name is taken; GIF and other kinds
+    of files that are not written become PNG. Raises UserError: a picture would overwrite an image.
     """
     pictures: dict[str, Path] = {}  # by name in lower case, as some file systems have it
     for image in images:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, DatasetError, collate, find_splits, train_transform
+from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
 from data.dataset import SeededDataset, batches_from, seed_of
 from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
@@ -51,7 +51,7 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
-    records = from_main(lambda: split.read(look_at_files=args.bad_images == "stop"))
+    records = from_main(lambda: read_split(split, args.bad_images == "stop"))
     dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)
     say(f"training on {split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:

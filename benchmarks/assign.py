@@ -60,11 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{line('')}")
     if len(scene.gt_boxes) * scene.grid.num_points <= TIMED[device.type]:
         backends += ["reference"]
-    rows: dict[str, dict] = {}
-    report = {"about": facts, "parity": {name: asdict(result) for name, result in parities.items()}, "rows": rows}
+    report = {"about": facts, "parity": {name: asdict(result) for name, result in parities.items()}, "rows": {}}
     for backend in backends:
         repeats = max(3, args.repeats // 10) if backend == "reference" else args.repeats
-        rows[backend] = row = measure(partial(ota_assign, *scene, config, backend=backend), repeats, device)
+        report["rows"][backend] = row = measure(partial(ota_assign, *scene, config, backend=backend), repeats, device)
         print(line(backend, row), flush=True)
         if backend == "triton" and name in TARGETS:
             limits = zip(LIMITED, TARGETS[name], strict=True)

@@ -111,10 +111,7 @@ def launch(scene: Scene, config: OTAConfig) -> None:
 
 
 def set_target(target: str) -> None:
-    """Answer what Triton asks its driver before a launch, as if the GPU were present.
-
-    Each target is a device, because Triton keeps a cache per device.
-    """
+    """Let Triton's driver answer as if the GPU were present, each target as a device, because caches are per device."""
     answers = {"device": lambda: target, "stream": lambda device: 0, "target": lambda: TARGETS[target][0]}
     triton.runtime.driver.set_active(SimpleNamespace(**{f"get_current_{name}": f for name, f in answers.items()}))
 

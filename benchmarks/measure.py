@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from training.environment import environment
 
@@ -131,11 +131,9 @@ def launches(call: Callable[[], object], device: torch.device) -> tuple[int | No
 
 def _traced(call: Callable[[], object], device: torch.device) -> tuple[object, list[dict]]:
     """A call's result and its events: the tensor memory of a CPU, the activities of a GPU."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu]
     with warnings.catch_warnings(), tempfile.NamedTemporaryFile(suffix=".json") as file:
         warnings.filterwarnings("ignore", "Warning: Profiler clears events")
-        with profile(activities=activities, profile_memory=not on_gpu) as profiler:
+        with profile(profile_memory=device.type != "cuda") as profiler:
             outputs = call()
             wait_for(device)
         profiler.export_chrome_trace(file.name)

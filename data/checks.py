@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,30 @@ MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, 
 LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
+Size = tuple[int, int]  # width, height in px
+ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
+
+
+class Form(NamedTuple):
+    """A form of annotations: `read(split, read_bytes, look_at_files)` returns the content of a COCO file."""
+
+    name: str
+    read: Callable[["Split", ReadBytes, bool], object]  # raises DatasetError or OSError
+    recipe: str | None = None  # its name in train.py
+    boxes: tuple[str, ...] = ()  # the kinds to choose from, the default first
+    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None  # of annotations and results, beside COCO's
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one half of a data set lies."""
+
+    name: str  # "train" or "val"
+    annotations: Path
+    images: Path
+    form: Form
+    box: str | None = None  # one of the form's kinds
+    follow_links: bool = False  # read links to files outside the folders of images and annotations
 
 
 class Records(NamedTuple):
@@ -46,10 +71,8 @@ class Records(NamedTuple):
         return Records(self.categories, *columns, self.digest)._replace(owners=np.searchsorted(rows, self.owners[kept]))
 
 
-def check_annotations(
-    content: object, images_dir: Path, source: Path, look_at_files: bool = True, follow_links: bool = False
-) -> Records:
-    """Return the records of the parsed file `source`, or raise one DatasetError that lists every problem.
+def check_annotations(content: object, split: Split, look_at_files: bool = True) -> Records:
+    """Return the records of a parsed file, or raise one DatasetError that lists every problem.
 
     With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000;
     every image is checked again when it is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset
@@ -57,7 +80,7 @@ def check_annotations(
     """
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
-        raise DatasetError(f"{source}: the top level is a {type(content).__name__}, not an object")
+        raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
     sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
     categories, images, objects = sound
     for name, count in Counter(category["name"] for category in categories).items():
@@ -65,8 +88,8 @@ def check_annotations(
             problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
     _check_boxes(records, objects, known, problems)
-    missing = _check_files(images, images_dir, look_at_files, follow_links, problems)
-    raise_problems(source, problems, missing, images_dir)
+    missing = _check_files(images, split, look_at_files, problems)
+    raise_problems(split.annotations, problems, missing, split.images)
     return records
 
 
@@ -172,9 +195,7 @@ def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], 
             problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
 
 
-def _check_files(
-    images: list[dict], images_dir: Path, look_at_files: bool, follow_links: bool, problems: Problems
-) -> list[str]:
+def _check_files(images: list[dict], split: Split, look_at_files: bool, problems: Problems) -> list[str]:
     """Compare recorded sizes with those in the files' headers; return the names of missing files."""
     first_with: dict[str, dict] = {}
     for record in images:
@@ -184,7 +205,7 @@ def _check_files(
             problems["file names that occur twice"].append(both)
         if leaves_folder(record["file_name"]):
             problems[LEAVING].append(_image(record))
-    missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(images_dir / name)]
+    missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(split.images / name)]
     sample, coverage = [record for name, record in first_with.items() if not leaves_folder(name)], ""
     if not look_at_files:
         return missing
@@ -192,7 +213,7 @@ def _check_files(
         coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
         sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
     named = [(_image(record), record["file_name"]) for record in sample]
-    sizes, more_missing = read_sizes(named, images_dir, follow_links, problems, coverage)
+    sizes, more_missing = read_sizes(named, split, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
             both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
@@ -206,22 +227,22 @@ def _image(record: dict) -> str:
 
 
 def read_sizes(
-    named: list[tuple[str, str]], images_dir: Path, follow_links: bool, problems: Problems, coverage: str = ""
-) -> tuple[list[tuple[int, int] | None], list[str]]:
+    named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = ""
+) -> tuple[list[Size | None], list[str]]:
     """Return (width, height) of images as displayed, from their headers, and the names of missing files.
 
     named: a description of each image, for messages, and its file name. The size of an image that cannot be read is
     None, and `problems` names the image.
     """
 
-    def size_or_problem(file_name: str) -> tuple[tuple[int, int] | None, str, str]:
+    def size_or_problem(file_name: str) -> tuple[Size | None, str, str]:
         """Return the size; or None, the kind of problem, and a remark on it."""
         try:
-            return header_size(path_inside(images_dir, file_name, follow_links)), "", ""
+            return header_size(path_inside(split.images, file_name, split.follow_links)), "", ""
         except DatasetError as error:
             return None, LEAVING, str(error)
         except FileNotFoundError as error:  # the system's error has a number, and repeats the name
-            return None, f"image files missing in {images_dir.absolute()}", "" if error.errno else str(error)
+            return None, f"image files missing in {split.images.absolute()}", "" if error.errno else str(error)
         except Exception as error:  # Pillow's readers raise nearly anything on a broken file
             return None, "image files that cannot be read", getattr(error, "strerror", None) or str(error)
 

@@ -10,7 +10,7 @@ import hashlib
 import multiprocessing
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -19,9 +19,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data.checks import Records
+from data.checks import Records, Split
 from data.files import DatasetError, path_inside, printable
-from data.forms import Split
+from data.forms import read_split
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -60,7 +60,7 @@ class CocoDataset(torch.utils.data.Dataset):
         records: of the split, if it was read before
         """
         self.split, self.transform = split, transform
-        self.records = records = split.read(look_at_files=bad_images == "stop") if records is None else records
+        self.records = records = read_split(split, bad_images == "stop") if records is None else records
         self.grouping = _grouping(records, known_ids)
         self.digest = records.digest
         records = self._used = records if first is None else records.first_images(first)
@@ -217,7 +217,6 @@ def eval_transform(image_size: tuple[int, int]) -> v2.Transform:
     return v2.Resize(None if shorter == longest else [shorter], max_size=longest, antialias=True)
 
 
-@lru_cache(maxsize=2**16)
 def resized_size(height: int, width: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) in px of an image of height x width px after either transform."""
     canvas = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(height, width))

@@ -75,7 +75,7 @@ def leaves_folder(name: str) -> bool:
 
 def path_inside(folder: Path, name: str, follow_links: bool = False) -> Path:
     """Return the path of file `name` in a folder, which may itself be a link. Raises FileNotFoundError for a link to
-    nothing, DatasetError if `name` leaves the folder, by a link only without `follow_links`, ValueError for NUL in it."""
+    nothing, ValueError for NUL, DatasetError if `name` leaves the folder, by a link only without `follow_links`."""
     if leaves_folder(name):
         raise DatasetError(f"{name!r} leaves the folder {folder}")
     real = os.path.realpath(folder)
@@ -103,7 +103,7 @@ CHANGES: dict[str, Callable[[str], str]] = {
 def near_misses(names: list[str], folder: Path) -> list[str]:
     """Return a line for each way (some of CHANGES, another folder) in which files missing in `folder` would be found.
 
-    Of FILES_WALKED files in `folder` and then beside it, that one counts which shares the most trailing parts of a name.
+    Of FILES_WALKED files in `folder` and then beside it, the one that shares the most trailing parts of a name counts.
     """
     file_names, known = {_parts(name)[0] for name in names}, {}
     for path in islice(_walk(folder), FILES_WALKED) if names else ():

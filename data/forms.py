@@ -17,13 +17,10 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from data.checks import BOX, Problems, Records, check_annotations, is_box, raise_problems, read_sizes
+from data.checks import BOX, Problems, ReadBytes, Records, Split, check_annotations, is_box, raise_problems, read_sizes
 from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, parse_json, path_inside
 
 # The polygons are most of a large file, and not needed; parsing their numbers takes twice the time of the rest.
@@ -33,51 +30,29 @@ LISTS = ("train", "val", "trainval", "test")
 DIFFICULT = dict.fromkeys(("", "0", "0.0", "false", "unspecified"), 0) | dict.fromkeys(("1", "1.0", "true"), 1)
 SUFFIX = re.compile("(" + "|".join(map(re.escape, (".xml", *IMAGE_SUFFIXES))) + ")$", re.IGNORECASE)
 
-ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
 Boxes = list[tuple[list[float], int]]  # x, y, width, height in px, and iscrowd
 
 
-class Form(NamedTuple):
-    """A form of annotations: `read(split, read_bytes, look_at_files)` returns the content of a COCO file."""
+def read_split(split: Split, look_at_files: bool = True) -> Records:
+    """Read and check the annotation files, with `look_at_files` also the images' headers. Raises DatasetError."""
+    digest = hashlib.sha256()
+    if not split.images.is_dir():
+        folder = split.images.absolute()
+        raise DatasetError(f"{split.annotations.absolute()} is there, but its image folder {folder} is not")
 
-    name: str
-    read: Callable[["Split", ReadBytes, bool], object]  # raises DatasetError or OSError
-    recipe: str | None = None  # its name in train.py
-    boxes: tuple[str, ...] = ()  # the kinds to choose from, the default first
-    metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None  # of annotations and results, beside COCO's
+    def read_bytes(path: Path) -> bytes:
+        content = path.read_bytes()
+        digest.update(content)
+        return content
 
-
-@dataclass(frozen=True)
-class Split:
-    """Where one half of a data set lies."""
-
-    name: str  # "train" or "val"
-    annotations: Path
-    images: Path
-    form: Form
-    box: str | None = None  # one of the form's kinds
-    follow_links: bool = False  # read links to files outside the folders of images and annotations
-
-    def read(self, look_at_files: bool = True) -> Records:
-        """Read and check the annotation files, with `look_at_files` also the images' headers. Raises DatasetError."""
-        source, images_dir, digest = self.annotations, self.images, hashlib.sha256()
-        if not images_dir.is_dir():
-            raise DatasetError(f"{source.absolute()} is there, but its image folder {images_dir.absolute()} is not")
-
-        def read_bytes(path: Path) -> bytes:
-            content = path.read_bytes()
-            digest.update(content)
-            return content
-
-        gc.disable()  # its passes over the millions of objects of a large file take a third of the time
-        try:
-            content = self.form.read(self, read_bytes, look_at_files)
-            records = check_annotations(content, images_dir, source, look_at_files, self.follow_links)
-        except OSError as error:
-            raise DatasetError(f"{error.filename or source}: cannot be read: {error}") from error
-        finally:
-            gc.enable()
-        return records._replace(digest=digest.hexdigest())
+    gc.disable()  # its passes over the millions of objects of a large file take a third of the time
+    try:
+        records = check_annotations(split.form.read(split, read_bytes, look_at_files), split, look_at_files)
+    except OSError as error:
+        raise DatasetError(f"{error.filename or split.annotations}: cannot be read: {error}") from error
+    finally:
+        gc.enable()
+    return records._replace(digest=digest.hexdigest())
 
 
 def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> object:
@@ -128,7 +103,7 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
                 problems["malformed lines"].append(f"line {number}: {error}")
     named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
     unreadable = problems if look_at_files else defaultdict(list)
-    sizes, missing = read_sizes(named, split.images, split.follow_links, unreadable)
+    sizes, missing = read_sizes(named, split, unreadable)
     raise_problems(split.annotations, problems, missing if look_at_files else [], split.images)
     name, scenes = BOXES[split.box], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
@@ -183,8 +158,9 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
 
     An image's id is the number of the first line with its name. Its file is the <filename> of its XML if that is in the
     image folder, else the one named like the line. Classes are those of all four lists, the same for each, in
-    alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax -
-    ymin + 1. A difficult object has iscrowd 1: a region to ignore. A DatasetError names all missing or malformed files.
+    alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height =
+    ymax - ymin + 1. A difficult object has iscrowd 1: a region to ignore. A DatasetError names missing and malformed
+    files.
     """
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
@@ -232,7 +208,7 @@ def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
 
 
 def _read_scene(content: bytes) -> tuple[dict, list[dict]]:
-    """Return file_name, width, height of an image; name, bbox, iscrowd of its objects. Raises ParseError, ValueError."""
+    """Return file_name, width, height of an image, and name, bbox, iscrowd of its objects. Raises ValueError."""
     root = _parse_xml(content)
     width, height = (int(_number(root, f"size/{side}")) for side in ("width", "height"))
     objects = []

@@ -4,9 +4,10 @@ import os
 import re
 from pathlib import Path
 
+from data.checks import Form, Split
 from data.crowd_metrics import crowd_metrics
 from data.files import DatasetError
-from data.forms import BOXES, Form, Split, read_coco, read_crowdhuman, read_voc
+from data.forms import BOXES, read_coco, read_crowdhuman, read_voc
 from data.shapes import generate_shapes, shapes_folder
 
 COCO = Form("COCO", read_coco)

@@ -9,7 +9,7 @@ and the supply k_i. B images, N anchor points over all levels, G ground truths o
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -241,12 +241,6 @@ def _pairs_kernel(
 COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
 
 
-def _register_limit() -> dict[str, int]:
-    """Allow 128 registers: by default NVIDIA's assembler uses fewer and spills a few values."""
-    on_nvidia = COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return {"maxnreg": 128} if on_nvidia else {}
-
-
 @cache
 def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool) -> Tensor:
     """Level table (center_prior_triton.py), then the ranks along x and along y that one of the "closest" points can
@@ -286,8 +280,7 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     # Pinned memory is copied without waiting for the device.
     host = _host_table(grid, config.center_prior, config.radius, device.type == "cuda")
     levels, ranks = host.to(device, non_blocking=True).tensor_split([5 * L])
-    most = most_pairs_per_gt(grid, config)
-    capacity = G * most
+    capacity = G * (most := most_pairs_per_gt(grid, config))
     if config.center_prior == "none":
         counts = torch.empty(G, dtype=torch.int64, device=device)
         _count_kernel[(G,)](counts, gt_boxes, gt_labels, gt_offsets, levels, B, C, L, **_OPTIONS)
@@ -299,18 +292,16 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
         start = torch.arange(0, (G + 1) * most, most, device=device)
     if max(capacity, B * N) > NO_POINT.value - 2**16:
         raise ValueError(f"{capacity:,} possible pairs of {B * N:,} points are too many for 32 bits; pass max_pairs")
-
-    def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    num_ranks = len(ranks) // 2
-    point = torch.full((capacity,), NO_POINT.value, dtype=torch.int32, device=device)
-    pairs = Pairs(point, empty(capacity), empty(capacity, dtype=torch.float32), start, empty(G), empty(G))
+    empty, num_ranks = partial(torch.empty, dtype=torch.int32, device=device), len(ranks) // 2
+    point, cost = empty(capacity).fill_(NO_POINT.value), empty(capacity, dtype=torch.float32)
+    pairs = Pairs(point, empty(capacity), cost, start, empty(G), empty(G))
     scratch = empty(capacity), empty(G, num_ranks, dtype=torch.int64), empty(G, num_ranks)
     num_closest = int(config.radius) ** 2 if config.center_prior == "closest" else 0
     supply = config.top_q, config.per_q, config.fixed_k or 0
     settings = L, num_ranks, num_closest, *supply, float(config.alpha), cost_scale(config)
     kinds = dict(PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost)
-    options = kinds | _OPTIONS | _register_limit()
-    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], (levels, ranks), B, N, C, capacity, settings, **options)
+    if COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda":
+        kinds["maxnreg"] = 128  # by default NVIDIA's assembler uses fewer registers and spills a few values
+    tables = levels, ranks
+    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, capacity, settings, **kinds, **_OPTIONS)
     return pairs

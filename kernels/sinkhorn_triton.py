@@ -14,11 +14,11 @@ u and v and P is computed anew. Costs and potentials are in units of eps / log2(
 
 import math
 from collections import namedtuple
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .center_prior_triton import NO_POINT, load_boxes
 from .config import EMPTY_SUPPLY, Assignment, Inputs, OTAConfig
@@ -332,18 +332,14 @@ def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignmen
     first_edge = torch.searchsorted(sorted_point, image_start, out_int32=True)
     # An image has at most as many candidate points as pairs, and at most N.
     num_points, first_point = min(num_slots, B * N), (first_edge if num_slots < B * N else image_start)[:-1]
-
-    def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    gt_index = torch.full((B, N), -1, device=device)
-    match = Assignment(gt_index, torch.zeros(B, N, dtype=torch.float32, device=device), pairs.k)
+    kinds = torch.int32, torch.float32, torch.float64
+    int32, float32, float64 = (partial(torch.empty, dtype=kind, device=device) for kind in kinds)
+    match = Assignment(torch.full((B, N), -1, device=device), float32(B, N).zero_(), pairs.k)
     # Columns are zeroed: if gt_offsets fall, a slot may belong to no image, and its column must still be valid.
-    column = torch.zeros(num_slots, dtype=torch.int32, device=device)
-    potentials = Potentials(*(empty(size, torch.float64) for size in (G, B, num_points)), column, first_point)
-    by_pair = empty(num_slots, torch.int32), empty(num_slots), empty(num_slots), empty(num_slots)
-    by_point = empty(num_points + B, torch.int32), empty(num_points, torch.int32), empty(num_points), empty(num_points)
-    scratch = *by_pair, *by_point, empty(G), empty(G, torch.float64)
+    potentials = Potentials(float64(G), float64(B), float64(num_points), int32(num_slots).zero_(), first_point)
+    by_pair = int32(num_slots), float32(num_slots), float32(num_slots), float32(num_slots)
+    by_point = int32(num_points + B), int32(num_points), float32(num_points), float32(num_points)
+    scratch = *by_pair, *by_point, float32(G), float64(G)
     sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
     settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
     _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **_OPTIONS)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from .assign import check_inputs
 from .assign_torch import solve
-from .config import Inputs, OTAConfig, Plan
+from .config import Assignment, Inputs, OTAConfig, Plan
 
-AMBIGUOUS_SHARE = 0.9
+AMBIGUOUS_SHARE = 0.9  # a point is ambiguous if no supplier sends more of what it receives (paper, section 4.2)
 
 
 def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -18,14 +18,9 @@ def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
     return received, sent_by_background.scatter_reduce(0, column, sent, "amax")
 
 
-def is_ambiguous(received: Tensor, largest: Tensor) -> Tensor:
-    """(A,) bool, from `units_received`: no supplier sends 0.9 of what the point receives (paper, section 4.2)."""
-    return largest < AMBIGUOUS_SHARE * received
-
-
 @torch.no_grad()
-def assignment_statistics(inputs: Inputs, config: OTAConfig) -> dict[str, Tensor]:
-    """Float32 scalars; waits for a GPU.
+def assignment_statistics(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor, dict[str, Tensor]]:
+    """The assignment, the ambiguous points (B, N) bool, and numbers, float32 scalars; waits for a GPU.
 
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
@@ -33,16 +28,18 @@ def assignment_statistics(inputs: Inputs, config: OTAConfig) -> dict[str, Tensor
     residual          mean over the candidate points of |units received - 1|, the error of Sinkhorn's columns;
                       its rows are exact
 
-    All are 0 where no ground truth takes part.
+    All numbers are 0 where no ground truth takes part.
     """
     inputs = check_inputs(inputs)
     match, plan = solve(inputs.to("cpu") if inputs.boxes.device.type == "mps" else inputs, config)  # mps has no float64
-    num_gts = (plan.k > 0).sum().clamp(min=1)
     received, largest = units_received(plan)
-    num_points = max(1, len(received))
-    return {
-        "positives_per_gt": (match.gt_index >= 0).sum() / num_gts.float(),
-        "mean_k": plan.k.sum() / num_gts.float(),
-        "ambiguous": is_ambiguous(received, largest).sum().float() / num_points,
+    ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
+    ambiguous.view(-1)[plan.points[largest < AMBIGUOUS_SHARE * received]] = True
+    num_gts, num_points = (plan.k > 0).sum().clamp(min=1).float(), max(1, len(received))
+    numbers = {
+        "positives_per_gt": (match.gt_index >= 0).sum() / num_gts,
+        "mean_k": plan.k.sum() / num_gts,
+        "ambiguous": ambiguous.sum().float() / num_points,
         "residual": (received - 1).abs().sum().float() / num_points,
     }
+    return match, ambiguous, numbers

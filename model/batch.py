@@ -1,7 +1,4 @@
-"""Images and targets of different sizes -> one padded batch of tensors, its ground truths ragged.
-
-Packed in the loader processes, so that a batch goes to the device in a few large copies that nobody waits for.
-"""
+"""Images and targets of different sizes -> one padded batch, its ground truths ragged; packed in loader processes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,13 +62,12 @@ def pad_rows(tensor: Tensor, value: float = 0) -> Tensor:
 def pack(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], sides: tuple[int, ...] = ()) -> Batch:
     """Pack images (3, h, w) and targets as `Detector` takes them, on the CPU, into a Batch.
 
-    With `sides` the sizes of all tensors are few, for torch.compile: images are padded to `sides`, ground truths with
-    rows that belong to no image, and regions to ignore with empty ones.
+    With `sides`, for torch.compile, sizes are few: images are padded to `sides`, and rows without image or area added.
     """
     boxes = [torch.as_tensor(t["boxes"]).reshape(-1, 4).float() for t in targets]
     ignored = [torch.as_tensor(t.get("ignore", ())).reshape(-1, 4).float() for t in targets]
-    offsets = F.pad(torch.tensor([len(b) for b in boxes]).cumsum(0), (1, 0))
-    image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([len(b) for b in ignored]))
+    offsets = F.pad(torch.tensor([*map(len, boxes)]).cumsum(0), (1, 0))
+    image_of_ignored = torch.arange(len(targets)).repeat_interleave(torch.tensor([*map(len, ignored)]))
     labels = torch.cat([boxes[0][:0, 0].long(), *(t["labels"] for t in targets)])  # integers of any type become int64
     rows = torch.cat(boxes), labels, torch.cat(ignored), image_of_ignored
     gt_boxes, gt_labels, ignore_boxes, ignore_image = map(pad_rows, rows, (0, -1, 0, 0)) if sides else rows

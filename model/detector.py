@@ -13,20 +13,17 @@ from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
-from .assigners import NEITHER, STRATEGIES, assign, statistics_of
+from .assigners import NEITHER, STRATEGIES, assign, assign_with_statistics
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
 from .fields import Rule, first_flaw, integer, number, one_of_type
-from .head import GROUP_CHANNELS, Head, Predictions
+from .head import Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import Detections, postprocess, suppressed, unpad
 
-CHANNELS = range(GROUP_CHANNELS, 2**14 + 1, GROUP_CHANNELS)
-
 
 def _is_image_size(value: object) -> bool:
-    is_pair = isinstance(value, tuple) and [type(side) for side in value] == [int, int]
-    return is_pair and 0 < value[0] <= value[1] <= MAX_SIDE_PX
+    return isinstance(value, tuple) and [*map(type, value)] == [int, int] and 0 < value[0] <= value[1] <= MAX_SIDE_PX
 
 
 # The upper bounds are far from use: no weights file can ask for more.
@@ -34,7 +31,7 @@ RULES: dict[str, Rule] = {
     "num_classes": integer(1, 100_000),
     "backbone": one_of_type(str, "the name of a timm model"),
     "image_size": (_is_image_size, f"the shorter and the longest side in px, up to {MAX_SIDE_PX}"),
-    "channels": (lambda value: type(value) is int and value in CHANNELS, "a multiple of 8 (--channels) up to 16384"),
+    "channels": (lambda v: type(v) is int and v in range(8, 2**14 + 1, 8), "a multiple of 8 (--channels) up to 16384"),
     "head_convs": integer(0, 100),
     "frozen_norm": one_of_type(bool, "true or false"),
     "score_threshold": number(0, 1),
@@ -78,11 +75,10 @@ class Detector(nn.Module):
 
     Output in training: a dict of scalar losses `cls`, `box`, `iou`, to be summed, the Assignment and the Predictions
     that it was made from, detached. Images are not resized.
-    Output in evaluation: a list of Detections in px of the images as given. The images of a list are resized to
-    `config.image_size`, those of a Batch are not.
+    Output in evaluation: Detections in px of the images as given; a list's images are resized to `config.image_size`.
 
-    Under torch.autocast, and after half() or bfloat16(), the network runs in the lower precision; assignment, losses
-    and detections are float32. `class_names` and `category_ids` are those of the annotation file, by label.
+    Under torch.autocast, half() or bfloat16() the network runs in the lower precision; assignment, losses and
+    detections are float32. `class_names` and `category_ids` are those of the annotation file, by label.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
@@ -140,10 +136,10 @@ class Detector(nn.Module):
         return losses, assignment, detached
 
     def statistics(self, predictions: Predictions, batch: Batch) -> dict[str, Tensor]:
-        """Numbers about the assignment of a training batch, see model.assigners.statistics_of. Waits for the device."""
+        """Numbers about the assignment of a training batch, see kernels.assignment_statistics. Waits for the device."""
         truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
         grid = PointGrid.for_image(tuple(batch.images.shape[-2:]), STRIDES)
-        return statistics_of(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)
+        return assign_with_statistics(self.config.assigner, Inputs(*predictions[:2], *truth, grid), self.config.ota)[2]
 
     def compile_training(self, mode: str) -> str:
         """Compile a training step, or without Triton's assignment the network, in place; return a name for this."""
@@ -156,9 +152,7 @@ class Detector(nn.Module):
 
     def detect_padded(self, images: Tensor, sizes: Tensor, suppress=suppressed) -> tuple[Tensor, Tensor, Tensor]:
         """Result of `postprocess` for `images` and `sizes` of a Batch."""
-        c, (predictions, grid) = self.config, self.predict_raw(self.normalise(images, sizes))
-        settings = c.score_threshold, c.topk_per_level, c.nms_iou, c.max_detections
-        return postprocess(predictions, grid, sizes, *settings, suppress)
+        return postprocess(*self.predict_raw(self.normalise(images, sizes)), sizes, self.config, suppress)
 
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
         return unpad(*self.detect_padded(images, sizes), self.class_names)
@@ -185,14 +179,12 @@ class Detector(nn.Module):
         return detections
 
     @torch.no_grad()
-    def predict(
-        self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...], score: float = 0.0, batch_size: int = 8
-    ) -> Detections | list[Detections]:
-        """Return detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
+    def predict(self, images: ImageLike | list[ImageLike], score: float = 0.0, batch_size: int = 8):
+        """Return Detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
 
         For the kinds of images see images.to_tensor; `batch_size` images are read at a time. Boxes are in px of the
-        upright image. No score is below `config.score_threshold`. Raises ImageError: an image cannot be read. Raises
-        RuntimeError: the detector is in training mode. Raises ValueError: `batch_size` or `score` is not valid.
+        upright image. No score is below `config.score_threshold`. Raises ImageError: an image cannot be read;
+        RuntimeError: the detector is in training mode; ValueError: `batch_size` or `score` is not valid.
         """
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")

@@ -5,6 +5,7 @@ B images, N points over all L levels, C classes, K = L * topk_per_level candidat
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,10 @@ class Detections(NamedTuple):
         return [self.class_names[label] for label in self.labels.tolist()]
 
 
-def suppressed(
-    boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, nms_iou: float, max_detections: int
-) -> Tensor:
+def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, nms_iou: float, limit: int) -> Tensor:
     """Set scores (B, K) to 0 where greedy NMS among the boxes (B, K, 4) of an image's class removes a candidate.
 
-    `max_detections` is for ONNX's operator, which replaces this function in export.py.
+    `limit`, the most detections of an image, is for ONNX's operator, which replaces this function in export.py.
     """
     image, rank = (scores > 0).nonzero(as_tuple=True)
     candidates = scores[image, rank]
@@ -51,20 +50,13 @@ def suppressed(
 
 @torch.no_grad()
 def postprocess(
-    predictions: Predictions,
-    grid: PointGrid,
-    sizes: Tensor,
-    score_threshold: float,
-    topk_per_level: int,
-    nms_iou: float,
-    max_detections: int,
-    suppress: Callable[..., Tensor] | None = suppressed,
+    predictions: Predictions, grid: PointGrid, sizes: Tensor, config, suppress: Callable | None = suppressed
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return boxes (B, D, 4) float32 px, scores (B, D) float32 and labels (B, D) int64, best first.
 
     Ties go to the lower index. Rows without a detection come last, with score 0, label -1 and a box of zeros. D is
-    `max_detections`, or K if `suppress` is None and candidates are returned. sizes (B, 2): height and width of every
-    image in the padded batch, px, to which boxes are clipped. A NaN in a score or a box is no detection.
+    `max_detections` of the DetectorConfig, or K if `suppress` is None and candidates are returned. sizes (B, 2):
+    height and width of every image, px, to which boxes are clipped. A NaN in a score or a box is no detection.
     """
     if sizes.device.type == "mps":  # has no float64: results are on the CPU
         predictions, sizes = [tensor.cpu() for tensor in predictions], sizes.cpu()
@@ -72,13 +64,13 @@ def postprocess(
     num_classes = logits.shape[2]
     scores = (logits.sigmoid() * iou_logits.sigmoid()[..., None]).sqrt()
     usable = (sizes > 0).all(1)[:, None] & ~boxes.isnan().any(2)
-    scores = torch.where(usable[..., None] & (scores > score_threshold), scores, 0)
-    scores, places = best_places(scores, grid, topk_per_level)
+    scores = torch.where(usable[..., None] & (scores > config.score_threshold), scores, 0)
+    scores, places = best_places(scores, grid, config.topk_per_level)
     limits = sizes.flip(1).repeat(1, 2)[:, None].float()
     boxes, labels = rows_of(boxes, places // num_classes).clamp(min=0).minimum(limits), places % num_classes
     if suppress:
-        scores = suppress(boxes, scores, labels, num_classes, nms_iou, max_detections)
-        best = best_first(scores, min(max_detections, scores.shape[1]))
+        scores = suppress(boxes, scores, labels, num_classes, config.nms_iou, config.max_detections)
+        best = best_first(scores, min(config.max_detections, scores.shape[1]))
         boxes, scores, labels = rows_of(boxes, best), scores.gather(1, best), labels.gather(1, best)
     is_detection = scores > 0
     return torch.where(is_detection[..., None], boxes, 0), scores, torch.where(is_detection, labels, -1)
@@ -92,7 +84,7 @@ def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str])
 
 
 def rows_of(table: Tensor, rows: Tensor) -> Tensor:
-    """table (B, n, d), rows (B, k) -> (B, k, d)"""
+    """table (B, n, d), rows (B, k) -> (B, k, d); torch.export takes the batch of take_along_dim for a constant."""
     return table.gather(1, rows[..., None].expand(-1, -1, table.shape[2]))
 
 
@@ -109,9 +101,8 @@ def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Ten
     A level with fewer scores is filled up with score 0.
     """
     num_classes, best, places = scores.shape[2], [], []
-    counts = [rows * columns for rows, columns in grid.sizes]
-    for start, level in zip(grid.level_offsets, scores.split(counts, 1), strict=False):
-        level = F.pad(level, (0, 0, 0, topk))
+    for start, end in pairwise(grid.level_offsets):
+        level = F.pad(scores[:, start:end], (0, 0, 0, topk))
         point = best_first(level.amax(2), topk).sort(1).values  # other points have none of the `topk` best scores
         flat = rows_of(level, point).flatten(1)
         index = best_first(flat, topk)

@@ -161,10 +161,8 @@ def draw(report: dict, path: Path) -> None:
     axes[1].axhline(1, color="black", linewidth=1, zorder=0)
     axes[2].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside lower center")
-    figure.suptitle(
-        f"{report['source']}: {report['images']} images, {report['positives']:,} positives. "
-        f"Dotted: the paper's {PAPER[1]} iterations, at eps {PAPER[0]:g}"
-    )
+    what = f"{report['source']}: {report['images']} images, {report['positives']:,} positives"
+    figure.suptitle(f"{what}. Dotted: the paper's {PAPER[1]} iterations, at eps {PAPER[0]:g}")
     figure.savefig(path, dpi=110)
 
 

@@ -15,13 +15,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 from benchmarks.measure import write_report
 from benchmarks.tables import AMBIGUOUS, APS, POINTS, SIZES, seeds_table
@@ -73,13 +74,12 @@ def train(contestant: str, seed: int, data: str, out: Path, more: list[str], thr
 
 def crowded_images(annotations: dict) -> set[int]:
     """Ids of the images with an object that another one overlaps with an IoU of more than 0.3."""
-    boxes: dict[int, list] = {}
+    by_image = defaultdict(list)
     for annotation in annotations["annotations"]:
         if not annotation["iscrowd"]:
-            x, y, w, h = annotation["bbox"]
-            boxes.setdefault(annotation["image_id"], []).append([x, y, x + w, y + h])
-    tables = {image_id: torch.tensor(rows, dtype=torch.float64) for image_id, rows in boxes.items()}
-    return {i for i, table in tables.items() if (box_iou(table, table).fill_diagonal_(0) > CROWDED_IOU).any()}
+            by_image[annotation["image_id"]].append(annotation["bbox"])
+    boxes = {i: box_convert(torch.tensor(b, dtype=torch.float64), "xywh", "xyxy") for i, b in by_image.items()}
+    return {i for i, b in boxes.items() if (box_iou(b, b).fill_diagonal_(0) > CROWDED_IOU).any()}
 
 
 def crowded_ap(weights: Path, device: torch.device) -> float:

@@ -13,7 +13,6 @@ its object; a ring is around an ambiguous one.
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from eval import load_with_data
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
 from kernels.statistics import AMBIGUOUS_SHARE
-from model.assigners import STRATEGIES, assign_and_ambiguous
+from model.assigners import STRATEGIES, assign_with_statistics
 from model.backbone import STRIDES
 from studies.predictions import find_image, predicted_scene
 from tests.support.scenes import PRIOR_LOGIT, Scene, trained_predictions
@@ -56,20 +55,10 @@ def colors_of(boxes: Tensor) -> list[str]:
     return [COLORS[c] for c in chosen]
 
 
-class Picture(NamedTuple):
-    """An image and what is assigned on it."""
-
-    title: str
-    image: Tensor  # uint8 (3, H, W)
-    scene: Scene  # B = 1
-    config: OTAConfig
-
-
 def toy_scene() -> Scene:
-    """Three objects of one class that overlap, on 3 levels of an image of 128 x 128 px.
+    """Return three objects of one class that overlap, on 3 levels of an image of 128 x 128 px.
 
-    A point predicts a mean of the boxes, weighted by how close their centres are, and a logit that rises towards the
-    closest centre.
+    A point predicts a mean of the boxes, weighted by closeness, and a logit that rises towards the closest centre.
     """
     grid, boxes = PointGrid.for_image((128, 128), (8, 16, 32)), torch.tensor(TOY_BOXES_PX)
     center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
@@ -79,7 +68,8 @@ def toy_scene() -> Scene:
     return Scene(logits[None], predicted[None], boxes, torch.zeros(3, dtype=torch.int64), torch.tensor([0, 3]), grid)
 
 
-def generated_crowd() -> Picture:
+def generated_crowd() -> tuple[str, Tensor, Scene, OTAConfig]:
+    """Return a title, an image (3, H, W) uint8, what is assigned on it (B = 1), and the settings."""
     generated = shapes.Scene(CROWD_PX, np.random.default_rng(CROWD_SEED))
     generated.fill()
     image = torch.from_numpy(generated.canvas.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
@@ -88,10 +78,11 @@ def generated_crowd() -> Picture:
     grid = PointGrid.for_image((CROWD_PX, CROWD_PX), STRIDES)
     predictions = trained_predictions(grid, boxes, labels, len(shapes.CLASSES), torch.Generator().manual_seed(0))
     scene = Scene(*(t[None] for t in predictions), boxes, labels, torch.tensor([0, len(boxes)]), grid)
-    return Picture("generated crowd, synthetic predictions", image, scene, OTAConfig())
+    return "generated crowd, synthetic predictions", image, scene, OTAConfig()
 
 
-def picture_of(args: argparse.Namespace) -> Picture:
+def chosen_image(args: argparse.Namespace) -> tuple[str, Tensor, Scene, OTAConfig]:
+    """Return what `generated_crowd` does, for the image that the flags name."""
     if args.weights is None:
         if args.data or args.image:
             raise SettingsError("--data and --image need --weights, whose predictions are assigned there")
@@ -102,10 +93,12 @@ def picture_of(args: argparse.Namespace) -> Picture:
     name = dataset.images[index]["file_name"]
     if not len(scene.gt_boxes):
         raise DatasetError(f"{name} (--image) has no objects to assign to")
-    return Picture(f"{name} of {Path(data).name}, {args.weights.name}", image, scene, detector.config.ota)
+    return f"{name} of {Path(data).name}, {args.weights.name}", image, scene, detector.config.ota
 
 
-def draw_boxes(axis, boxes: Tensor, colors: list[str], width: float = 1.5) -> None:
+def draw_boxes(axis, size_px: tuple[int, int], boxes: Tensor, colors: list[str], width: float = 1.5) -> None:
+    """Draw boxes (m, 4), and show the whole of an image of (height, width) px."""
+    axis.set(xlim=(0, size_px[1]), ylim=(size_px[0], 0), xticks=[], yticks=[], aspect="equal")
     for (x1, y1, x2, y2), color in zip(boxes.tolist(), colors, strict=True):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, zorder=2))
 
@@ -124,18 +117,12 @@ def draw_points(axis, points: Tensor, labels: Tensor, ambiguous: Tensor, colors:
     dots(ambiguous, 1.15, facecolors="none", edgecolors="black", linewidths=1.3, zorder=5)
 
 
-def frame(axis, size_px: tuple[int, int]) -> None:
-    height, width = size_px
-    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal")
-
-
-def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
+def draw_levels(title: str, image: Tensor, scene: Scene, config: OTAConfig, strategies: list[str], path: Path) -> None:
     """Strategies below one another, levels side by side, except those where no strategy has anything to show."""
-    title, image, scene, config = picture
     grid, points, (height, width), colors = scene.grid, scene.grid.points(), image.shape[-2:], colors_of(scene.gt_boxes)
     drawn = {}  # strategy: labels (N,) and ambiguous points (N,)
     for strategy in strategies:
-        match, ambiguous = assign_and_ambiguous(strategy, scene, config)
+        match, ambiguous, _ = assign_with_statistics(strategy, scene, config)
         drawn[strategy] = match.gt_index[0], ambiguous[0]
     shown = torch.stack([(labels >= 0) | ambiguous for labels, ambiguous in drawn.values()]).any(0)
     levels = [slice(*ends) for ends in zip(grid.level_offsets, grid.level_offsets[1:], strict=False)]
@@ -152,9 +139,8 @@ def draw_levels(picture: Picture, strategies: list[str], path: Path) -> None:
         row[0].set_ylabel(f"{strategy}\n{counts}", fontsize=13)
         for level, axis in zip(kept, row, strict=True):
             rows, stride = levels[level], grid.strides[level]
-            frame(axis, (height, width))
             axis.imshow(pale, extent=(0, width, height, 0))
-            draw_boxes(axis, scene.gt_boxes, colors)
+            draw_boxes(axis, (height, width), scene.gt_boxes, colors)
             dot_px = max(grid.strides[0], min(stride, 0.06 * width))
             draw_points(axis, points[rows], labels[rows], ambiguous[rows], colors, dot_px)
             axis.set_xlabel(f"{int((labels[rows] >= 0).sum())} positive")
@@ -170,7 +156,7 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     """The units that every object and background send to every point, and the labels: a row for each level."""
     grid, count = scene.grid, len(scene.gt_boxes)
     plan = solve(scene, config)[1]
-    match, ambiguous = assign_and_ambiguous("ota", scene, config)
+    match, ambiguous, _ = assign_with_statistics("ota", scene, config)
     sent = torch.full((count + 1, grid.num_points), torch.nan, dtype=torch.float64)
     sent[plan.gt, plan.flat_point] = plan.log_plan.exp()
     sent[count] = 1  # background is the only supplier of points that are no candidate
@@ -181,28 +167,22 @@ def draw_plan(scene: Scene, config: OTAConfig, path: Path) -> None:
     figure = Figure((2.7 * (count + 2), 2.7 * len(grid.strides) + 1), layout="constrained")
     axes = figure.subplots(len(grid.strides), count + 2)
     for level, row in enumerate(axes):
-        points_of_level, dot_px = slice(*grid.level_offsets[level : level + 2]), min(grid.strides[level], 12)
+        rows, dot_px = slice(*grid.level_offsets[level : level + 2]), min(grid.strides[level], 12)
         row[0].set_ylabel(f"stride {grid.strides[level]} px")
-        for i, axis in enumerate(row):
-            frame(axis, size_px)
-            if i > count:
-                draw_boxes(axis, scene.gt_boxes, colors[:count], 2)
-                labels = match.gt_index[0, points_of_level]
-                draw_points(axis, points[points_of_level], labels, ambiguous[0, points_of_level], colors, dot_px)
-                continue
+        draw_boxes(row[-1], size_px, scene.gt_boxes, colors[:count], 2)
+        draw_points(row[-1], points[rows], match.gt_index[0, rows], ambiguous[0, rows], colors, dot_px)
+        for i, axis in enumerate(row[:-1]):
             shades = LinearSegmentedColormap.from_list("", ["white", colors[i]]).with_extremes(bad="#ececec")
-            heat = sent[i, points_of_level].view(grid.sizes[level]).numpy()
+            heat = sent[i, rows].view(grid.sizes[level]).numpy()
             axis.imshow(heat, cmap=shades, vmin=0, vmax=1, extent=(0, size_px[1], size_px[0], 0))
             others = [color if j == i else "#999999" for j, color in enumerate(colors[:count])]
-            draw_boxes(axis, scene.gt_boxes, others if i < count else colors[:count])
+            draw_boxes(axis, size_px, scene.gt_boxes, others if i < count else colors[:count])
     for i, axis in enumerate(axes[0, :count]):
         axis.set_title(f"object {i + 1} supplies {int(plan.k[i])}", color=colors[i], fontweight="bold")
     axes[0, count].set_title(f"background supplies {grid.num_points - int(plan.k.sum())}", fontweight="bold")
     axes[0, count + 1].set_title("decoded labels", fontweight="bold")
-    figure.suptitle(
-        f"Units sent to every point: full colour is 1, white 0; grey fields are no candidates of the object.\n"
-        f"Rings: points that no supplier sends {AMBIGUOUS_SHARE:g} of their unit"
-    )
+    legend = "Units sent to every point: full colour is 1, white 0; grey fields are no candidates of the object."
+    figure.suptitle(f"{legend}\nRings: points that no supplier sends {AMBIGUOUS_SHARE:g} of their unit")
     figure.savefig(path, dpi=DPI)
 
 
@@ -215,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pictures"), help="folder to write to")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw_levels(picture_of(args), args.strategies, args.out / "levels.png")
+    draw_levels(*chosen_image(args), args.strategies, args.out / "levels.png")
     draw_plan(toy_scene(), OTAConfig(), args.out / "plan.png")
     print(f"wrote {args.out / 'levels.png'} and plan.png")
 

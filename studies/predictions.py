@@ -1,5 +1,7 @@
 """Predictions of a trained detector on its data, one image at a time."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,7 @@ def predicted_scene(detector: Detector, dataset: CocoDataset, i: int) -> tuple[T
 def find_image(dataset: CocoDataset, wanted: str | None) -> int:
     """The index of an image given by index or file name; None is the one with the most objects. Raises DatasetError."""
     if wanted is None:
-        counts = dict.fromkeys((image["id"] for image in dataset.images), 0)
-        for record in dataset.annotations["annotations"]:
-            counts[record["image_id"]] += not record["iscrowd"]
+        counts = Counter(a["image_id"] for a in dataset.annotations["annotations"] if not a["iscrowd"])
         return max(range(len(dataset)), key=lambda i: counts[dataset.images[i]["id"]])
     names = [image["file_name"] for image in dataset.images]
     if wanted in names:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import Assignment, OTAConfig, PointGrid
-from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_and_ambiguous, statistics_of
+from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_with_statistics
 from model.assigners.claims import ImageInputs, assign_claims
 from model.assigners.paa import fit_two_gaussians, up_to_the_densest
 from tests.support.scenes import Scene, make_scene, trained_predictions
@@ -194,7 +194,7 @@ def test_any_scene(seed, counts):
     grid = PointGrid((8, 32), ((1, 1 + seed % 7), (1 + seed % 3, 2)))
     scene = make_scene(grid, tuple(counts), C, seed=seed, size_px=(3, 70))
     for strategy in STRATEGIES:
-        match, ambiguous = assign_and_ambiguous(strategy, scene, OTAConfig())
+        match, ambiguous, _ = assign_with_statistics(strategy, scene, OTAConfig())
         assert match.gt_index.shape == match.iou.shape == ambiguous.shape == scene.logits.shape[:2]
         positives = torch.bincount(match.gt_index[match.gt_index >= 0], minlength=sum(counts))
         assert match.iou.isfinite().all() and (strategy == "ota" or (positives <= match.k).all())
@@ -203,16 +203,16 @@ def test_any_scene(seed, counts):
 def test_ambiguous_points_are_those_that_several_objects_claim():
     """Two objects that share half of their points, and one that is alone."""
     scene = scene_of([[16, 16, 80, 80], [24, 16, 88, 80], [104, 72, 136, 104]])
-    _, ambiguous = assign_and_ambiguous("fcos", scene, OTAConfig())
+    _, ambiguous, _ = assign_with_statistics("fcos", scene, OTAConfig())
     x, y = GRID.points()[ambiguous[0]].unbind(1)
     assert ambiguous.any() and ((x > 24) & (x < 80) & (y > 16) & (y < 80)).all()
-    assert not assign_and_ambiguous("hungarian", scene, OTAConfig())[1].any()
-    assert assign_and_ambiguous("ota", scene, OTAConfig())[1].any()
+    assert not assign_with_statistics("hungarian", scene, OTAConfig())[1].any()
+    assert assign_with_statistics("ota", scene, OTAConfig())[1].any()
 
 
 def test_statistics(strategy):
     scene = make_scene(GRID, (5, 3), C)
-    numbers = statistics_of(strategy, scene, OTAConfig())
+    numbers = assign_with_statistics(strategy, scene, OTAConfig())[2]
     match = labels_of(strategy, scene)
     assert numbers["positives_per_gt"] == pytest.approx((match.gt_index >= 0).sum().item() / 8)
     assert numbers["mean_k"] == pytest.approx(match.k.sum().item() / 8)

@@ -605,7 +605,7 @@ def test_large_sets_are_sampled(tmp_path):
     images = [image_record(i, f"{i}.jpg") for i in range(5001)]
     content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
     with pytest.raises(DatasetError, match=r"\(in 2000 of 5001 files looked at\): 2000"):
-        check_annotations(content, tmp_path, tmp_path / "file.json")
+        check_annotations(content, Split("train", tmp_path / "file.json", tmp_path, COCO_FORM))
 
 
 @pytest.mark.parametrize("image_size", [(800, 1333), (97, 131), (128, 128), (193, 194)], ids=str)

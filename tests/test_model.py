@@ -234,7 +234,9 @@ def test_detections_do_not_depend_on_neighbours_of_the_same_padded_size():
 
 def detections_of(predictions: Predictions, grid: PointGrid, sizes: list, *settings) -> list[Detections]:
     sizes = torch.tensor(sizes, device=predictions.boxes.device)
-    return unpad(*postprocess(predictions, grid, sizes, *settings), [])
+    names = "score_threshold", "topk_per_level", "nms_iou", "max_detections"
+    config = SimpleNamespace(**dict(zip(names, settings, strict=True)))
+    return unpad(*postprocess(predictions, grid, sizes, config), [])
 
 
 def one_by_one(predictions: Predictions, grid, sizes, score_threshold, topk, nms_iou, most) -> list[Detections]:

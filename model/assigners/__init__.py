@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from kernels import Assignment, Inputs, OTAConfig, assignment_statistics, ota_assign
-from kernels.assign import check_inputs
-from kernels.assign_torch import solve
-from kernels.statistics import is_ambiguous, units_received
 
 from .atss import atss_claims
 from .claims import NEITHER, assign_claims
@@ -31,7 +28,7 @@ FUNCTIONS = fcos_claims, retinanet_claims, atss_claims, paa_claims, simota_claim
 CLAIMS = {function.__name__.removesuffix("_claims"): function for function in FUNCTIONS}
 STRATEGIES = ("ota", *CLAIMS)
 
-__all__ = ["NEITHER", "STRATEGIES", "assign", "assign_and_ambiguous", "statistics_of"]
+__all__ = ["NEITHER", "STRATEGIES", "assign", "assign_with_statistics"]
 
 
 @torch.no_grad()
@@ -42,24 +39,18 @@ def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
 
 
 @torch.no_grad()
-def assign_and_ambiguous(strategy: str, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor]:
-    """Return the assignment and the ambiguous points (B, N) bool: those that several objects claim, or, with OTA, whose
-    largest supplier sends less than 0.9 of what they receive (paper, section 4.2)."""
-    if strategy != "ota":
-        return assign_claims(CLAIMS[strategy], inputs)
-    match, plan = solve(check_inputs(inputs), config)
-    ambiguous = torch.zeros_like(match.gt_index, dtype=torch.bool)
-    ambiguous.view(-1)[plan.points[is_ambiguous(*units_received(plan))]] = True
-    return match, ambiguous
+def assign_with_statistics(
+    strategy: str, inputs: Inputs, config: OTAConfig
+) -> tuple[Assignment, Tensor, dict[str, Tensor]]:
+    """Return the assignment, the ambiguous points (B, N) bool and numbers, as `kernels.assignment_statistics` does.
 
-
-@torch.no_grad()
-def statistics_of(strategy: str, inputs: Inputs, config: OTAConfig) -> dict[str, Tensor]:
-    """Return numbers for the log, float32 scalars, see `kernels.assignment_statistics`. Strategies other than OTA have
-    no `residual`; their `ambiguous` is the share of claimed points that several claim."""
+    With strategies other than OTA, points that several objects claim are ambiguous, `ambiguous` is their share of the
+    claimed points, and `residual` is missing.
+    """
     if strategy == "ota":
         return assignment_statistics(inputs, config)
     match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
     positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs.gt_labels >= 0).sum().clamp(min=1).float()
     share = ambiguous.sum() / positives.clamp(min=1)
-    return {"positives_per_gt": positives / num_gts, "mean_k": match.k.sum() / num_gts, "ambiguous": share}
+    numbers = {"positives_per_gt": positives / num_gts, "mean_k": match.k.sum() / num_gts, "ambiguous": share}
+    return match, ambiguous, numbers
