@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
 from data.dataset import SeededDataset, batches_from, seed_of
-from errors import UserError
+from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
 from model.batch import Batch, pack, static_sides
@@ -162,10 +162,8 @@ def backward(
 
 
 def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], source: Path) -> list[dict[str, float]]:
-    """The numbers of the `pending` steps (step, image ids, values on the device); waits for the device.
-
-    Raises FloatingPointError that names step, images and remedy where a number is not finite.
-    """
+    """Return the numbers of the `pending` steps (step, image ids, values on the device); waits for the device. Raises
+    UserError that names step, images and remedy where a number is not finite."""
     rows = torch.stack([values for *_, values in pending]).tolist()
     for (step, image_ids, _), row in zip(pending, rows, strict=True):
         if not all(map(math.isfinite, row)):
@@ -173,7 +171,7 @@ def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], 
             what = f"the {'gradient' if all(map(math.isfinite, row[:3])) else 'loss'} is not finite ({text})"
             images = f"image ids {', '.join(map(str, image_ids))} of {source}"
             remedy = "A lower --lr or a longer --warmup is the usual remedy."
-            raise FloatingPointError(f"step {step + 1}: {what}; {images}. {remedy}")
+            raise UserError(f"step {step + 1}: {what}; {images}. {remedy}")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
@@ -336,7 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    run_script(main)

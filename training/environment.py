@@ -1,7 +1,5 @@
-"""The machine: versions that a run or a measurement was made with, and whether a step fits into the memory.
-
-The memory of a step is estimated before the first one, for the system kills a process that takes too much.
-"""
+"""The machine: versions that a run or a measurement was made with, and an estimate of whether a step fits into the
+memory, before the first step, for the system kills a process that takes too much."""
 
 import datetime
 import os

@@ -82,11 +82,8 @@ def resume(
 
 
 def _lock(folder: Path) -> None:
-    """Create the folder and lock it until this process ends. Raises CheckpointError.
-
-    A POSIX record lock: unlike flock's, loader processes do not inherit it, which outlive a killed parent by seconds.
-    The descriptor stays open on purpose.
-    """
+    """Create the folder and lock it until this process ends, with a POSIX record lock: unlike flock's, it is not
+    inherited by loader processes, which outlive a killed parent by seconds. The descriptor stays open on purpose."""
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -127,10 +124,8 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """Return the newest undamaged checkpoint, on the CPU; None where there is none.
-
-    A damaged one is renamed *.damaged, with a warning. Raises CheckpointError: none can be read.
-    """
+    """Return the newest undamaged checkpoint, on the CPU; None where there is none. A damaged one is renamed *.damaged,
+    with a warning. Raises CheckpointError: none can be read."""
     for path in (paths := _newest_first(folder)):
         try:
             data = path.read_bytes()
@@ -222,15 +217,13 @@ class RunFolder:
         tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{crowd} ({split}{remark})")
 
     def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
-        """Save `state` beside model, log and settings. Raises FloatingPointError for weights that are not finite.
-
-        Random states are not needed: every step and sample is seeded, and the learning rate follows the step.
-        """
+        """Save `state` beside model, log and settings. Raises UserError for weights that are not finite. Random states
+        are not needed: every step and sample is seeded, and the learning rate follows the step."""
         broken = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
         if broken:
             remedy = "A lower --lr or a longer --warmup is the usual remedy."
             what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
-            raise FloatingPointError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}")
+            raise UserError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}")
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
         with disk_errors_named(self.path):
             save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)

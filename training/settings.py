@@ -44,8 +44,7 @@ OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
 GONE = {  # flags of before -> the remedy
     **{name: f"is now --ota {name}=VALUE" for name in OTA_DEFAULTS},
     **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), "is always on; leave it out"),
-    "frozen_norm": "follows --pretrained; leave it out",
-    "max_detections": "is the recipe's; leave it out",
+    **dict.fromkeys(("frozen_norm", "max_detections"), "follows --pretrained or the recipe; leave it out"),
     "fast_eval": "is gone; evaluation is pycocotools'",
     "resume": "is gone; a run in --out is continued, and a new one needs another --out",
 }
