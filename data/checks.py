@@ -22,7 +22,7 @@ MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, 
 LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
-Size = tuple[int, int]  # width, height in px
+Sizes = tuple[list[tuple[int, int] | None], list[str]]  # width and height of images in px, and names of missing files
 ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
 
 
@@ -167,10 +167,7 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
 
 
 def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:
-    """Check that annotations refer to `known` categories and images, and that boxes lie in their images and are in px.
-
-    Ids of malformed records are known, too: a reference to those is no mistake.
-    """
+    """Check that annotations refer to `known` ids (malformed records' too) and that boxes lie in their images."""
     owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
     sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
@@ -226,17 +223,13 @@ def _image(record: dict) -> str:
     return f"image {record['id']} ({record['file_name']})"
 
 
-def read_sizes(
-    named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = ""
-) -> tuple[list[Size | None], list[str]]:
+def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = "") -> Sizes:
     """Return (width, height) of images as displayed, from their headers, and the names of missing files.
 
-    named: a description of each image, for messages, and its file name. The size of an image that cannot be read is
-    None, and `problems` names the image.
+    named: a description of each image, for messages, and its file name. `problems` names images without a size.
     """
 
-    def size_or_problem(file_name: str) -> tuple[Size | None, str, str]:
-        """Return the size; or None, the kind of problem, and a remark on it."""
+    def size_or_problem(file_name: str) -> tuple:  # the size, or None, the kind of problem and a remark
         try:
             return header_size(path_inside(split.images, file_name, split.follow_links)), "", ""
         except DatasetError as error:
@@ -263,10 +256,9 @@ def raise_problems(source: Path, problems: Problems, missing: list[str], folder:
     total = sum(map(len, problems.values()))
     lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
-        lines.append(f"  {kind}: {len(culprits)}")
-        lines += [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
-        if len(culprits) > CULPRITS_SHOWN:
-            lines.append(f"    and {len(culprits) - CULPRITS_SHOWN} more")
+        more = len(culprits) - CULPRITS_SHOWN
+        shown = [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
+        lines += [f"  {kind}: {len(culprits)}", *shown, *[f"    and {more} more"] * (more > 0)]
     raise DatasetError("\n".join(lines + [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]))
 
 

@@ -104,7 +104,6 @@ class CocoDataset(torch.utils.data.Dataset):
 
     @cached_property
     def images(self) -> list[dict]:
-        """id, file_name, width and height of each image, in file order."""
         columns = (self._image_ids.tolist(), self._file_names.tolist(), self._sizes.tolist())
         return [{"id": i, "file_name": name, "width": w, "height": h} for i, name, (h, w) in zip(*columns, strict=True)]
 
@@ -155,7 +154,7 @@ class CocoDataset(torch.utils.data.Dataset):
         return image
 
     def _load_next_good(self, i: int) -> tuple[int, Tensor]:
-        """Return the first good image from i on, in file order and around its end, and its index."""
+        """Return the first good image from i on, around the end of the file; report others once, up to a cap."""
         for candidate in chain(range(i, len(self)), range(i)):
             try:
                 return candidate, self._load(candidate)
@@ -164,7 +163,6 @@ class CocoDataset(torch.utils.data.Dataset):
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
 
     def _count_bad(self, i: int, error: DatasetError) -> None:
-        """Report once that image i is skipped. Raises DatasetError over the cap."""
         with self._bad_lock:
             if self._bad[i]:
                 return
@@ -179,8 +177,7 @@ class CocoDataset(torch.utils.data.Dataset):
 
 
 def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
-    """Return the category that no annotation uses and that all others name as their `supercategory`, as in Roboflow's
-    exports; it would be a class that is never learned."""
+    """Return the category that nothing uses and all others name as `supercategory` (Roboflow): never learned."""
     used = {*np.unique(records.category_ids).tolist(), *known_ids}
     for category in records.categories:
         others = [other for other in records.categories if other is not category]
@@ -256,10 +253,8 @@ def batches_from(
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Sample (epoch, i): image i of `dataset`, with random transforms that depend on seed, epoch and i alone.
-
-    Reseeds the process's global generator, which is what torchvision's transforms draw from.
-    """
+    """Sample (epoch, i): image i, transformed by seed, epoch and i alone. Reseeds the process's global generator, which
+    torchvision's transforms draw from."""
 
     def __init__(self, dataset: CocoDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import pad, resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
 from data.files import printable
@@ -75,7 +74,7 @@ def draw_detections(
 
 def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> None:
     height, width = (max(p.shape[d] for p in pictures) for d in (1, 2))
-    padded = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in pictures]
+    padded = [pad(p, [0, 0, width - p.shape[2], height - p.shape[1]]) for p in pictures]
     save_image(torch.stack(padded) / 255, path, nrow=columns)
 
 

@@ -71,13 +71,10 @@ def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> objec
 
 def _coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
     """Return the content of a COCO file from images and their objects; an object's `name` is one of `names`."""
-    category_id = {name: number for number, name in enumerate(names, 1)}
-    pairs = ((image, record) for image, objects in scenes for record in objects)
-    annotations = [
-        record | {"id": row, "image_id": image["id"], "category_id": category_id[record["name"]]}
-        for row, (image, record) in enumerate(pairs, 1)
-    ]
-    categories = [{"id": number, "name": name} for name, number in category_id.items()]
+    ids = {name: number for number, name in enumerate(names, 1)}
+    rows = enumerate(((image["id"], record) for image, objects in scenes for record in objects), 1)
+    annotations = [r | {"id": i, "image_id": image, "category_id": ids[r["name"]]} for i, (image, r) in rows]
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": [image for image, _ in scenes], "annotations": annotations, "categories": categories}
 
 
@@ -85,9 +82,8 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
     """Return the content of a COCO file; an image's id is the number of its line.
 
     Regions to ignore have iscrowd 1: `mask` tags, entries whose extra.ignore is set, and, for `hbox`, those whose
-    head_attr.ignore is. Boxes are clipped to the image. Image sizes are read from the headers of all image files.
-    Without `look_at_files`, an image that cannot be read gets the size that its boxes need; with it, a DatasetError
-    names all of them, as it names malformed lines.
+    head_attr.ignore is. Boxes are clipped to the image, whose size is in the header of its file. If that cannot be read
+    it is an error with `look_at_files`, as malformed lines are; without, the size is the one that the boxes need.
     """
     problems: Problems = defaultdict(list)
     lines = []  # number, file name, boxes
@@ -102,8 +98,7 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
             except ValueError as error:
                 problems["malformed lines"].append(f"line {number}: {error}")
     named = [(f"line {number} ({file_name})", file_name) for number, file_name, _ in lines]
-    unreadable = problems if look_at_files else defaultdict(list)
-    sizes, missing = read_sizes(named, split, unreadable)
+    sizes, missing = read_sizes(named, split, problems if look_at_files else defaultdict(list))
     raise_problems(split.annotations, problems, missing if look_at_files else [], split.images)
     name, scenes = BOXES[split.box], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
@@ -157,10 +152,9 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     """Return the content of a COCO file for a list, ImageSets/Main/*.txt.
 
     An image's id is the number of the first line with its name. Its file is the <filename> of its XML if that is in the
-    image folder, else the one named like the line. Classes are those of all four lists, the same for each, in
-    alphabetical order, with ids from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height =
-    ymax - ymin + 1. A difficult object has iscrowd 1: a region to ignore. A DatasetError names missing and malformed
-    files.
+    image folder, else the one named like the line. Classes are those of all four lists, in alphabetical order, with ids
+    from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax - ymin + 1. A difficult
+    object has iscrowd 1: a region to ignore. A DatasetError names missing and malformed files.
     """
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
@@ -200,15 +194,15 @@ def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
         if line:
-            wholes = (line, re.sub(r"\s+(-1|0|1)$", "", line))
-            forms = [form for whole in wholes for form in (whole, SUFFIX.sub("", whole))]
-            known = (form for form in forms if os.path.isfile(folder / f"{form}.xml"))
-            numbers.setdefault(next(known, forms[1]), number)
+            bare = re.sub(r"\s+(-1|0|1)$", "", line)
+            names = (line, SUFFIX.sub("", line), bare, SUFFIX.sub("", bare))
+            known = (name for name in names if os.path.isfile(folder / f"{name}.xml"))
+            numbers.setdefault(next(known, names[1]), number)
     return numbers
 
 
 def _read_scene(content: bytes) -> tuple[dict, list[dict]]:
-    """Return file_name, width, height of an image, and name, bbox, iscrowd of its objects. Raises ValueError."""
+    """Return an image (file_name, width, height), its objects (name, bbox, iscrowd). Raises ParseError, ValueError."""
     root = _parse_xml(content)
     width, height = (int(_number(root, f"size/{side}")) for side in ("width", "height"))
     objects = []

@@ -1,8 +1,8 @@
 """A generated detection data set in COCO layout: five kinds of shapes, a third of the images crowded.
 
-Small and quick to learn, with the hard cases of label assignment: rows and clusters of similar shapes whose boxes
-overlap by an IoU of 0.3 to 0.6, and shapes nested about one centre. A box is that of the whole shape with its covered
-parts, clipped to the image; at least half of a shape is visible. Lengths are in px.
+It has the hard cases of label assignment: rows and clusters of similar shapes whose boxes overlap by an IoU of 0.3 to
+0.6, and shapes nested about one centre. A box is that of the whole shape with its covered parts, clipped to the image;
+at least half of a shape is visible. Lengths are in px.
 """
 
 import hashlib
@@ -56,8 +56,7 @@ def generate_shapes(
 ) -> None:
     """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes.
 
-    With `one_class` every shape is of the class "shape". `root` appears when it is complete, also if several processes
-    write it at once.
+    With `one_class` every shape is of the class "shape". Several processes may write at once: `root` appears complete.
     """
     categories = [{"id": c, "name": name} for c, name in enumerate(("shape",) if one_class else CLASSES, 1)]
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +130,7 @@ class Scene:
         self.canvas = _background(size_px, rng)
         self.shapes: list[Shape] = []
         self._topmost = np.full((size_px, size_px), -1)  # index of the topmost shape at each pixel
-        # Pixels of each shape, all of them and those that no later shape covers.
-        self._pixels = self._visible = np.zeros(0, np.int64)
+        self._pixels = self._visible = np.zeros(0, np.int64)  # of each shape: all, and those that no later one covers
 
     def fill(self, crowded_share: float = CROWDED_SHARE) -> None:
         kind = self.rng.random()
@@ -194,7 +192,7 @@ class Scene:
         return self.rng.uniform(BORDER * size, self.size_px - BORDER * size, 2)
 
     def _add(self, shape: Shape) -> None:
-        """Draw the shape on top, unless it or one below could then no longer be found, or it repeats another's box."""
+        """Draw the shape on top, unless too little of it or of one below is visible then, or it repeats a box."""
         side = int(2 * shape.radius) + 4  # of the window that the shape is drawn in
         left, top = ((shape.centre - shape.radius).astype(int) - 2).tolist()
         x, y = max(left, 0), max(top, 0)
