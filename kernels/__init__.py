@@ -9,13 +9,5 @@ from .grid import PointGrid
 from .losses import box_loss, focal_loss
 from .statistics import assignment_statistics
 
-__all__ = [
-    "Assignment",
-    "Inputs",
-    "OTAConfig",
-    "PointGrid",
-    "assignment_statistics",
-    "box_loss",
-    "focal_loss",
-    "ota_assign",
-]
+__all__ = ["Assignment", "Inputs", "OTAConfig", "PointGrid"]
+__all__ += ["assignment_statistics", "box_loss", "focal_loss", "ota_assign"]

@@ -124,10 +124,17 @@ def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
         "gt_offsets": (gt_offsets, (num_images + 1,), INTEGERS),
     }
     check_tensors(expected, logits.device, grid)
-    inputs = inputs._replace(gt_labels=gt_labels.long(), gt_offsets=gt_offsets.long())
     if check or (check is None and boxes.device.type == "cpu" and not torch.compiler.is_compiling()):
-        _check_values(inputs)
-    return inputs
+        num_classes, labels, offsets = logits.shape[-1], gt_labels.long(), gt_offsets.tolist()
+        bad_rows = ((labels < -1) | (labels >= num_classes)).nonzero()[:, 0].tolist()
+        if bad_rows:
+            raise ValueError(
+                f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, expected 0..{num_classes - 1}, or -1 for a row to "
+                f"ignore ({len(bad_rows)} such rows)"
+            )
+        if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > len(labels):
+            raise ValueError(f"gt_offsets must rise from 0 to at most G = {len(labels)}, not {offsets}")
+    return inputs._replace(gt_labels=gt_labels.long(), gt_offsets=gt_offsets.long())
 
 
 def check_tensors(expected: dict[str, tuple], device: torch.device, grid: PointGrid | None = None) -> None:
@@ -140,15 +147,3 @@ def check_tensors(expected: dict[str, tuple], device: torch.device, grid: PointG
             raise ValueError(f"{name} is on {tensor.device}, the predictions on {device}")
         if tensor.dtype not in types:
             raise TypeError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, types))}")
-
-
-def _check_values(inputs: Inputs) -> None:
-    num_classes, labels, offsets = inputs.logits.shape[-1], inputs.gt_labels, inputs.gt_offsets.tolist()
-    bad_rows = ((labels < -1) | (labels >= num_classes)).nonzero()[:, 0].tolist()
-    if bad_rows:
-        raise ValueError(
-            f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, expected 0..{num_classes - 1}, or -1 for a row to "
-            f"ignore ({len(bad_rows)} such rows)"
-        )
-    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > len(labels):
-        raise ValueError(f"gt_offsets must rise from 0 to at most G = {len(labels)}, not {offsets}")

@@ -100,8 +100,7 @@ def supplies(iou: Tensor, candidates: Tensor, config: OTAConfig) -> Tensor:
     count = candidates.sum(1)
     if config.fixed_k is not None:
         return count.clamp(max=config.fixed_k)
-    total = sum_of_best(iou, candidates, config)
-    return torch.minimum(total.floor().long().clamp(min=1), count)
+    return torch.minimum(sum_of_best(iou, candidates, config).floor().long().clamp(min=1), count)
 
 
 def sinkhorn(cost: Tensor, supply: Tensor, config: OTAConfig) -> Tensor:
@@ -159,10 +158,8 @@ def ota_assign_reference(inputs: Inputs, config: OTAConfig) -> Assignment:
     matched_iou = torch.zeros(boxes.shape[:2], dtype=torch.float32, device=boxes.device)
     k = torch.zeros(len(gt_boxes), dtype=torch.int32, device=boxes.device)
     image, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, logits.shape[-1])
-    for b in range(len(logits)):
+    for b in image[valid].unique().tolist():
         rows = (valid & (image == b)).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
         result = assign_image(logits[b], boxes[b], gt_boxes[rows], gt_labels[rows], grid, config)
         foreground = (result["supplier"] < len(rows)).nonzero()[:, 0]
         supplier = result["supplier"][foreground]

@@ -30,8 +30,7 @@ def ota_assign_triton(inputs: Inputs, config: OTAConfig, max_pairs: int | None =
 def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
     """The assignment, and the plan that it comes from."""
     match, pairs, state = _solve(inputs, config)
-    num_points = inputs.grid.num_points
-    slot = (pairs.point != NO_POINT.value).nonzero()[:, 0]
+    num_points, slot = inputs.grid.num_points, (pairs.point != NO_POINT.value).nonzero()[:, 0]
     gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
     v = state.v[state.first[point // num_points] + state.column[slot].long()]
     log_plan = (state.u[gt] + v - cost) * math.log(2)

@@ -126,9 +126,9 @@ def box_gradient(upstream: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     num_points, gradients = gt_index.numel(), _empty_gradients(upstream, *inputs)
     if num_points > 0:
         programs = (triton.cdiv(num_points, _POINTS.value),)
-        sizes = num_points, len(gt_boxes)
+        arguments = *gradients, upstream.contiguous(), contiguous(*inputs), num_points, len(gt_boxes)
         with torch.cuda.device_of(boxes):
-            _box_gradient_kernel[programs](*gradients, upstream.contiguous(), contiguous(*inputs), *sizes)
+            _box_gradient_kernel[programs](*arguments)
     return gradients
 
 

@@ -280,7 +280,8 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     # Pinned memory is copied without waiting for the device.
     host = _host_table(grid, config.center_prior, config.radius, device.type == "cuda")
     levels, ranks = host.to(device, non_blocking=True).tensor_split([5 * L])
-    capacity = G * (most := most_pairs_per_gt(grid, config))
+    most = most_pairs_per_gt(grid, config)
+    capacity = G * most
     if config.center_prior == "none":
         counts = torch.empty(G, dtype=torch.int64, device=device)
         _count_kernel[(G,)](counts, gt_boxes, gt_labels, gt_offsets, levels, B, C, L, **_OPTIONS)

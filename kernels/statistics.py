@@ -25,8 +25,7 @@ def assignment_statistics(inputs: Inputs, config: OTAConfig) -> tuple[Assignment
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
     ambiguous         share of the candidate points whose largest supplier sends less than 0.9 of what they receive
-    residual          mean over the candidate points of |units received - 1|, the error of Sinkhorn's columns;
-                      its rows are exact
+    residual          mean over these of |units received - 1|, the error of Sinkhorn's columns; its rows are exact
 
     All numbers are 0 where no ground truth takes part.
     """
