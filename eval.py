@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable, read_split
-from errors import run_script
-from model import Detections, Detector, WeightsError, is_on_hub, load_weights, local_file
+from errors import UserError, run_script
+from model import Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
 from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
-from training.settings import SettingsError, not_negative, positive
+from training.settings import not_negative, positive
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -158,15 +158,15 @@ def load_with_data(
 ) -> tuple[Detector, CocoDataset, str]:
     """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
 
-    `data` and `box` default to those of the training. Raises WeightsError, DatasetError, SettingsError.
+    `data` and `box` default to those of the training. Raises UserError, DatasetError, UserError.
     """
     detector, metadata = load_weights(weights)
     if (data := data or metadata.get("data")) is None:
-        raise WeightsError(f"{weights} names no data set; name the data set with --data")
+        raise UserError(f"{weights} names no data set; name the data set with --data")
     train_split, val_split = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
     split = val_split or train_split
     if box and not split.form.boxes:
-        raise SettingsError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
+        raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
     dataset = evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights})
     return detector, dataset, data
 

@@ -30,7 +30,6 @@ from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
 from training.process import print_any_text
-from training.settings import SettingsError
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
@@ -95,7 +94,7 @@ def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
 def export_onnx(detector: Detector, nms: bool) -> bytes:
     """Return the file. Raises UserError: packages are missing, or torch cannot export the network."""
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise SettingsError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
+        raise UserError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
     settings = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels"), "opset_version": 18}
     settings["custom_translation_table"] = {torch.ops.ota_triton.suppressed.default: onnx_suppressed}
     program = export_program(detector, suppress_op if nms else None)
@@ -129,7 +128,7 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, data)
     except OSError as error:
-        raise SettingsError(f"cannot write {out}: {error}; name another file with --out") from error
+        raise UserError(f"cannot write {out}: {error}; name another file with --out") from error
     kind = "detections" if args.nms else "candidates, without NMS"
     print(f"wrote {out}: {len(data) / 2**20:.1f} MiB, {len(detector.class_names)} classes, {kind}")
 

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from data import printable, resized_size
 from data.draw import draw_detections
-from errors import run_script
+from errors import UserError, run_script
 from eval import coco_results
 from images import ImageError, load_image
 from model import Detector, load, write_file
 from training.process import setup_distributed
-from training.settings import SettingsError, number, positive
+from training.settings import number, positive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # searched for in folders, and written
 JPEG_QUALITY = 92
@@ -51,7 +51,7 @@ def find_images(inputs: list[str]) -> list[Path]:
         for path in paths:
             images.setdefault(os.path.normpath(path.absolute()), path)
     if not images:
-        raise SettingsError(f"no images in {', '.join(inputs)}; a folder or glob is searched for {' '.join(SUFFIXES)}")
+        raise UserError(f"no images in {', '.join(inputs)}; a folder or glob is searched for {' '.join(SUFFIXES)}")
     return list(images.values())
 
 
@@ -67,7 +67,7 @@ def picture_paths(images: list[Path], out: Path) -> list[Path]:
         pictures[name.lower()] = out / name
     if overwritten := {path.resolve() for path in images} & {path.resolve() for path in pictures.values()}:
         first = printable(min(overwritten))
-        raise SettingsError(f"the picture of {first} would overwrite it; name another folder with --out")
+        raise UserError(f"the picture of {first} would overwrite it; name another folder with --out")
     return list(pictures.values())
 
 
@@ -122,7 +122,7 @@ def main() -> None:
         results, failed = predict(detector, paths, out, args.score, args.batch_size)
         write_file(out / "detections.json", json.dumps(results).encode())
     except OSError as error:
-        raise SettingsError(f"cannot write to {out}: {error}; name another folder with --out") from error
+        raise UserError(f"cannot write to {out}: {error}; name another folder with --out") from error
     print(f"wrote {out}: {len(paths) - failed} pictures, detections.json with {len(results)} detections")
     if failed:
         sys.exit(f"predict.py: {failed} of {len(paths)} images could not be read, see above")

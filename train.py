@@ -40,7 +40,7 @@ from model.losses import mean_positives
 from training.environment import environment, memory_warning
 from training.folder import WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
-from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, SettingsError, detector_config, fit_to_machine, parse_args
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, fit_to_machine, parse_args
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
 
@@ -249,7 +249,7 @@ def main() -> None:
         say(f"continuing the run in {out} after step {start} of {steps}")
     end = start + WARMUP_STEPS + args.profile if args.profile else steps
     if end > steps:
-        raise SettingsError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
+        raise UserError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
     rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
     say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")

@@ -13,28 +13,24 @@ STRIDES = (8, 16, 32, 64, 128)
 HUB = "hf-hub:"
 
 
-class BackboneError(UserError):
-    """The backbone cannot be built as asked; the message names the flag that helps."""
-
-
 def hub_model(name: str) -> tuple[str, dict]:
     """Return the architecture of a model on the hub, which must be one that timm builds by name, as a weights file has
-    no more, and its weights and normalisation for timm's configuration. Raises BackboneError."""
+    no more, and its weights and normalisation for timm's configuration. Raises UserError."""
     try:
         config, architecture, changes = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
     except Exception as error:  # network, hub or file
-        raise BackboneError(f"the hub gives no {name!r} (--backbone): {type(error).__name__}: {error}") from error
+        raise UserError(f"the hub gives no {name!r} (--backbone): {type(error).__name__}: {error}") from error
     if changes or not timm.is_model(architecture):
         reason = f"is {architecture!r} with changed settings, {changes}, which a weights file cannot name"
-        raise BackboneError(f"{name!r} (--backbone) {reason}; take one without them, or a model that timm has by name")
+        raise UserError(f"{name!r} (--backbone) {reason}; take one without them, or a model that timm has by name")
     return architecture, {key: value for key, value in config.items() if key not in ("input_size", "fixed_input_size")}
 
 
 def create_body(name: str, pretrained: bool, overlay: dict | None = None) -> nn.Module:
-    """Create timm's feature extractor; `overlay` replaces fields of its configuration. Raises BackboneError."""
+    """Create timm's feature extractor; `overlay` replaces fields of its configuration. Raises UserError."""
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
-        raise BackboneError(f"timm has no backbone {name!r} (--backbone); similar: {close}")
+        raise UserError(f"timm has no backbone {name!r} (--backbone); similar: {close}")
     settings = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay, "features_only": True}
     try:
         try:  # without it swin-like models take only images of their training size; other models do not know it
@@ -44,7 +40,7 @@ def create_body(name: str, pretrained: bool, overlay: dict | None = None) -> nn.
     except Exception as error:
         remedy = "\nConnect to the hub, put the weights into its cache (HF_HOME), or train with --no-pretrained."
         message = f"timm cannot build {name!r} (--backbone): {type(error).__name__}: {error}"
-        raise BackboneError(message + remedy * pretrained) from error
+        raise UserError(message + remedy * pretrained) from error
 
 
 class _ConstantNorm(torch.autograd.Function):
@@ -86,7 +82,7 @@ class Backbone(nn.Module):
     """(B, 3, H, W), H and W multiples of 32 -> five maps of `channels` at strides 8, 16, 32, 64, 128.
 
     `frozen_norm` turns batch norms into constants: pretrained statistics beat those of the few images on a rank.
-    `self.name` is the architecture's, also for a model on the hub (hf-hub:user/repo). Raises BackboneError.
+    `self.name` is the architecture's, also for a model on the hub (hf-hub:user/repo). Raises UserError.
     """
 
     def __init__(self, name: str, channels: int, pretrained: bool = False, frozen_norm: bool = False):
@@ -97,7 +93,7 @@ class Backbone(nn.Module):
             freeze_norms(self.body)
         strides, widths = self.body.feature_info.reduction(), self.body.feature_info.channels()
         if missing := set(STRIDES[:3]) - set(strides):
-            raise BackboneError(f"{name!r} (--backbone) has features at strides {strides}, not at {sorted(missing)}")
+            raise UserError(f"{name!r} (--backbone) has features at strides {strides}, not at {sorted(missing)}")
         self.taps = [max(i for i, s in enumerate(strides) if s == stride) for stride in STRIDES[:3]]
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self.neck = FeaturePyramidNetwork([widths[i] for i in self.taps], channels, LastLevelP6P7(channels, channels))

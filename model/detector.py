@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from errors import UserError
 from images import ImageError, ImageLike, to_tensor
 from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
@@ -62,7 +63,7 @@ class DetectorConfig:
 
     def __post_init__(self):
         if flaw := first_flaw(vars(self), RULES):
-            raise ValueError(f"DetectorConfig.{flaw}")
+            raise UserError(f"DetectorConfig.{flaw}")
 
 
 class Detector(nn.Module):

@@ -24,10 +24,6 @@ HUB, HUB_FILE = "hf://", "ota.safetensors"
 FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # any of them is taken for any other
 
 
-class WeightsError(UserError):
-    """The file is no detector of this project; the message names the file and the reason."""
-
-
 def write_file(path: Path, data: bytes) -> None:
     """Write all or nothing: after a crash `path` holds the old bytes or all of the new. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -77,7 +73,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
 
 
 def load(weights: str | Path) -> Detector:
-    """Return a trained detector in evaluation mode, on the CPU, for `Detector.predict`. Raises WeightsError.
+    """Return a trained detector in evaluation mode, on the CPU, for `Detector.predict`. Raises UserError.
 
     weights: a file that train.py wrote, or `hf://user/repo`, `hf://user/repo/file` on the Hugging Face hub.
     """
@@ -89,7 +85,7 @@ def is_on_hub(weights: str | Path) -> bool:
 
 
 def local_file(weights: str | Path) -> Path:
-    """Return a path; download a file of the hub, ota.safetensors unless named, into its cache. Raises WeightsError."""
+    """Return a path; download a file of the hub, ota.safetensors unless named, into its cache. Raises UserError."""
     if not is_on_hub(weights):
         return Path(weights)
     user, repo, file = (*str(weights).removeprefix(HUB).split("/", 2), "", "")[:3]
@@ -98,46 +94,46 @@ def local_file(weights: str | Path) -> Path:
     except Exception as error:  # network, hub, disk or name
         remedy = "Check name and connection (HF_TOKEN for private repositories), or give the path of a downloaded file."
         wanted = f"no {file or HUB_FILE} for {weights} (hf://user/repo or hf://user/repo/file)"
-        raise WeightsError(f"the hub gives {wanted}: {type(error).__name__}: {error}\n{remedy}") from error
+        raise UserError(f"the hub gives {wanted}: {type(error).__name__}: {error}\n{remedy}") from error
 
 
 def load_weights(path: Path) -> tuple[Detector, dict]:
-    """Return the detector in evaluation mode, on the CPU, and its metadata. Raises WeightsError.
+    """Return the detector in evaluation mode, on the CPU, and its metadata. Raises UserError.
 
     Tensors are compared by name, shape and type before the network is built, so a file takes no more memory than the
     weights in it.
     """
     if not Path(path).is_file():
-        raise WeightsError(f"there is no weights file {path}")
+        raise UserError(f"there is no weights file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("ota")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no safetensors file, or it is truncated: {error}") from error
+        raise UserError(f"{path} is no safetensors file, or it is truncated: {error}") from error
     if header is None:
-        raise WeightsError(f"{path} holds tensors, but no detector of this project, as train.py writes it")
+        raise UserError(f"{path} holds tensors, but no detector of this project, as train.py writes it")
     try:
         metadata, config = _parse(header)
         with _Weightless():
             needed = _shapes(Detector(config).state_dict())
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise WeightsError(f"{path} has metadata that this version cannot read: {error}") from error
+        raise UserError(f"{path} has metadata that this version cannot read: {error}") from error
     stored = _shapes(tensors)
     if names := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
         what = f"{path} does not fit the architecture in its metadata: {len(names)} tensors differ, {names[0][:100]!r}"
-        raise WeightsError(f"{what} first: {stored.get(names[0], 'missing')}, needed: {needed.get(names[0], 'none')}")
+        raise UserError(f"{what} first: {stored.get(names[0], 'missing')}, needed: {needed.get(names[0], 'none')}")
     detector = Detector(config)  # the first one lacks the numbers of buffers that no file holds
     detector.load_state_dict(tensors)
     for name, tensor in detector.state_dict().items():
         if not tensor.isfinite().all() or (name.endswith("running_var") and tensor.min() < 0):
-            raise WeightsError(f"{path} has values in {name!r} that are NaN, infinite or a negative variance")
+            raise UserError(f"{path} has values in {name!r} that are NaN, infinite or a negative variance")
     for name in ("mean", "std"):  # the file's: timm's defaults may change
         getattr(detector, name).copy_(torch.tensor(metadata["normalisation"][name]).view(3, 1, 1))
     for name in ("class_names", "category_ids"):
         setattr(detector, name, metadata.setdefault(name, getattr(detector, name)))
         if len(metadata[name]) != config.num_classes:
-            raise WeightsError(f"{path} has {len(metadata[name])} {name} for {config.num_classes} classes")
+            raise UserError(f"{path} has {len(metadata[name])} {name} for {config.num_classes} classes")
     return detector.eval(), metadata
 
 
@@ -178,7 +174,7 @@ class _Weightless(TorchFunctionMode):
 
 
 def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
-    """Start `detector` from the weights in a file; return a sentence about them. Raises WeightsError.
+    """Start `detector` from the weights in a file; return a sentence about them. Raises UserError.
 
     Normalisation and the statistics of batch norms, frozen or not, come from the file. The last convolution of the
     class tower stays as it is where the file's classes are not `class_names`.
@@ -187,7 +183,7 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     for name in ("backbone", "channels", "head_convs"):
         theirs, ours = (getattr(config, name) for config in (other.config, detector.config))
         if theirs != ours:
-            raise WeightsError(f"{path} (--init) is another network: {name} is {theirs}, not {ours}")
+            raise UserError(f"{path} (--init) is another network: {name} is {theirs}, not {ours}")
     names = metadata["class_names"]
     weights = {n: t for n, t in other.state_dict().items() if names == class_names or not n.startswith("head.cls.")}
     detector.load_state_dict(weights, strict=False)  # frozen norms count no batches

@@ -43,7 +43,7 @@ from studies.exact import NoPlanError, exact_labels, exact_pairs, highs
 from studies.predictions import predicted_scene
 from tests.support.scenes import WORKLOADS, Scene, make_workload
 from training.environment import environment
-from training.settings import SettingsError, positive
+from training.settings import positive
 
 EPS = (1.0, 0.1, 0.01)
 ITERATIONS = (10, 50, 100, 300, 1000)
@@ -170,7 +170,7 @@ def scenes_of(args: argparse.Namespace) -> tuple[str, OTAConfig, Iterator[tuple[
     """The name of what is audited, OTA's settings, and (name, scene) of every image."""
     if args.weights is None:
         if args.data:
-            raise SettingsError("--data needs --weights, whose predictions are audited there")
+            raise UserError("--data needs --weights, whose predictions are audited there")
         images = make_workload(WORKLOADS[args.workload], args.images).images()
         scenes = ((f"image {b}", scene) for b, scene in enumerate(images))
         return f"synthetic workload {args.workload}", OTAConfig(), scenes

@@ -30,7 +30,7 @@ from errors import UserError
 from eval import coco_metrics, evaluate, load_with_data
 from model.assigners import STRATEGIES
 from training.environment import environment
-from training.settings import SettingsError, ota_setting
+from training.settings import ota_setting
 
 CROWDED_IOU = 0.3
 PAPER = "ota:top_q=20,per_q=1"
@@ -50,13 +50,13 @@ def flags_of(contestant: str) -> list[str]:
     """Flags of train.py: "ota:radius=3,top_q=10" -> --assigner ota --ota radius=3 top_q=10."""
     strategy, _, settings = contestant.partition(":")
     if strategy not in STRATEGIES:
-        raise SettingsError(f"--assigners {contestant}: {strategy} is none of {', '.join(STRATEGIES)}")
+        raise UserError(f"--assigners {contestant}: {strategy} is none of {', '.join(STRATEGIES)}")
     if settings and strategy != "ota":
-        raise SettingsError(f"--assigners {contestant}: {settings} is for ota alone")
+        raise UserError(f"--assigners {contestant}: {settings} is for ota alone")
     try:
         settings = [ota_setting(setting) and setting for setting in filter(None, settings.split(","))]
     except argparse.ArgumentTypeError as error:
-        raise SettingsError(f"--assigners {contestant}: {error}") from error
+        raise UserError(f"--assigners {contestant}: {error}") from error
     return ["--assigner", strategy, *(["--ota", *settings] if settings else [])]
 
 

@@ -34,7 +34,6 @@ from model.assigners import STRATEGIES, assign_with_statistics
 from model.backbone import STRIDES
 from studies.predictions import find_image, predicted_scene
 from tests.support.scenes import PRIOR_LOGIT, Scene, trained_predictions
-from training.settings import SettingsError
 
 TOY_BOXES_PX = [[16.0, 20, 88, 88], [38, 12, 110, 80], [28, 38, 98, 108]]
 CROWD_PX, CROWD_SEED = 256, 12
@@ -85,7 +84,7 @@ def chosen_image(args: argparse.Namespace) -> tuple[str, Tensor, Scene, OTAConfi
     """Return what `generated_crowd` does, for the image that the flags name."""
     if args.weights is None:
         if args.data or args.image:
-            raise SettingsError("--data and --image need --weights, whose predictions are assigned there")
+            raise UserError("--data and --image need --weights, whose predictions are assigned there")
         return generated_crowd()
     detector, dataset, data = load_with_data(args.weights, args.data)
     index = find_image(dataset, args.image)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.config import Plan
-from training.settings import SettingsError
 
 INFEASIBLE = 2  # scipy's status
 INTEGER_TOLERANCE = 1e-6
@@ -26,12 +25,12 @@ class NoPlanError(UserError):
 
 
 def highs():
-    """scipy's linprog and csr_array. Raises SettingsError where scipy is missing."""
+    """scipy's linprog and csr_array. Raises UserError where scipy is missing."""
     try:
         from scipy.optimize import linprog
         from scipy.sparse import csr_array
     except ImportError as error:
-        raise SettingsError('the exact solver needs the package scipy: pip install -e ".[test]"') from error
+        raise UserError('the exact solver needs the package scipy: pip install -e ".[test]"') from error
     return linprog, csr_array
 
 
@@ -39,7 +38,7 @@ def exact_pairs(plan: Plan) -> Tensor:
     """The candidate pairs (P,) bool that the exact plan uses; of `plan` only costs and supplies are read.
 
     If several plans cost the same, as with two equal boxes, one of them. Images do not share points, so the plan of
-    several is that of each. Raises NoPlanError, and SettingsError where scipy is missing.
+    several is that of each. Raises NoPlanError, and UserError where scipy is missing.
     """
     linprog, csr_array = highs()
     num_pairs, num_rows, num_points = len(plan.gt), len(plan.k), len(plan.points)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from errors import UserError
 from kernels import Inputs, OTAConfig, PointGrid
 from kernels.assign_reference import assign_image, decode
 from kernels.assign_torch import solve
@@ -18,7 +19,6 @@ from studies import audit as audit_script
 from studies.audit import Audit, audit_image, background_cost, count_labels
 from studies.exact import NoPlanError, exact_labels, exact_pairs
 from tests.support.scenes import Scene, make_scene, trained_predictions
-from training.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = PointGrid.for_image((104, 136), (8, 16, 32))
@@ -209,12 +209,12 @@ def test_missing_scipy_is_named(monkeypatch, tmp_path):
         return imported(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without_scipy)
-    with pytest.raises(SettingsError, match=r'needs the package scipy: pip install -e "\.\[test\]"'):
+    with pytest.raises(UserError, match=r'needs the package scipy: pip install -e "\.\[test\]"'):
         audit_script.main(["--out", str(tmp_path)])
 
 
 def test_data_without_weights_is_refused():
-    with pytest.raises(SettingsError, match="--data needs --weights"):
+    with pytest.raises(UserError, match="--data needs --weights"):
         audit_script.main(["--data", "shapes"])
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.tables import seeds_table
 from data import generate_shapes
+from errors import UserError
 from studies.compare import COLUMNS, STUDIES, crowded_images, flags_of
-from training.settings import SettingsError
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def test_contestants_are_flags_of_train():
     ids=["strategy", "setting", "setting-of-ota"],
 )  # fmt: skip
 def test_unknown_contestant(contestant, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         flags_of(contestant)
 
 

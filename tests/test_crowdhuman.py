@@ -15,12 +15,13 @@ import train
 from data import CocoDataset, DatasetError, Split, collate, find_splits, generate_shapes
 from data.crowd_metrics import crowd_metrics
 from data.layouts import CROWDHUMAN, find_form
+from errors import UserError
 from kernels import PointGrid
 from model import load_weights
 from model.losses import points_inside
 from tests.test_crowd_metrics import slow_metrics
 from tests.test_train import TINY, run
-from training.settings import SettingsError, detector_config, parse_args
+from training.settings import detector_config, parse_args
 
 CROWD_RECIPE = {
     "image_size": [800, 1400], "steps": 30_000, "epochs": None, "batch_size": 16, "optimizer": "sgd", "lr": 0.01,
@@ -309,7 +310,7 @@ def test_other_boxes_have_to_be_asked_for(trained, crowds, tmp_path, call):
     with pytest.raises(Exception, match="classes do not fit: only in .*1 person; only in .*1 head"):
         call(eval_script, *weights, "--box", "hbox")
     generate_shapes(tmp_path / "shapes", train_images=1, val_images=1, size_px=96)
-    with pytest.raises(SettingsError, match="--box vbox is for CrowdHuman"):
+    with pytest.raises(UserError, match="--box vbox is for CrowdHuman"):
         call(eval_script, *weights, "--box", "vbox", "--data", tmp_path / "shapes")
 
 

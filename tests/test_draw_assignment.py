@@ -6,16 +6,16 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from data import CocoDataset, DatasetError, find_splits, generate_shapes
+from errors import UserError
 from eval import load_with_data
 from kernels import OTAConfig, PointGrid, ota_assign
-from model import Detector, DetectorConfig, WeightsError
+from model import Detector, DetectorConfig
 from model.assigners import STRATEGIES, assign_with_statistics
 from model.weights import save_weights
 from studies import draw_assignment
 from studies.draw_assignment import COLORS, colors_of, generated_crowd, toy_scene
 from studies.predictions import find_image, predicted_scene
 from tests.support.scenes import make_scene
-from training.settings import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,10 +112,10 @@ def test_image_that_is_not_there_is_named(wanted, dataset):
 
 @pytest.mark.parametrize("flag", ["--data", "--image"])
 def test_flags_without_weights_are_refused(flag, tmp_path):
-    with pytest.raises(SettingsError, match="--data and --image need --weights"):
+    with pytest.raises(UserError, match="--data and --image need --weights"):
         draw_assignment.main([flag, "1", "--out", str(tmp_path)])
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(WeightsError, match="there is no weights file"):
+    with pytest.raises(UserError, match="there is no weights file"):
         draw_assignment.main(["--weights", str(tmp_path / "none.safetensors"), "--out", str(tmp_path)])

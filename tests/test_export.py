@@ -20,7 +20,6 @@ from images import load_image
 from model import Detector, DetectorConfig, load, save_weights
 from model.batch import pad_images
 from model.postprocess import Detections, suppressed
-from training.settings import SettingsError
 
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
 IMAGE_SIZE = (160, 256)
@@ -208,7 +207,7 @@ def test_nothing_found_is_rows_without_a_score(weights):
 
 def test_packages_that_are_missing_are_named(call, weights, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
+    with pytest.raises(UserError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
         call(export_script, "--weights", weights)
 
 

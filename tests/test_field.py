@@ -13,10 +13,10 @@ import eval as eval_script
 import predict
 import train
 from data import CocoDataset, DatasetError, find_splits, generate_shapes, printable
+from errors import UserError
 from eval import METRICS, coco_metrics, evaluation_dataset
 from model import Detector, DetectorConfig
 from training import environment
-from training.settings import SettingsError
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -206,7 +206,7 @@ def test_numbers_that_no_run_can_use_are_refused_by_flag(monkeypatch, capsys, ar
 
 @pytest.mark.parametrize("device", ["meta", "xla", "nonsense", "cpu:x"])
 def test_device_that_cannot_train(call, device):
-    with pytest.raises(SettingsError, match=f"--device {device}"):
+    with pytest.raises(UserError, match=f"--device {device}"):
         call(train, "--data", "shapes", "--device", device)
 
 

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from benchmarks.measure import host_syncs
+from errors import UserError
 from kernels import Assignment, OTAConfig, PointGrid
-from model import BackboneError, Detector, DetectorConfig, WeightsError, load_weights, save_weights
+from model import Detector, DetectorConfig, load_weights, save_weights
 from model.backbone import STRIDES, Backbone, FrozenNorm, freeze_norms
 from model.batch import pad_images
 from model.head import Predictions
@@ -60,7 +61,7 @@ def test_backbone_levels_follow_the_grid_at_odd_multiples_of_32():
     [("resnet18x", "no backbone 'resnet18x'.*--backbone"), ("test_vit", r"strides \[16.*not at \[8, 32\]")],
 )
 def test_unfit_backbone_is_refused_by_name(name, message):
-    with pytest.raises(BackboneError, match=message):
+    with pytest.raises(UserError, match=message):
         Backbone(name, 32)
 
 
@@ -76,7 +77,7 @@ def test_weights_that_cannot_be_had_stop_with_the_flag(monkeypatch):
         raise OSError("cannot reach the hub")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
-    with pytest.raises(BackboneError, match="cannot reach the hub(.|\n)*--no-pretrained"):
+    with pytest.raises(UserError, match="cannot reach the hub(.|\n)*--no-pretrained"):
         Backbone("test_resnet", 32, pretrained=True)
 
 
@@ -536,7 +537,7 @@ def test_unusable_weights_are_named(tmp_path, kind):
         "missing": "no weights file", "other-tensors": "no detector", "other-architecture": "does not fit",
         "newer-assigner": "cannot read.*top_Q",
     }  # fmt: skip
-    with pytest.raises(WeightsError, match=expected.get(kind, "no safetensors file, or it is truncated")) as error:
+    with pytest.raises(UserError, match=expected.get(kind, "no safetensors file, or it is truncated")) as error:
         load_weights(path)
     assert str(path) in str(error.value)
 

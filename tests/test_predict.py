@@ -18,11 +18,11 @@ from torchvision.transforms.v2.functional import resize
 import predict as predict_script
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from data.draw import draw_detections, fonts_of
+from errors import UserError
 from eval import detect_dataset
 from images import ImageError, header_size, load_image, to_tensor
-from model import Detections, Detector, DetectorConfig, WeightsError, load, save_weights
+from model import Detections, Detector, DetectorConfig, load, save_weights
 from predict import find_images, picture_paths
-from training.settings import SettingsError
 
 CPU = ("--device", "cpu")
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
@@ -249,15 +249,15 @@ def test_hub_that_cannot_be_reached_is_named(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(WeightsError, match=r"no ota.safetensors for hf://user/repo .*no route\n.*connection"):
+    with pytest.raises(UserError, match=r"no ota.safetensors for hf://user/repo .*no route\n.*connection"):
         load("hf://user/repo")
-    with pytest.raises(WeightsError, match=r"for hf://repo \(hf://user/repo or"):
+    with pytest.raises(UserError, match=r"for hf://repo \(hf://user/repo or"):
         load("hf://repo")
 
 
 def test_names_that_do_not_fit_the_weights_are_refused(detector, tmp_path):
     save_weights(tmp_path / "a.safetensors", detector, {"class_names": ["cat"]})
-    with pytest.raises(WeightsError, match="1 class_names for 3 classes"):
+    with pytest.raises(UserError, match="1 class_names for 3 classes"):
         load(tmp_path / "a.safetensors")
 
 
@@ -324,7 +324,7 @@ def test_folders_and_globs(tmp_path, monkeypatch):
     assert found("b.jpg", ".", str(tmp_path / "b.jpg")) == ["b.jpg", "a.PNG", "odd[1].jpg"]
     for nothing in ("empty", "*.bmp"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(SettingsError, match="no images in"):
+        with pytest.raises(UserError, match="no images in"):
             find_images([nothing])
 
 
@@ -333,7 +333,7 @@ def test_files_of_the_same_name_do_not_overwrite_one_another(tmp_path):
     pictures = picture_paths([tmp_path / name for name in names], tmp_path / "out")
     wanted = ["a.jpg", "1-a.jpg", "2-A.JPG", "3-a.jpg", "b.jpg", "c.gif.png"]
     assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == wanted
-    with pytest.raises(SettingsError, match=r"b\.jpg would overwrite it"):
+    with pytest.raises(UserError, match=r"b\.jpg would overwrite it"):
         picture_paths([tmp_path / "b.jpg"], tmp_path)
 
 

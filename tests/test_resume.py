@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import train
 from data import generate_shapes
 from data.dataset import SeededDataset, batches_from
+from errors import UserError
 from model import load_weights
-from training.folder import CheckpointError, load_checkpoint, save_checkpoint
+from training.folder import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
@@ -193,13 +194,13 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage
     assert "checkpoint-00000003.pt is damaged" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000002.pt", "checkpoint-00000003.damaged"]
     (tmp_path / "checkpoint-00000002.pt").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="every checkpoint.*--out"):
+    with pytest.raises(UserError, match="every checkpoint.*--out"):
         load_checkpoint(tmp_path)
 
 
 def test_checkpoint_runs_no_code(tmp_path, capsys):
     save_checkpoint(tmp_path, {"step": 1, "model": Path("x")})
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UserError):
         load_checkpoint(tmp_path)
     assert "weights_only" in capsys.readouterr().err.lower().replace("weights only", "weights_only")
 

@@ -22,9 +22,10 @@ import train
 import training.folder
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from data.dataset import batches_from
+from errors import UserError
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
-from model import Detector, DetectorConfig, WeightsError, init_weights, save_weights
+from model import Detector, DetectorConfig, init_weights, save_weights
 from model.batch import pack, pad_rows, padded_side
 from tests.support.scenes import make_scene
 from training.folder import RunFolder
@@ -286,7 +287,7 @@ def test_init_starts_the_class_layer_afresh_for_other_classes(tmp_path):
 
 def test_init_from_another_network_is_refused(tmp_path):
     save_weights(tmp_path / "a.safetensors", tiny_detector(), {"class_names": ["a", "b", "c"]})
-    with pytest.raises(WeightsError, match="another network: channels is 32, not 64"):
+    with pytest.raises(UserError, match="another network: channels is 32, not 64"):
         init_weights(tiny_detector(channels=64), tmp_path / "a.safetensors", ["a", "b", "c"])
 
 
@@ -386,7 +387,7 @@ def test_profile_leaves_a_trace_and_no_step(call, shapes, tmp_path):
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert sum("Optimizer.step" in event.get("name", "") for event in events) == 2
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-00000000.pt"]
-    with pytest.raises(train.SettingsError, match="--profile 16 takes 21 steps"):
+    with pytest.raises(UserError, match="--profile 16 takes 21 steps"):
         call(train, "--profile", 16, *args)
 
 
@@ -415,7 +416,7 @@ def test_switches_out_of_range_are_named(monkeypatch, capsys, args, message):
 
 
 def test_passes_must_divide_the_batch(call, shapes, tmp_path):
-    with pytest.raises(train.SettingsError, match=r"divide by 1 ranks x 3 passes \(--accumulate\)"):
+    with pytest.raises(UserError, match=r"divide by 1 ranks x 3 passes \(--accumulate\)"):
         call(train, "--data", shapes, *SMALL, "--batch-size", 4, "--accumulate", 3, "--out", tmp_path / "out")
 
 

@@ -22,8 +22,7 @@ from data import CocoDataset, DatasetError, eval_transform, find_splits, generat
 from errors import UserError
 from eval import batches_of_one_size, coco_metrics
 from kernels import OTAConfig
-from model import BackboneError, DetectorConfig, load_weights
-from training.folder import CheckpointError
+from model import DetectorConfig, load_weights
 
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -190,11 +189,11 @@ def test_ctrl_c_under_torchrun_leaves_usable_weights(four_images, tmp_path):
     "args, error, message",
     [
         (["--data", "nowhere"], DatasetError, "nowhere does not exist"),
-        (["--batch-size", "8"], train.SettingsError, r"--batch-size 8 .* 4 images"),
+        (["--batch-size", "8"], UserError, r"--batch-size 8 .* 4 images"),
         (["--lr", "1e38"], UserError, r"step \d.*not finite \(cls .* box .*iou .*image ids \d"),
-        (["--backbone", "resnet999"], BackboneError, "resnet999.*--backbone"),
-        (["--device", "toaster"], train.SettingsError, "cannot use --device toaster"),
-        (["--channels", "30"], train.SettingsError, "--channels"),
+        (["--backbone", "resnet999"], UserError, "resnet999.*--backbone"),
+        (["--device", "toaster"], UserError, "cannot use --device toaster"),
+        (["--channels", "30"], UserError, "--channels"),
     ],
     ids=["no-data", "batch-over-images", "loss-not-finite", "no-backbone", "no-device", "odd-channels"],
 )
@@ -269,7 +268,7 @@ def test_flags_of_before_name_the_new_form(call, capsys, args, message):
 def test_train_refuses_a_folder_with_another_run(call, four_images, trained):
     before = (trained / "ota.safetensors").read_bytes()
     args = ["--data", four_images, *TINY, "--batch-size", "4", "--out", trained]
-    with pytest.raises(CheckpointError, match=r"holds step 250(.|\n)*--lr: was 0.008, is 0.01 now(.|\n)*--out"):
+    with pytest.raises(UserError, match=r"holds step 250(.|\n)*--lr: was 0.008, is 0.01 now(.|\n)*--out"):
         call(train, *args, "--lr", "0.01", "--steps", "1")
     assert (trained / "ota.safetensors").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""Weights files from others: whatever a file holds, it loads and predicts, or one WeightsError names what is wrong."""
+"""Weights files from others: whatever a file holds, it loads and predicts, or one UserError names what is wrong."""
 
 import copy
 import gzip
@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import model.weights
+from errors import UserError
 from eval import load_with_data
 from kernels import OTAConfig
-from model import BackboneError, Detector, DetectorConfig, WeightsError, load, load_weights, save_weights
+from model import Detector, DetectorConfig, load, load_weights, save_weights
 
 CLASSES = {"class_names": ["cat", "traffic light"], "category_ids": [3, 7]}
 TRAINING = {"data": "shapes", "box": None, "training": {"step": 9, "metrics": {"AP": 0.5}}}
@@ -124,7 +125,7 @@ def test_300_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(vali
             place, names = (name,), [name]
         try:
             detector = load(write(metadata, tensors))
-        except WeightsError as error:
+        except UserError as error:
             refused += 1
             text = str(error)
             assert "does not fit" in text or any(name in text for name in names), (number, place, text)
@@ -181,7 +182,7 @@ DEEP = "[" * 100_000
     ],
 )
 def test_a_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         load(write(replaced(valid[0], field, value)))
 
 
@@ -191,7 +192,7 @@ def test_a_field_of_the_wrong_type_or_range_is_named(valid, write, field, value,
     ids=["deep", "5000-digits", "list", "no-json", "empty"],
 )
 def test_metadata_that_are_no_object_are_refused(write, text, message):
-    with pytest.raises(WeightsError, match=f"metadata that this version cannot read: .*{message}"):
+    with pytest.raises(UserError, match=f"metadata that this version cannot read: .*{message}"):
         load(write(text))
 
 
@@ -209,13 +210,13 @@ def test_metadata_that_are_no_object_are_refused(write, text, message):
 )
 def test_a_tensor_that_does_not_fit_is_named(valid, write, change, message):
     tensors = {name: tensor for name, tensor in valid[1].items() if name != "head.cls.weight"}
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         load(write(tensors=tensors | change))
 
 
 def test_a_negative_variance_is_refused(valid, write):
     name = next(name for name in valid[1] if name.endswith("running_var"))
-    with pytest.raises(WeightsError, match=f"{name}.*negative variance"):
+    with pytest.raises(UserError, match=f"{name}.*negative variance"):
         load(write(tensors=valid[1] | {name: -valid[1][name]}))
 
 
@@ -234,7 +235,7 @@ def test_a_file_chooses_no_address(valid, write, monkeypatch, backbone):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
-    with pytest.raises(WeightsError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
+    with pytest.raises(UserError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
         load(write(replaced(valid[0], "architecture.backbone", backbone)))
     assert not asked
 
@@ -256,7 +257,7 @@ def test_a_file_chooses_no_memory(valid, write, monkeypatch, changes):
     metadata = {n: value for n, value in valid[0].items() if n not in ("class_names", "category_ids")}
     metadata["architecture"] = metadata["architecture"] | changes
     started = time.perf_counter()
-    with pytest.raises(WeightsError, match="does not fit|has features at strides"):
+    with pytest.raises(UserError, match="does not fit|has features at strides"):
         load(write(metadata))
     assert len(built) == 1 and time.perf_counter() - started < 10
 
@@ -363,7 +364,7 @@ def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture
 
 def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
     hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(BackboneError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
+    with pytest.raises(UserError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
         Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
 
 
@@ -372,7 +373,7 @@ def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
 
 def test_evaluation_of_weights_without_a_data_set_names_the_flag(valid, write):
     path = write({name: value for name, value in valid[0].items() if name != "data"})
-    with pytest.raises(WeightsError, match="name the data set with --data"):
+    with pytest.raises(UserError, match="name the data set with --data"):
         load_with_data(path, None)
 
 

@@ -39,20 +39,16 @@ REDRAW_S = 60  # between two drawings of the curves, which take a second
 WARMUP_STEPS = 5  # before a trace: compiling, choosing algorithms, filling the allocator's cache
 
 
-class CheckpointError(UserError):
-    """The run's folder cannot be read, written or used now; the message names it and the remedy."""
-
-
 @contextlib.contextmanager
 def disk_errors_named(folder: Path):
-    """Turn an OSError into a CheckpointError that names the folder."""
+    """Turn an OSError into a UserError that names the folder."""
     try:
         yield
     except OSError as error:
         newest = _newest_first(folder)[:1]
         kept = f"the last checkpoint, {newest[0].name}, is complete" if newest else "there is no checkpoint yet"
         remedy = "Make room there and start the same command again to continue, or name a writable folder with --out"
-        raise CheckpointError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
+        raise UserError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
 
 
 def resume(
@@ -61,7 +57,7 @@ def resume(
     """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
 
     The main rank locks the folder until its process ends. `identity`: the settings that decide a run's result, as JSON.
-    Raises CheckpointError: the folder cannot be used, or holds a run with other settings.
+    Raises UserError: the folder cannot be used, or holds a run with other settings.
     """
     received = [None, False]
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -93,7 +89,7 @@ def _lock(folder: Path) -> None:
             except (BlockingIOError, PermissionError) as error:
                 holder = os.read(lock, 200).decode(errors="replace").strip() or "another process"
                 remedy = "Wait for that run or end it, or name another folder with --out"
-                raise CheckpointError(f"{folder} is in use by {holder}. {remedy}") from error
+                raise UserError(f"{folder} is in use by {holder}. {remedy}") from error
         else:
             print(f"note: this system has no file locks; start no second run in {folder}", file=sys.stderr)
         os.ftruncate(lock, 0)
@@ -104,13 +100,13 @@ def _lock(folder: Path) -> None:
 
 def _check_identity(folder: Path, identity: dict, checkpoint: dict | None) -> None:
     if checkpoint is None and any((folder / name).exists() for name in ("log.jsonl", "ota.safetensors")):
-        raise CheckpointError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
+        raise UserError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
     before = json.loads(checkpoint["identity"]) if checkpoint else identity
     names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
     if names:
         lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]
         what = f"{folder} holds step {checkpoint['step']} of a run with other settings:{''.join(lines)}"
-        raise CheckpointError(f"{what}\nGive the old ones to continue it, or name another folder with --out.")
+        raise UserError(f"{what}\nGive the old ones to continue it, or name another folder with --out.")
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
@@ -125,7 +121,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 def load_checkpoint(folder: Path) -> dict | None:
     """Return the newest undamaged checkpoint, on the CPU; None where there is none. A damaged one is renamed *.damaged,
-    with a warning. Raises CheckpointError: none can be read."""
+    with a warning. Raises UserError: none can be read."""
     for path in (paths := _newest_first(folder)):
         try:
             data = path.read_bytes()
@@ -133,13 +129,13 @@ def load_checkpoint(folder: Path) -> dict | None:
                 raise ValueError("its checksum does not fit, it was cut off or changed")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from error
+            raise UserError(f"cannot read {path}: {error}") from error
         except Exception as error:  # torch.load raises many types
             with disk_errors_named(folder):
                 path.rename(path.with_suffix(".damaged"))
             print(f"note: {path} is damaged ({error}); kept as {path.stem}.damaged", file=sys.stderr)
     if paths:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged; start afresh with another --out")
+        raise UserError(f"every checkpoint in {folder} is damaged; start afresh with another --out")
     return None
 
 
@@ -149,7 +145,7 @@ def _newest_first(folder: Path) -> list[Path]:
 
 @dataclass
 class RunFolder:
-    """The files of a run, which the main rank writes. Every method raises CheckpointError when it cannot write."""
+    """The files of a run, which the main rank writes. Every method raises UserError when it cannot write."""
 
     path: Path
     settings: dict  # the command, its flags, versions and dates, as JSON

@@ -18,8 +18,6 @@ import torch.distributed as dist
 
 from errors import UserError
 
-from .settings import SettingsError
-
 T = TypeVar("T")
 
 # In rising precedence: torchrun sends SIGTERM after SIGINT. Windows has no SIGUSR1.
@@ -105,7 +103,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
-    """Return device, rank and world size; start the process group under torchrun. Raises SettingsError."""
+    """Return device, rank and world size; start the process group under torchrun. Raises UserError."""
     print_any_text()
     atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -119,7 +117,7 @@ def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         remedy = "Start one process per GPU, or pass --device cpu"
-        raise SettingsError(f"rank {rank} cannot use --device {device}: {error}. {remedy}") from error
+        raise UserError(f"rank {rank} cannot use --device {device}: {error}. {remedy}") from error
     if world > 1:
         global _store
         _store, rank, world = store_of_this_start()

@@ -50,10 +50,6 @@ GONE = {  # flags of before -> the remedy
 }
 
 
-class SettingsError(UserError):
-    """Flags do not fit each other, the data or the machine; the message names them."""
-
-
 def number(kind: type, is_valid: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     """Return the type of a flag that takes a finite number."""
 
@@ -180,7 +176,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
 
 
 def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
-    """Fill in --bf16 and --workers, and reduce the batch of --overfit. Raises SettingsError."""
+    """Fill in --bf16 and --workers, and reduce the batch of --overfit. Raises UserError."""
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.workers is None:
@@ -189,14 +185,11 @@ def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, 
         args.batch_size = min(args.batch_size, images)
     if args.batch_size % (world * args.accumulate) or args.batch_size > images:
         rule = f"divide by {world} ranks x {args.accumulate} passes (--accumulate) and not pass the {images} images"
-        raise SettingsError(f"--batch-size {args.batch_size} must {rule}")
+        raise UserError(f"--batch-size {args.batch_size} must {rule}")
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
-    """Raises SettingsError."""
+    """Raises UserError."""
     same = {name: getattr(args, name) for name in ("backbone", "channels", "head_convs", "max_detections", "assigner")}
     size, ota = tuple(args.image_size), OTAConfig(**args.ota)
-    try:
-        return DetectorConfig(num_classes, image_size=size, frozen_norm=args.pretrained, ota=ota, **same)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    return DetectorConfig(num_classes, image_size=size, frozen_norm=args.pretrained, ota=ota, **same)
