@@ -1,7 +1,4 @@
-"""ota_assign: the public function of label assignment, and the choice of its backend.
-
-The backends are one torch operator, so torch.compile keeps a call in its graph on every device.
-"""
+"""ota_assign, the public function of label assignment, and the choice of its backend."""
 
 from collections.abc import Iterable
 
@@ -35,10 +32,8 @@ def choose_backend(backend: str | None, backends: Iterable[str], device: torch.d
     if backend == "triton" and not HAS_TRITON:
         raise ModuleNotFoundError(f"backend='triton' needs the package triton ({NO_TRITON}); backend='torch' does not")
     if backend == "triton" and device.type != "cuda" and COMPILED:
-        raise ValueError(
-            f"backend='triton' needs tensors on a GPU, they are on {device}; TRITON_INTERPRET=1, set before "
-            f"triton is imported, interprets the kernels on a CPU, slowly"
-        )
+        advice = "TRITON_INTERPRET=1, set before triton is imported, interprets the kernels on a CPU, slowly"
+        raise ValueError(f"backend='triton' needs tensors on a GPU, they are on {device}; {advice}")
     return backend
 
 
@@ -72,9 +67,8 @@ def ota_assign(
     the host would wait for the device. Unchecked, a row whose label is out of range is ignored, and decreasing offsets
     give a meaningless result.
 
-    `max_pairs` concerns "triton" with center_prior="none". The other priors bound the candidates of a ground truth,
-    and memory with them (some 70 bytes for each possible pair). "none" allows all N points, so memory is for G N
-    pairs, or for `max_pairs`; more candidates than that are an error on the device.
+    "triton" reserves some 70 bytes for each possible pair. With center_prior="none" these are all G N pairs, or
+    `max_pairs`; more candidates than that are an error on the device.
 
     Raises ValueError for shapes or devices that do not fit, and TypeError for wrong types.
     """
@@ -86,6 +80,7 @@ def ota_assign(
     return Assignment(*_assign(*inputs[:5], grid.strides, rows, columns, *settings, max_pairs, backend))
 
 
+# One torch operator for all backends, so that torch.compile keeps a call in its graph on every device.
 SCHEMA = (  # explicit, because the schema that torch infers differs between versions
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
     "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
@@ -128,10 +123,8 @@ def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
         num_classes, labels, offsets = logits.shape[-1], gt_labels.long(), gt_offsets.tolist()
         bad_rows = ((labels < -1) | (labels >= num_classes)).nonzero()[:, 0].tolist()
         if bad_rows:
-            raise ValueError(
-                f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, expected 0..{num_classes - 1}, or -1 for a row to "
-                f"ignore ({len(bad_rows)} such rows)"
-            )
+            expectation = f"expected 0..{num_classes - 1}, or -1 for a row to ignore ({len(bad_rows)} such rows)"
+            raise ValueError(f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, {expectation}")
         if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > len(labels):
             raise ValueError(f"gt_offsets must rise from 0 to at most G = {len(labels)}, not {offsets}")
     return inputs._replace(gt_labels=gt_labels.long(), gt_offsets=gt_offsets.long())

@@ -122,11 +122,10 @@ def decode(log_plan: Tensor, config: OTAConfig) -> Tensor:
 def assign_image(
     logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, grid: PointGrid, config: OTAConfig
 ) -> dict[str, Tensor]:
-    """Every quantity of one image with m >= 1 valid ground truths.
+    """Solve one image with m >= 1 valid ground truths; a row without a finite candidate has k = 0 and sends nothing.
 
-    `candidates` (m, n), `cost` (m + 1, n) with inf where a pair is no candidate, `k` (m,), `log_plan`
-    (m + 1, n), `supplier` (n,) in 0..m with m for background, `iou` (m, n). Rows whose k is 0 (all their
-    predictions are non-finite) send nothing.
+    Return `candidates` (m, n), `cost` (m + 1, n) with inf where a pair is no candidate, `k` (m,),
+    `log_plan` (m + 1, n), `supplier` (n,) in 0..m with m for background and `iou` (m, n).
     """
     finite = torch.isfinite(logits).T[gt_labels] & torch.isfinite(boxes).all(1)
     candidates = center_prior(gt_boxes, grid, config) & finite
@@ -141,7 +140,6 @@ def assign_image(
     iou = iou_and_giou(gt_boxes, boxes)[0]
     k = supplies(iou, candidates, config)
     supply = torch.cat([k, (grid.num_points - k.sum()).clamp(min=0)[None]]).to(boxes).clamp(min=EMPTY_SUPPLY)
-
     active = torch.cat([k > 0, torch.ones_like(k[:1], dtype=torch.bool)])
     log_plan = torch.full_like(cost, -math.inf)
     log_plan[active] = sinkhorn(cost[active], supply[active], config)

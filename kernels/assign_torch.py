@@ -7,10 +7,9 @@ Two exact identities shrink the (m + 1) x n problem of assign_reference.py:
 2. A point that is nobody's candidate has background as its one supplier, so v_j = -u_bg. All n_0 of them in an
    image are one column that counts n_0 times.
 
-What is left is a sparse bipartite graph: suppliers (G ground truths, then B backgrounds), points (A that are
-candidates, then one column per image for all others) and edges (P candidate pairs, then one background edge per
-point). A Sinkhorn iteration sums the plan over the edges of each point, and then over those of each supplier.
-Everything is sorted and reduced in a fixed order, so the result is repeatable bit for bit.
+A sparse bipartite graph is left: suppliers (G ground truths, then B backgrounds), points (A candidates, then one column
+per image for all others) and edges (P candidate pairs, then one background edge per point). A Sinkhorn iteration sums
+the plan over each point's edges, then over each supplier's, in a fixed order, so results are repeatable bit for bit.
 """
 
 from functools import lru_cache
@@ -29,7 +28,6 @@ _point_strides = lru_cache(maxsize=32)(PointGrid.point_strides)
 
 
 def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of P pairs of boxes, (P, 4) each."""
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
     bx1, by1, bx2, by2 = boxes.unbind(1)
     width = (torch.minimum(gx2, bx2) - torch.maximum(gx1, bx1)).clamp(min=0)
@@ -92,15 +90,12 @@ class _Segments(NamedTuple):
         segment, edge = of_edge.sort(stable=True)
         return cls(of_edge, edge, segment, torch.bincount(segment, minlength=count))
 
-    def max(self, x: Tensor) -> Tensor:
-        return torch.segment_reduce(x, "max", lengths=self.lengths, unsafe=True)
-
-    def sum(self, x: Tensor) -> Tensor:
-        return torch.segment_reduce(x, "sum", lengths=self.lengths, unsafe=True)
+    def reduce(self, x: Tensor, how: str) -> Tensor:
+        return torch.segment_reduce(x, how, lengths=self.lengths, unsafe=True)
 
     def logsumexp(self, x: Tensor) -> Tensor:
-        peak = self.max(x)
-        return peak + self.sum((x - peak[self.segment]).exp()).log()
+        peak = self.reduce(x, "max")
+        return peak + self.reduce((x - peak[self.segment]).exp(), "sum").log()
 
 
 def _sinkhorn(
@@ -108,32 +103,29 @@ def _sinkhorn(
 ) -> tuple[Tensor, Tensor]:
     """Potentials u of the suppliers and v of the points, both in units of eps, as is the cost (E,).
 
-    A point counts exp(log_count) times for its suppliers. The first iteration is in the log domain. After it every row
-    of the plan sums to its supply s, and no column sums to less than min(1, s) / N, whatever the cost. So one iteration
-    changes no entry by more than a factor of N / EMPTY_SUPPLY, and ABSORB_EVERY of them stay within float64 as plain
-    products of such factors with the plan; then the factors move into u and v.
+    A point counts exp(log_count) times for its suppliers. After the first iteration, in the log domain, every row of
+    the plan sums to its supply s and no column to less than min(1, s) / N, whatever the cost. So an iteration changes
+    no entry by more than a factor of N / EMPTY_SUPPLY, and ABSORB_EVERY of them fit float64; then u and v absorb them.
     """
     supplier_p, receiver_p, cost_p = by_supplier.of_edge[by_point.edge], by_point.segment, cost[by_point.edge]
     supplier_s, receiver_s = by_supplier.segment, by_point.of_edge[by_supplier.edge]
     cost_s = (cost - log_count)[by_supplier.edge]
-    log_supply = supply.log()
 
     v = -by_point.logsumexp(-cost_p)
-    u = log_supply - by_supplier.logsumexp(v[receiver_s] - cost_s)
+    u = supply.log() - by_supplier.logsumexp(v[receiver_s] - cost_s)
     for done in range(1, iterations, ABSORB_EVERY):
         plan_p = (u[supplier_p] + v[receiver_p] - cost_p).exp()
         plan_s = (u[supplier_s] + v[receiver_s] - cost_s).exp()
         row_factor = torch.ones_like(u)
         for _ in range(min(ABSORB_EVERY, iterations - done)):
-            column_factor = by_point.sum(row_factor.index_select(0, supplier_p).mul_(plan_p)).reciprocal_()
-            row_factor = supply / by_supplier.sum(column_factor.index_select(0, receiver_s).mul_(plan_s))
+            column_factor = by_point.reduce(row_factor.index_select(0, supplier_p).mul_(plan_p), "sum").reciprocal_()
+            row_factor = supply / by_supplier.reduce(column_factor.index_select(0, receiver_s).mul_(plan_s), "sum")
         u, v = u + row_factor.log(), v + column_factor.log()
     return u, v
 
 
-def _solve(inputs: Inputs, config: OTAConfig) -> tuple[Plan, Tensor, Tensor, Tensor, Tensor]:
-    """The plan, the pairs' IoU (P,) and position of their point in `plan.points` (P,), and what decoding compares: the
-    log plan of the pairs (P,) and of background (A,), rescaled if so configured."""
+def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
+    """The assignment of all images at once, and the plan that it comes from."""
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
     (num_images, num_points, num_classes), num_rows, device = logits.shape, len(gt_boxes), boxes.device
 
@@ -149,19 +141,17 @@ def _solve(inputs: Inputs, config: OTAConfig) -> tuple[Plan, Tensor, Tensor, Ten
     k = _supplies(gt, iou, num_rows, config)
     flat_point = image * num_points + point
     points, column = torch.unique(flat_point, return_inverse=True)
-    num_active = points.numel()
+    num_pairs, num_active = gt.numel(), points.numel()
     active_per_image = torch.bincount(points // num_points, minlength=num_images)
     supplied = k.new_zeros(max(num_images, 1)).index_add_(0, image_of_row, k)  # rows outside all images have k = 0
-    supply_bg = num_points - supplied[:num_images]
-    supply = torch.cat([k, supply_bg.clamp(min=0)]).double().clamp(min=EMPTY_SUPPLY)
+    supply = torch.cat([k, (num_points - supplied[:num_images]).clamp(min=0)]).double().clamp(min=EMPTY_SUPPLY)
 
     # Edges: candidate pairs, background to every active point, background to the rest of each image.
-    images = torch.arange(num_images, device=device)
-    supplier = torch.cat([gt, num_rows + points // num_points, num_rows + images])
+    background = torch.arange(num_rows, num_rows + num_images, device=device)
+    supplier = torch.cat([gt, background[points // num_points], background])
     receiver = torch.cat([column, torch.arange(num_active + num_images, device=device)])
     scaled_cost = F.pad(cost.double() / config.eps, (0, num_active + num_images))
-    log_count = F.pad((num_points - active_per_image).double().log(), (gt.numel() + num_active, 0))
-
+    log_count = F.pad((num_points - active_per_image).double().log(), (num_pairs + num_active, 0))
     by_point = _Segments.by(receiver, num_active + num_images)
     by_supplier = _Segments.by(supplier, num_rows + num_images)
     u, v = _sinkhorn(scaled_cost, log_count, supply, by_supplier, by_point, config.iterations)
@@ -169,26 +159,21 @@ def _solve(inputs: Inputs, config: OTAConfig) -> tuple[Plan, Tensor, Tensor, Ten
     sent = v[receiver] - scaled_cost  # log plan without its supplier's factor
     score = log_plan = u[supplier] + sent
     if config.rescale:
-        peak = by_supplier.max(sent.masked_fill(torch.isneginf(log_count), -torch.inf)[by_supplier.edge])
+        peak = by_supplier.reduce(sent.masked_fill(torch.isneginf(log_count), -torch.inf)[by_supplier.edge], "max")
         score = sent - peak[supplier]
-    parts = [gt.numel(), num_active, num_images]
+    parts = [num_pairs, num_active, num_images]
     (log_plan, log_plan_bg, _), (score, score_bg, _) = log_plan.split(parts), score.split(parts)
-    return Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg), iou, column, score, score_bg
 
-
-def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
-    """The assignment of all images at once, and the plan that it comes from."""
-    plan, pair_iou, column, score, score_bg = _solve(inputs, config)
-    num_pairs, best = len(score), score_bg.scatter_reduce(0, column, score, "amax")
-    pair = torch.where(score >= best[column], torch.arange(num_pairs, device=score.device), num_pairs)
-    winner = torch.full_like(plan.points, num_pairs).scatter_reduce_(0, column, pair, "amin")
+    # Every point goes to the supplier with the best score; the lowest row wins a tie, background loses it.
+    best = score_bg.scatter_reduce(0, column, score, "amax")
+    pair = torch.where(score >= best[column], torch.arange(num_pairs, device=device), num_pairs)
+    winner = torch.full_like(points, num_pairs).scatter_reduce_(0, column, pair, "amin")
     foreground = winner < num_pairs
-    winner, point = winner[foreground], plan.points[foreground]
-
-    gt_index = torch.full(inputs.boxes.shape[:2], -1, device=score.device)
-    iou = torch.zeros_like(gt_index, dtype=torch.float32)
-    gt_index.view(-1)[point], iou.view(-1)[point] = plan.gt[winner], pair_iou[winner]
-    return Assignment(gt_index, iou, plan.k.int()), plan
+    winner, matched = winner[foreground], points[foreground]
+    gt_index = torch.full((num_images, num_points), -1, device=device)
+    matched_iou = torch.zeros_like(gt_index, dtype=torch.float32)
+    gt_index.view(-1)[matched], matched_iou.view(-1)[matched] = gt[winner], iou[winner]
+    return Assignment(gt_index, matched_iou, k.int()), Plan(gt, flat_point, cost, k, log_plan, points, log_plan_bg)
 
 
 def ota_assign_torch(inputs: Inputs, config: OTAConfig) -> Assignment:

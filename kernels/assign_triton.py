@@ -1,7 +1,6 @@
 """Optimal transport assignment in Triton: find_pairs, a library sort by point, sinkhorn.
 
-Nothing waits for the device, no shape depends on data and no Python loop runs over images or ground truths. So a call
-can be captured in a CUDA graph, once a first call has compiled the kernels.
+Nothing waits for the device and no shape depends on data, so a CUDA graph can capture a call of compiled kernels.
 """
 
 import math

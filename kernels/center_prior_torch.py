@@ -24,20 +24,18 @@ def _level_table(grid: PointGrid, device: torch.device) -> tuple[Tensor, Tensor,
 
 @lru_cache(maxsize=32)
 def possible_ranks(count: int, device: torch.device) -> Tensor:
-    """Column rank and row rank (2, ranks) that a point among the `count` closest of its level can have.
+    """Column rank p and row rank q (2, ranks), from 0, that a point among the `count` closest of its level can have.
 
-    The point in the p-th closest column and the q-th closest row (from 0) has (p + 1)(q + 1) - 1 points at least
-    as close as itself, so (p + 1)(q + 1) <= count: 87 pairs of ranks for 25 points instead of 625.
+    (p + 1)(q + 1) - 1 points are at least as close, so (p + 1)(q + 1) <= count: 87 pairs instead of 625 for 25 points.
     """
     ranks = [(p, q) for p in range(count) for q in range(count // (p + 1))]
     return torch.tensor(ranks, device=device).T
 
 
 def _nearest(center: Tensor, stride: Tensor, size: Tensor, count: int) -> Tensor:
-    """The `count` grid coordinates (..., count) closest to a centre on one axis; ties go to the lower one.
+    """The `count` grid coordinates (..., count) closest to a centre a on one axis; ties go to the lower one.
 
-    The m closest form a run that starts at ceil(a - m / 2), a being the centre in grid coordinates, shifted into the
-    grid. Entries from rank `size` on are meaningless.
+    The m closest form a run from ceil(a - m / 2), shifted into the grid. Entries from rank `size` on are meaningless.
     """
     m = torch.arange(1, count + 1, device=center.device)
     half = (stride * (UNITS_PER_PX // 2))[..., None]
@@ -65,7 +63,6 @@ def _candidate_ranges(boxes: Tensor, center: Tensor, grid: PointGrid, config: OT
 
 
 def _all_in_ranges(first: Tensor, last: Tensor, grid: PointGrid) -> tuple[Tensor, Tensor]:
-    """Every (ground truth, point) of the ranges."""
     _, sizes, level_start = _level_table(grid, first.device)
     width, height = (last - first + 1).clamp(min=0).flatten(0, 1).unbind(1)
     count = width * height
@@ -82,7 +79,6 @@ def _closest(center: Tensor, first: Tensor, last: Tensor, grid: PointGrid, count
     first, last, center = first[gt, level], last[gt, level], center[gt]
     stride, size, level_start = (table[level] for table in _level_table(grid, center.device))
     ranks = possible_ranks(count, center.device).expand(len(gt), -1, -1)
-
     place = _nearest(center, stride, size, count).gather(2, ranks)  # (pairs of box and level, 2, ranks)
     offset = (2 * place + 1) * (stride * (UNITS_PER_PX // 2))[..., None] - center[..., None]
     exists = (ranks < size[..., None]).all(1)

@@ -14,7 +14,6 @@ CLS_COSTS = ("focal", "bce")
 REG_COSTS = ("iou", "giou", "smooth_l1")
 DEFAULT_RADIUS = {"closest": 5, "radius": 2.5, "none": 0}
 INTEGER_SETTINGS = ("iterations", "top_q", "per_q", "fixed_k")  # a whole number of another type, as 20.0, is converted
-LIMIT = 2**30  # kernels add to settings in 32 bits
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 GIOU_EPS = 1e-7  # added to both denominators of the GIoU loss, as in torchvision
@@ -39,35 +38,23 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class OTAConfig:
-    """Settings of optimal transport assignment; the defaults are the paper's (section 4.1), decoded as in its code.
+    """Settings of optimal transport assignment; the defaults are the paper's (section 4.1), decoded as in its code."""
 
-    alpha         weight of the regression cost (equation 6)
-    eps           entropic regularisation of Sinkhorn-Knopp (equation 9)
-    iterations    Sinkhorn iterations T
-    top_q         dynamic k: the supply of a ground truth is the floor of the sum of its q best IoUs
-    per_q         and of at most one in per_q of its candidates; 1 is the paper's rule
-    fixed_k       the same supply for every ground truth instead; None is dynamic k
-    center_prior  "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
-                  "radius": points inside the box, closer than radius strides to its centre along x and y
-                  "none": all points inside the box
-                  An object without a candidate keeps its closest point (the authors' code: its cheapest ones).
-    radius        None is 5 for "closest", 2.5 for "radius"
-    cls_cost      "focal" or "bce"
-    reg_cost      "iou" (-log IoU), "giou" (1 - GIoU) or "smooth_l1" (sides in strides)
-    rescale       divide every supplier's row of the plan by its maximum before each point picks its supplier
-    """
-
-    alpha: float = 1.5
-    eps: float = 0.1
-    iterations: int = 50
-    top_q: int = 20
-    per_q: int = 1
-    fixed_k: int | None = None
+    alpha: float = 1.5  # weight of the regression cost (equation 6)
+    eps: float = 0.1  # entropic regularisation of Sinkhorn-Knopp (equation 9)
+    iterations: int = 50  # Sinkhorn iterations T
+    top_q: int = 20  # dynamic k: the supply of a ground truth is the floor of the sum of its top_q best IoUs
+    per_q: int = 1  # but at most one in per_q of its candidates counts; 1 is the paper's rule
+    fixed_k: int | None = None  # the same supply for every ground truth instead; None is dynamic k
+    # "closest": the radius^2 points per level closest to the box centre, inside the box (the paper)
+    # "radius": points inside the box, closer than radius strides to its centre along x and y
+    # "none": all points inside the box
+    # An object without a candidate keeps its closest point (the authors' code: its cheapest ones).
     center_prior: str = "closest"
-    radius: float | None = None
-    cls_cost: str = "focal"
-    reg_cost: str = "iou"
-    rescale: bool = True
+    radius: float | None = None  # None is 5 for "closest", 2.5 for "radius"
+    cls_cost: str = "focal"  # "focal" or "bce"
+    reg_cost: str = "iou"  # "iou" (-log IoU), "giou" (1 - GIoU) or "smooth_l1" (sides in strides)
+    rescale: bool = True  # divide every supplier's row of the plan by its maximum before each point picks its supplier
 
     def __post_init__(self):
         for name, allowed in (("center_prior", CENTER_PRIORS), ("cls_cost", CLS_COSTS), ("reg_cost", REG_COSTS)):
@@ -83,11 +70,10 @@ class OTAConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"OTAConfig.{name} is {value!r}, it must be a number")
-            if not -LIMIT < value < LIMIT:  # NaN fails, too
+            if not abs(value) < 2**30:  # kernels add to settings in 32 bits; NaN fails, too
                 raise ValueError(f"OTAConfig.{name} is {value!r:.40}, it must be a finite number below 2^30")
             if integer and (value < 1 or value != int(value)):
-                kind = "at least 1" if value < 1 else "a whole number"
-                raise ValueError(f"OTAConfig.{name} is {value}, it must be {kind}")
+                raise ValueError(f"OTAConfig.{name} is {value}, it must be at least 1 and a whole number")
             object.__setattr__(self, name, int(value) if integer or isinstance(value, int) else float(value))
         if self.center_prior == "closest" and (self.radius < 1 or self.radius != int(self.radius)):
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number >= 1")
@@ -98,16 +84,11 @@ class OTAConfig:
 
 
 class Assignment(NamedTuple):
-    """Labels of a batch.
+    """Labels of a batch."""
 
-    gt_index  (B, N) int64    row in gt_boxes of the matched ground truth, -1 = background
-    iou       (B, N) float32  IoU of the predicted and the matched box, 0 for background
-    k         (G,)   int32    supply of every ground truth, 0 for a row that takes no part
-    """
-
-    gt_index: Tensor
-    iou: Tensor
-    k: Tensor
+    gt_index: Tensor  # (B, N) int64, row in gt_boxes of the matched ground truth, -1 = background
+    iou: Tensor  # (B, N) float32, IoU of the predicted and the matched box, 0 for background
+    k: Tensor  # (G,) int32, supply of every ground truth, 0 for a row that takes no part
 
 
 class Plan(NamedTuple):

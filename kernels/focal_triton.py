@@ -106,12 +106,10 @@ def _focal_gradient_kernel(gradient, upstream, inputs, num_points, G, C, POINTS:
 
 
 def _launch(logits: Tensor, num_rows: int) -> tuple[tuple[int], tuple[int, int, int, int, int]]:
-    """Grid of programs, and numbers of points, rows and classes, and points and classes of a tile.
-
-    The tile has the widest range of classes that wastes the fewest lanes on classes that do not exist.
-    """
+    """Grid of programs, then numbers of points, rows and classes, and points and classes of a tile."""
     num_points, num_classes = logits.shape[:2].numel(), logits.shape[2]
     widths = [2**n for n in range(8) if 2**n < 2 * num_classes and 2**n >= min(16, num_classes)]
+    # The widest range of classes that wastes the fewest lanes on classes that do not exist.
     classes = min(reversed(widths), key=lambda width: -(-num_classes // width) * width)
     points = _TILE // classes
     return (triton.cdiv(num_points, points),), (num_points, num_rows, num_classes, points, classes)

@@ -3,10 +3,9 @@
 Points are ordered level by level, row by row, x fastest; point (x, y) of a level with stride s lies at
 ((x + 0.5) s, (y + 0.5) s) px. L levels, N points over all levels, G ground truths.
 
-Which points are closest to a box centre must not depend on rounding, or two backends would disagree. So centres and
-points are integers in units of 2^-16 px, squared distances are exact in int64, and ties go to the lower point index.
-Whether a point is inside a box may be computed in float32: next to the threshold the difference of the two coordinates
-is exact (Sterbenz).
+Centres and points are integers in units of 2^-16 px and squared distances are exact in int64, so all backends agree on
+the closest points; ties go to the lower index. Whether a point is inside a box may be computed in float32: next to the
+threshold the difference of the two coordinates is exact (Sterbenz).
 """
 
 import math
@@ -39,8 +38,7 @@ class PointGrid:
     @classmethod
     def for_image(cls, image_size: tuple[int, int], strides: tuple[int, ...] = (8, 16, 32, 64, 128)) -> "PointGrid":
         """Grid of an image of (height, width) px, whose level of stride s has ceil(side / s) points a side."""
-        height, width = image_size
-        return cls(tuple(strides), tuple((math.ceil(height / s), math.ceil(width / s)) for s in strides))
+        return cls(tuple(strides), tuple(tuple(math.ceil(side / s) for side in image_size) for s in strides))
 
     @property
     def level_offsets(self) -> tuple[int, ...]:
@@ -82,8 +80,8 @@ def radius_in_units(radius: float, stride: int) -> int:
 def valid_rows(gt_boxes: Tensor, gt_labels: Tensor, gt_offsets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Image index (G,) of every ground truth row, and which rows (G,) take part in the assignment.
 
-    A row takes part when it belongs to an image, its box is finite with positive sides and its label is in [0, C).
-    The image index of a row outside all images is clamped, so that gathering with it is safe.
+    Such a row belongs to an image, its box is finite with positive sides and its label is in [0, C). The image index
+    of a row outside all images is clamped, so that gathering with it is safe.
     """
     rows = torch.arange(gt_boxes.shape[0], device=gt_boxes.device)
     image = torch.bucketize(rows, gt_offsets.to(rows.dtype).contiguous(), right=True) - 1

@@ -5,8 +5,7 @@
     giou   sum over matched points of 1 - GIoU(b, g)                           (Rezatofighi et al., CVPR 2019)
     iou    sum over matched points of the binary cross entropy of the IoU logit against the IoU
 
-Both functions consume the result of ota_assign; normalisation is the caller's. "torch" below is plain PyTorch: no
-shape depends on data, and nothing waits for a device.
+Both functions consume the result of ota_assign; normalisation is the caller's. No shape depends on data.
 """
 
 import torch
@@ -33,10 +32,9 @@ def focal_loss(
     gt_labels  (G,)       int64, 0..C-1; with any other number a point that is matched to the row has no class
     ignored    (B, N)     bool, points that take no part unless they are matched
 
-    `backend` is "torch" (any device) or "triton" (deterministic; reads contiguous logits once for the loss, reads them
-    again and writes their gradient once for the gradient, keeps nothing of their size in between, and can be
-    differentiated once); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. Both compute in float32 ("torch"
-    in float64 where the predictions are) and never wait for the device.
+    `backend` is "torch" (any device) or "triton" (deterministic; keeps nothing of the logits' size between loss and
+    gradient, and can be differentiated once); None is "triton" on an NVIDIA or AMD GPU, "torch" elsewhere. Both compute
+    in float32 ("torch" in float64 where the predictions are) and never wait for the device.
 
     Raises ValueError for shapes, devices or a backend that do not fit, TypeError for wrong types.
     """
@@ -111,7 +109,6 @@ def _box_loss_torch(
 
 
 def _giou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """1 - GIoU of paired (..., 4) boxes, with a small constant in both denominators."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(-1)
     width = torch.minimum(x2, gx2) - torch.maximum(x1, gx1)

@@ -241,11 +241,9 @@ def _pairs_kernel(
 COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
 
 
-@cache
+@cache  # without a limit, because a captured CUDA graph copies the table at every replay
 def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool) -> Tensor:
-    """Level table (center_prior_triton.py), then the ranks along x and along y that one of the "closest" points can
-    have: (5 L + 2 ranks,) int64. Never freed, because a captured CUDA graph copies it at every replay.
-    """
+    """Level table (center_prior_triton.py), then the `possible_ranks` of "closest": (5 L + 2 ranks,) int64."""
     rows, columns = zip(*grid.sizes, strict=True)
     reach = [radius_in_units(radius, stride) if center_prior == "radius" else 0 for stride in grid.strides]
     parts = [torch.tensor([grid.strides, columns, rows, grid.level_offsets[:-1], reach]).flatten()]
@@ -279,7 +277,7 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     (B, N, C), G, L, device = logits.shape, len(gt_boxes), len(grid.strides), boxes.device
     # Pinned memory is copied without waiting for the device.
     host = _host_table(grid, config.center_prior, config.radius, device.type == "cuda")
-    levels, ranks = host.to(device, non_blocking=True).tensor_split([5 * L])
+    levels, ranks = tables = host.to(device, non_blocking=True).tensor_split([5 * L])
     most = most_pairs_per_gt(grid, config)
     capacity = G * most
     if config.center_prior == "none":
@@ -303,6 +301,5 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     kinds = dict(PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost)
     if COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda":
         kinds["maxnreg"] = 128  # by default NVIDIA's assembler uses fewer registers and spills a few values
-    tables = levels, ranks
     _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, capacity, settings, **kinds, **_OPTIONS)
     return pairs

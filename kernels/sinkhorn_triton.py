@@ -1,15 +1,15 @@
 """Sinkhorn-Knopp over candidate pairs and its decoding, all T iterations in one Triton launch: one program per image.
 
-The plan is a sparse matrix, stored twice: by ground truth, as find_pairs packed it ("slots"), and by point, after one
-stable sort ("edges"). So each half of an iteration sums consecutive memory and gathers the other side's factors,
-without atomics. Background is one more entry of every point. The points that are no candidate have background as their
-only supplier: one column that counts `rest` times. Sums run in an order that the batch does not change.
+The plan is a sparse matrix, stored by ground truth, as find_pairs packed it ("slots"), and by point, after one stable
+sort ("edges"). So each half of an iteration sums consecutive memory, in an order that the batch does not change, and
+gathers the other side's factors. Background is one more entry of every point. The points that are no candidate have
+background as their only supplier: one column that counts `rest` times.
 
 The first iteration is in the log domain, with potentials u and v in float64. After it every row of the plan
-P = exp(u + v - c) sums to its supply s, and an iteration multiplies: by point b = 1 / sum_i P_ij a_i, by ground truth
-a = s / sum_j P_ij b_j, with P in float32. No column of P then sums to less than min(1, s) / N, so an iteration changes
-a factor at most N / min(1, s) times. That bounds how many iterations fit float32 (_burst) before the factors move into
-u and v and P is computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
+P = exp(u + v - c) sums to its supply s, and an iteration multiplies in float32: b = 1 / sum_i P_ij a_i by point, then
+a = s / sum_j P_ij b_j by ground truth. No column of P sums to less than min(1, s) / N, so a factor changes at most
+N / min(1, s) times. That bounds the iterations that fit float32 (_burst) before the factors move into u and v and P is
+computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
 """
 
 import math

@@ -20,14 +20,12 @@ def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assignment_statistics(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor, dict[str, Tensor]]:
-    """The assignment, the ambiguous points (B, N) bool, and numbers, float32 scalars; waits for a GPU.
+    """Assignment, ambiguous points (B, N) bool and float32 scalars, 0 if no ground truth takes part; waits for a GPU.
 
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
     ambiguous         share of the candidate points whose largest supplier sends less than 0.9 of what they receive
     residual          mean over these of |units received - 1|, the error of Sinkhorn's columns; its rows are exact
-
-    All numbers are 0 where no ground truth takes part.
     """
     inputs = check_inputs(inputs)
     match, plan = solve(inputs.to("cpu") if inputs.boxes.device.type == "mps" else inputs, config)  # mps has no float64
