@@ -11,8 +11,7 @@ from collections import defaultdict
 import numpy as np
 
 MIN_OVERLAP = 0.5
-# 10^-2 to 10^0, evenly spaced in log and rounded as in the authors' code
-FPPI_POINTS = (0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0)
+FPPI_POINTS = (0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0)  # 10^-2 to 1, as the authors round them
 JI_THRESHOLDS = tuple(i / 10 for i in range(10))
 
 
@@ -43,8 +42,8 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
     for image in annotations["images"]:
         rows = np.array(detected[image["id"]], np.float64).reshape(-1, 5)
         rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-        found = (rows[:, :4], real[image["id"]], ignored[image["id"]])
-        detections, truth, regions = (_corners(boxes, image) for boxes in found)
+        all_boxes = (rows[:, :4], real[image["id"]], ignored[image["id"]])
+        detections, truth, regions = (_corners(boxes, image) for boxes in all_boxes)
         iou, covered = overlaps(detections, truth), _covered(detections, regions)
         hit = match_greedily(iou, covered)
         scores.append(rows[hit >= 0, 4])
@@ -57,8 +56,7 @@ def crowd_metrics(annotations: dict, results: list[dict]) -> dict[str, float]:
     fppi = (1 - hits).cumsum() / len(annotations["images"])
     at_fppi = np.searchsorted(fppi, FPPI_POINTS).clip(max=len(fppi) - 1)
     miss_rates = 1 - recall[at_fppi] if len(hits) else np.ones(1)
-    counted = ~np.isnan(jaccard)
-    ji = np.where(counted, jaccard, 0).sum(0) / counted.sum(0).clip(1)
+    ji = np.nansum(jaccard, 0) / np.isfinite(jaccard).sum(0).clip(1)
     ap = float(((precision[1:] + precision[:-1]) / 2 * np.diff(recall)).sum())
     with np.errstate(divide="ignore"):  # a miss rate of 0
         mr = float(np.exp(np.log(miss_rates).mean()))
@@ -90,8 +88,7 @@ def _covered(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
 
 def match_greedily(iou: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """(n,) from the IoU (n, m): 1 for a detection that takes a real box; others 0, or -1 where `covered`."""
-    hit = np.where(covered, -1, 0)
-    free = np.ones(iou.shape[1], bool)
+    hit, free = np.where(covered, -1, 0), np.ones(iou.shape[1], bool)
     for i in np.flatnonzero((iou > MIN_OVERLAP).any(1)):
         best = int(np.where(free, iou[i], 0).argmax())
         if free[best] and iou[i, best] > MIN_OVERLAP:
@@ -118,22 +115,17 @@ def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndar
 
 def matching_sizes(edges: np.ndarray) -> np.ndarray:
     """(n + 1,) size of the largest matching of the first 0 to n detections, by augmenting paths; edges (n, m) bool."""
-    places, boxes = np.nonzero(edges)
-    neighbours = [row.tolist() for row in np.split(boxes, np.searchsorted(places, np.arange(1, len(edges))))]
-    sizes = np.zeros(len(edges) + 1, np.int64)
-    owner, owned = {}, {}  # real box -> its detection, and back
+    sizes, owner = [0], {}  # real box -> its detection
     for new in range(len(edges)):
-        sizes[new + 1] = sizes[new]
-        reached, queue = {}, [new]  # real box -> the detection that it was reached from
-        for detection in queue:
-            fresh = [box for box in neighbours[detection] if box not in reached]
-            reached |= dict.fromkeys(fresh, detection)
-            end = next((box for box in fresh if box not in owner), None)
-            if end is not None:
-                while end is not None:  # back along the path, each box goes to the detection before it
-                    taker = reached[end]
-                    owner[end], owned[taker], end = taker, end, owned.get(taker)
-                sizes[new + 1] += 1
+        reached, queue = set(), [(new, None)]  # detections that need a box, and the path of (box, taker) to each
+        for detection, path in queue:
+            if detection is None:  # the last box of the path is free
+                while path:
+                    box, taker, path = path
+                    owner[box] = taker
                 break
-            queue += [owner[box] for box in fresh]
-    return sizes
+            fresh = [box for box in np.flatnonzero(edges[detection]).tolist() if box not in reached]
+            reached.update(fresh)
+            queue += [(owner.get(box), (box, detection, path)) for box in fresh]
+        sizes.append(len(owner))
+    return np.array(sizes)

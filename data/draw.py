@@ -67,8 +67,7 @@ def draw_detections(
         colors = [tuple(int(255 * part) for part in hue) for hue in hues]
         text = ["black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.43 else "white" for r, g, b in hues]
         style = {"width": width, "font": font, "font_size": font_px, "fill_labels": True, "label_colors": text}
-        some = boxes.cpu()[[row for row, _ in rows]] * scale
-        picture = draw_bounding_boxes(picture, some, captions, colors, **style)
+        picture = draw_bounding_boxes(picture, boxes.cpu()[[r for r, _ in rows]] * scale, captions, colors, **style)
     return picture
 
 
@@ -80,16 +79,15 @@ def save_contact_sheet(pictures: list[Tensor], path: Path, columns: int = 4) -> 
 
 def draw_curves(log: list[dict], path: Path) -> None:
     """Draw loss terms, average precision and supplies over the steps, from the lines of log.jsonl."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # reads the list of all fonts
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     panels = (
         ("training loss", ("loss", "cls", "box", "iou"), "-", None),
         ("average precision", ("AP", "AP50", "AP75"), "o-", 1),
         ("points per object", ("positives_per_gt", "mean_k"), "-", None),
     )
-    for axis, (title, names, line_style, top) in zip(axes, panels, strict=True):
+    for axis, (title, names, line_style, top) in zip(figure.subplots(1, 3), panels, strict=True):
         lines = [line for line in log if names[0] in line]
         for name in names:
             axis.plot([line["step"] for line in lines], [line[name] for line in lines], line_style, label=name)
@@ -97,4 +95,3 @@ def draw_curves(log: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -23,8 +23,7 @@ VALUE.maxstring = VALUE.maxother = 200
 def printable(text: object) -> str:
     """Return `text` for one line of a terminal, with Python's escapes for what would act on the terminal (control
     characters, line breaks, marks of direction) or cannot be encoded (lone surrogates)."""
-    unsafe = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    joiners = "\u200c\u200d"  # many languages and emoji are written with these
+    unsafe, joiners = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d"  # many languages and emoji need the joiners
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe and c not in joiners else c for c in str(text))
 
 
@@ -46,12 +45,12 @@ def parse_json(text: str) -> object:
         return json.loads(text, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise ValueError("not usable JSON: lists or objects are nested too deeply") from error
-    except KeyError as error:
-        raise ValueError(f"not usable JSON: {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError("not usable JSON: a number has thousands of digits") from error
+    except (KeyError, RecursionError, ValueError) as error:
+        why = {
+            RecursionError: "lists or objects are nested too deeply",
+            ValueError: "a number has thousands of digits",
+        }
+        raise ValueError(f"not usable JSON: {why.get(type(error), error.args[0])}") from error
 
 
 def decode(content: bytes) -> str:
