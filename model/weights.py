@@ -71,10 +71,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
 
 
 def load(weights: str | Path) -> Detector:
-    """Return a trained detector in evaluation mode, on the CPU, for `Detector.predict`. Raises UserError.
-
-    weights: a file that train.py wrote, or `hf://user/repo`, `hf://user/repo/file` on the Hugging Face hub.
-    """
+    """Return a detector for evaluation, on the CPU, from a file of train.py or hf://user/repo[/file]. Raises UserError."""
     return load_weights(local_file(weights))[0]
 
 
