@@ -71,7 +71,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
 
 
 def load(weights: str | Path) -> Detector:
-    """Return a detector for evaluation, on the CPU, from a file of train.py or hf://user/repo[/file]. Raises UserError."""
+    """Return a detector for evaluation, on the CPU, from train.py's file or hf://user/repo[/file]. Raises UserError."""
     return load_weights(local_file(weights))[0]
 
 
