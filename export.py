@@ -31,7 +31,6 @@ from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
 from training.process import print_any_text
 
-SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
 PREPROCESSING = (
     "RGB, upright, uint8 0..255. Resize (bilinear, antialiased) to a shorter side of image_size[0], or less where the "
@@ -52,19 +51,16 @@ class ExportedDetector(nn.Module):
         self.detector, self.suppress = detector.to(memory_format=torch.contiguous_format), suppress
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        height, width = images.shape[-2:]
-        sizes = torch.stack([sizes[:, 0].clamp(0, height), sizes[:, 1].clamp(0, width)], 1)
+        sizes = torch.stack([sizes[:, i].clamp(0, images.shape[2 + i]) for i in (0, 1)], 1)
         return self.detector.detect_padded(images, sizes, self.suppress)
 
 
 def export_program(detector: Detector, suppress: Callable[..., Tensor] | None) -> ExportedProgram:
-    """The graph for any batch and size. Raises UserError."""
     # Two images and two sides that differ: torch would take equal numbers, and 1, for the same or for constants.
     images = torch.zeros(2, 3, 5 * SIZE_DIVISOR, 7 * SIZE_DIVISOR, dtype=torch.uint8)
     sizes = torch.tensor([images.shape[-2:]] * 2)
-    batch = Dim("batch")
     height, width = (Dim(n, min=MIN_SIDE_PX // SIZE_DIVISOR, max=MAX_SIDE_PX // SIZE_DIVISOR) for n in ("h", "w"))
-    shapes = {0: batch, 2: SIZE_DIVISOR * height, 3: SIZE_DIVISOR * width}, {0: batch}
+    shapes = {0: Dim("batch"), 2: SIZE_DIVISOR * height, 3: SIZE_DIVISOR * width}, {0: Dim("batch")}
     network = ExportedDetector(detector, suppress).eval()
     try:
         with torch.no_grad():
@@ -92,7 +88,6 @@ def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
 
 
 def export_onnx(detector: Detector, nms: bool) -> bytes:
-    """Return the file. Raises UserError: packages are missing, or torch cannot export the network."""
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f'--format onnx needs {" and ".join(missing)}: pip install -e ".[export]"')
     settings = {"input_names": ("images", "sizes"), "output_names": ("boxes", "scores", "labels"), "opset_version": 18}
@@ -113,17 +108,16 @@ def export_torch(detector: Detector, nms: bool) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
-    parser.add_argument("--format", choices=tuple(SUFFIX), default="onnx", help="torch: a .pt2 of torch.export")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="torch: a .pt2 of torch.export")
     parser.add_argument("--nms", action="store_true", help="suppress in the graph: detections come out, not candidates")
     parser.add_argument("--out", type=Path, help="default: beside the weights; the current folder for the hub's")
     args = parser.parse_args()
-
     print_any_text()
     weights = local_file(args.weights)
     detector = load(weights)
-    folder = Path() if is_on_hub(args.weights) else weights.parent
-    out = args.out or folder / (weights.stem + SUFFIX[args.format])
-    data = (export_onnx if args.format == "onnx" else export_torch)(detector, args.nms)
+    export, suffix = (export_onnx, ".onnx") if args.format == "onnx" else (export_torch, ".pt2")
+    out = args.out or (Path() if is_on_hub(args.weights) else weights.parent) / (weights.stem + suffix)
+    data = export(detector, args.nms)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, data)

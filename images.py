@@ -14,7 +14,6 @@ from errors import UserError
 
 LOWEST, HIGHEST = -0.45, 2.0  # of floating point pixels: bicubic resizing leaves 0..1 by at most 0.445
 MAX_PIXELS = 2**27  # of an image: 400 MB decoded. A broken or hostile header can claim any size
-
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
@@ -26,9 +25,8 @@ def to_tensor(image: ImageLike, name: str = "the image") -> Tensor:
     """Return RGB (3, H, W), uint8 in 0..255, or float32 in 0..1 for a floating point tensor. Raises ImageError.
 
     path, PIL image   turned upright as the EXIF orientation says; of any mode with at most 8 bits a channel
-    numpy array       (H, W, 3) uint8 RGB (OpenCV has BGR: give it image[..., ::-1])
+    array             (H, W, 3) uint8 RGB (OpenCV has BGR: give it image[..., ::-1]); `name` is for errors
     tensor            (3, H, W) uint8, or floating point in 0..1
-    name              of an array or tensor, for errors
     """
     if isinstance(image, str | os.PathLike | Image.Image):
         return load_image(image)
@@ -55,8 +53,7 @@ def load_image(image: str | os.PathLike | Image.Image) -> Tensor:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
                 raise ValueError("it has more than 8 bits a channel; save it with 8")
-            if "transparency" in upright.info:  # a palette has to become RGBA on its way
-                upright = upright.convert("RGBA")
+            upright = upright.convert("RGBA") if "transparency" in upright.info else upright  # palettes need RGBA first
             return pil_to_tensor(upright.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"there is no image file {image}") from error
@@ -65,7 +62,6 @@ def load_image(image: str | os.PathLike | Image.Image) -> Tensor:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise ValueError where the header claims more than MAX_PIXELS; Pillow itself refuses a third more."""
     if math.prod(image.size) > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} px is more than the {MAX_PIXELS} px that are read")
 

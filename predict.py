@@ -33,18 +33,14 @@ from training.process import setup_distributed
 from training.settings import number, positive
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # searched for in folders, and written
-JPEG_QUALITY = 92
 
 
 def find_images(inputs: list[str]) -> list[Path]:
-    """Return files as they are named, and the images of folders and globs, sorted; each file once. Raises UserError.
-
-    A name without a file is kept, to be reported with the files that cannot be read.
-    """
+    """Return files as they are named (those that do not exist are reported later), and the images of folders and globs,
+    sorted; each file once. Raises UserError."""
     images: dict[str, Path] = {}
     for name in inputs:
-        path = Path(name).expanduser()
-        paths = [path]
+        paths = [path := Path(name).expanduser()]
         if path.is_dir() or (not path.exists() and glob.has_magic(name)):
             matches = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
             paths = sorted(p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES)
@@ -57,8 +53,7 @@ def find_images(inputs: list[str]) -> list[Path]:
 
 def picture_paths(images: list[Path], out: Path) -> list[Path]:
     """Return the paths of pictures: the images' names in `out`, with a number if the name is taken; GIF and other kinds
-    of files that are not written become PNG. Raises UserError: a picture would overwrite an image.
-    """
+    of files that are not written become PNG. Raises UserError: a picture would overwrite an image."""
     pictures: dict[str, Path] = {}  # by name in lower case, as some file systems have it
     for image in images:
         name = image.name if image.suffix.lower() in SUFFIXES else f"{image.name}.png"
@@ -97,7 +92,7 @@ def predict(detector: Detector, paths: list[Path], out: Path, score: float, batc
                 rows = zip(coco_results(i + 1, of_image, detector.category_ids), of_image.names, strict=True)
                 results += [row | {"file_name": str(paths[i]), "category_name": name} for row, name in rows]
                 picture = draw_detections(image, torch.empty(0, 4), *of_image)
-                to_pil_image(picture).save(pictures[i], quality=JPEG_QUALITY)
+                to_pil_image(picture).save(pictures[i], quality=92)
             bar.update(batch_size)
     return results, failed
 
@@ -112,7 +107,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
-
     paths = find_images(args.images)
     out = args.out or Path("runs") / f"predict-{time.strftime('%Y%m%d-%H%M%S')}"
     device, _, _ = setup_distributed(args.device)

@@ -14,8 +14,7 @@ HUB = "hf-hub:"
 
 
 def hub_model(name: str) -> tuple[str, dict]:
-    """Return the architecture of a model on the hub, which must be one that timm builds by name, as a weights file has
-    no more, and its weights and normalisation for timm's configuration. Raises UserError."""
+    """Return the architecture of a model on the hub, and its weights and normalisation for timm's configuration."""
     try:
         config, architecture, changes = timm.models.load_model_config_from_hf(name.removeprefix(HUB))
     except Exception as error:  # network, hub or file
@@ -27,7 +26,7 @@ def hub_model(name: str) -> tuple[str, dict]:
 
 
 def create_body(name: str, pretrained: bool, overlay: dict | None = None) -> nn.Module:
-    """Create timm's feature extractor; `overlay` replaces fields of its configuration. Raises UserError."""
+    """Create timm's feature extractor; `overlay` replaces fields of its configuration."""
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "see timm.list_models()"
         raise UserError(f"timm has no backbone {name!r} (--backbone); similar: {close}")
@@ -73,7 +72,6 @@ class FrozenNorm(nn.Module):
 
 
 def freeze_norms(body: nn.Module) -> None:
-    """Replace every batch norm by a FrozenNorm."""
     for name, norm in [(name, m) for name, m in body.named_modules() if isinstance(m, nn.BatchNorm2d)]:
         body.set_submodule(name, FrozenNorm(norm))
 

@@ -14,7 +14,8 @@ from kernels import Assignment, Inputs, OTAConfig, PointGrid
 from kernels.assign import HAS_TRITON
 from kernels.grid import MAX_SIDE_PX
 
-from .assigners import NEITHER, STRATEGIES, assign, assign_with_statistics
+from .assigners import STRATEGIES, assign, assign_with_statistics
+from .assigners.claims import NEITHER
 from .backbone import STRIDES, Backbone
 from .batch import Batch, pack, pad_images, padded_side
 from .fields import Rule, first_flaw, integer, number, one_of_type
@@ -27,8 +28,7 @@ def _is_image_size(value: object) -> bool:
     return isinstance(value, tuple) and [*map(type, value)] == [int, int] and 0 < value[0] <= value[1] <= MAX_SIDE_PX
 
 
-# The upper bounds are far from use: no weights file can ask for more.
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {  # bounds far from use: no weights file can ask for more
     "num_classes": integer(1, 100_000),
     "backbone": one_of_type(str, "the name of a timm model"),
     "image_size": (_is_image_size, f"the shorter and the longest side in px, up to {MAX_SIDE_PX}"),
@@ -69,10 +69,10 @@ class DetectorConfig:
 class Detector(nn.Module):
     """The contract of torchvision's detection models.
 
-    Input: a list of images (3, H, W) RGB, uint8 in 0..255 or floating point in 0..1, of any sizes; in training
-    also a list of targets, one dict an image, with `boxes` (n, 4) float x1 y1 x2 y2 in px and `labels` (n,) integers
-    in 0..C-1 (contiguous, no background class), and, optionally, `ignore` (m, 4): regions such as crowds, whose
-    points are no negatives. A `Batch` on the detector's device takes the place of both lists.
+    Input: a list of images (3, H, W) RGB, uint8 in 0..255 or floating point in 0..1, of any sizes; in training also a
+    list of targets, one dict an image, with `boxes` (n, 4) float x1 y1 x2 y2 px, `labels` (n,) integers in 0..C-1
+    (contiguous, no background class), and, optionally, `ignore` (m, 4): regions such as crowds, whose points are no
+    negatives. A `Batch` on the detector's device takes the place of both lists.
 
     Output in training: a dict of scalar losses `cls`, `box`, `iou`, to be summed, the Assignment and the Predictions
     that it was made from, detached. Images are not resized.
@@ -124,14 +124,14 @@ class Detector(nn.Module):
         return self.head(features, grid.points(images.device)), grid
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Assignment, Predictions]:
-        config, (predictions, grid) = self.config, self.predict_raw(self.normalise(batch.images, batch.sizes))
-        truth, detached = (batch.gt_boxes, batch.gt_labels), Predictions(*(tensor.detach() for tensor in predictions))
-        with torch.autocast(batch.images.device.type, enabled=False):
+        config, device, truth = self.config, batch.images.device, (batch.gt_boxes, batch.gt_labels)
+        predictions, grid = self.predict_raw(self.normalise(batch.images, batch.sizes))
+        detached = Predictions(*(tensor.detach() for tensor in predictions))
+        with torch.autocast(device.type, enabled=False):
             assignment = assign(config.assigner, Inputs(*detached[:2], *truth, batch.gt_offsets, grid), config.ota)
             ignored = None if config.assigner == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
-                points = grid.points(batch.images.device)
-                inside = points_inside(points, batch.ignore_boxes, batch.ignore_image, len(batch.images))
+                inside = points_inside(grid.points(device), batch.ignore_boxes, batch.ignore_image, len(batch.images))
                 ignored = inside if ignored is None else ignored | inside
             losses = detection_losses(predictions, assignment, *truth, ignored)
         return losses, assignment, detached
@@ -144,12 +144,10 @@ class Detector(nn.Module):
 
     def compile_training(self, mode: str) -> str:
         """Compile a training step, or without Triton's assignment the network, in place; return a name for this."""
-        if HAS_TRITON and self.mean.device.type == "cuda" and self.config.assigner == "ota":
-            self.compile(dynamic=False, mode=mode)
-            return "backbone, neck and head, assignment and losses"
-        self.backbone.compile(dynamic=False, mode=mode)
-        self.head.compile(dynamic=False, mode=mode)
-        return "backbone, neck and head"
+        whole = HAS_TRITON and self.mean.device.type == "cuda" and self.config.assigner == "ota"
+        for module in (self,) if whole else (self.backbone, self.head):
+            module.compile(dynamic=False, mode=mode)
+        return "backbone, neck and head" + ", assignment and losses" * whole
 
     def detect_padded(self, images: Tensor, sizes: Tensor, suppress=suppressed) -> tuple[Tensor, Tensor, Tensor]:
         """Result of `postprocess` for `images` and `sizes` of a Batch."""

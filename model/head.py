@@ -14,18 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 CLASS_PRIOR = 0.01
-GROUP_CHANNELS = 8  # 32 groups at 256 channels
 
 
 class Predictions(NamedTuple):
-    """Raw outputs: logits (B, N, C), boxes (B, N, 4) x1 y1 x2 y2 px, iou_logits (B, N).
+    """Raw outputs. Logits are of the network's type; their readers compute in float32."""
 
-    Boxes are float32, logits of the network's type; their readers compute in float32.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    iou_logits: Tensor
+    logits: Tensor  # (B, N, C)
+    boxes: Tensor  # (B, N, 4) float32 x1 y1 x2 y2 px
+    iou_logits: Tensor  # (B, N)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -39,8 +35,8 @@ class GroupNorm(nn.GroupNorm):
 def tower(channels: int, convs: int) -> nn.Sequential:
     layers = []
     for _ in range(convs):
-        conv = nn.Conv2d(channels, channels, 3, padding=1)
-        layers += [conv, GroupNorm(channels // GROUP_CHANNELS, channels), nn.ReLU(inplace=True)]
+        norm = GroupNorm(channels // 8, channels)  # 32 groups at 256 channels
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -50,11 +46,8 @@ class Head(nn.Module):
     def __init__(self, channels: int, convs: int, num_classes: int, strides: tuple[int, ...]):
         super().__init__()
         self.strides = strides
-        self.cls_tower = tower(channels, convs)
-        self.box_tower = tower(channels, convs)
-        self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
-        self.box = nn.Conv2d(channels, 4, 3, padding=1)
-        self.iou = nn.Conv2d(channels, 1, 3, padding=1)
+        self.cls_tower, self.box_tower = tower(channels, convs), tower(channels, convs)
+        self.cls, self.box, self.iou = (nn.Conv2d(channels, n, 3, padding=1) for n in (num_classes, 4, 1))
         self.scales = nn.Parameter(torch.ones(len(strides)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -4,7 +4,6 @@ Tensors of fixed shapes, so that evaluation, prediction and the exported graphs 
 B images, N points over all L levels, C classes, K = L * topk_per_level candidates of an image.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,7 +28,6 @@ class Detections(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Class name of every detection."""
         return [self.class_names[label] for label in self.labels.tolist()]
 
 
@@ -49,9 +47,7 @@ def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, 
 
 
 @torch.no_grad()
-def postprocess(
-    predictions: Predictions, grid: PointGrid, sizes: Tensor, config, suppress: Callable | None = suppressed
-) -> tuple[Tensor, Tensor, Tensor]:
+def postprocess(raw: Predictions, grid: PointGrid, sizes: Tensor, config, suppress=suppressed) -> tuple[Tensor, ...]:
     """Return boxes (B, D, 4) float32 px, scores (B, D) float32 and labels (B, D) int64, best first.
 
     Ties go to the lower index. Rows without a detection come last, with score 0, label -1 and a box of zeros. D is
@@ -59,8 +55,8 @@ def postprocess(
     height and width of every image, px, to which boxes are clipped. A NaN in a score or a box is no detection.
     """
     if sizes.device.type == "mps":  # has no float64: results are on the CPU
-        predictions, sizes = [tensor.cpu() for tensor in predictions], sizes.cpu()
-    logits, boxes, iou_logits = (tensor.float() for tensor in predictions)
+        raw, sizes = [tensor.cpu() for tensor in raw], sizes.cpu()
+    logits, boxes, iou_logits = (tensor.float() for tensor in raw)
     num_classes = logits.shape[2]
     scores = (logits.sigmoid() * iou_logits.sigmoid()[..., None]).sqrt()
     usable = (sizes > 0).all(1)[:, None] & ~boxes.isnan().any(2)
@@ -78,8 +74,7 @@ def postprocess(
 
 def unpad(boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str]) -> list[Detections]:
     """Detections of each image, from the result of `postprocess`. Waits for the device."""
-    counts = (scores > 0).sum(1).tolist()
-    rows = zip(boxes, scores, labels, counts, strict=True)
+    rows = zip(boxes, scores, labels, (scores > 0).sum(1).tolist(), strict=True)
     return [Detections(b[:count], s[:count], label[:count], class_names) for b, s, label, count in rows]
 
 
@@ -96,10 +91,8 @@ def best_first(scores: Tensor, k: int) -> Tensor:
 
 
 def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Tensor]:
-    """Return the `topk` best scores (B, N, C) of each level and their places in (N, C), both (B, K), best first.
-
-    A level with fewer scores is filled up with score 0.
-    """
+    """Return the `topk` best scores (B, N, C) of each level, filled up with 0, and their places in (N, C), both (B, K),
+    best first."""
     num_classes, best, places = scores.shape[2], [], []
     for start, end in pairwise(grid.level_offsets):
         level = F.pad(scores[:, start:end], (0, 0, 0, topk))
@@ -107,8 +100,7 @@ def best_places(scores: Tensor, grid: PointGrid, topk: int) -> tuple[Tensor, Ten
         flat = rows_of(level, point).flatten(1)
         index = best_first(flat, topk)
         best.append(flat.gather(1, index))
-        place = (start + point.gather(1, index // num_classes)) * num_classes + index % num_classes
-        places.append(place.clamp(max=scores.shape[1] * num_classes - 1))
-    best, places = torch.cat(best, 1), torch.cat(places, 1)
+        places.append((start + point.gather(1, index // num_classes)) * num_classes + index % num_classes)
+    best, places = torch.cat(best, 1), torch.cat(places, 1).clamp(max=scores.shape[1] * num_classes - 1)
     order = best_first(best, best.shape[1])
     return best.gather(1, order), places.gather(1, order)

@@ -19,8 +19,7 @@ from kernels import OTAConfig
 from .detector import Detector, DetectorConfig
 from .fields import Rule, first_flaw, integer, list_of, number, one_of_type, optional
 
-FORMAT = "ota-triton/1"
-HUB, HUB_FILE = "hf://", "ota.safetensors"
+FORMAT, HUB, HUB_FILE = "ota-triton/1", "hf://", "ota.safetensors"
 FLOATS = torch.float32, torch.float16, torch.bfloat16, torch.float64  # any of them is taken for any other
 
 
@@ -43,11 +42,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 OBJECT = one_of_type(dict, "an object")
 NAME: Rule = lambda v: isinstance(v, str) and v.strip() != "", "a name"
-# The metadata of a file. DetectorConfig and OTAConfig have the rules for their fields.
+# A file's metadata, which choose no address of the network. DetectorConfig and OTAConfig have rules for their fields.
 RULES: dict[str, Rule] = {
     "format": (lambda value: value == FORMAT, f"{FORMAT!r}, which this version reads"),
     "architecture": OBJECT,
-    # a file chooses no address of the network
     "architecture.backbone": (lambda v: isinstance(v, str) and timm.is_model(v), f"a model of timm {timm.__version__}"),
     "architecture.ota": OBJECT,
     "architecture.image_size": one_of_type(list, "a list of two sides"),
@@ -73,10 +71,7 @@ def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
 
 
 def load(weights: str | Path) -> Detector:
-    """Return a trained detector in evaluation mode, on the CPU, for `Detector.predict`. Raises UserError.
-
-    weights: a file that train.py wrote, or `hf://user/repo`, `hf://user/repo/file` on the Hugging Face hub.
-    """
+    """Return a detector for evaluation, on the CPU, from train.py's file or hf://user/repo[/file]. Raises UserError."""
     return load_weights(local_file(weights))[0]
 
 
@@ -100,8 +95,7 @@ def local_file(weights: str | Path) -> Path:
 def load_weights(path: Path) -> tuple[Detector, dict]:
     """Return the detector in evaluation mode, on the CPU, and its metadata. Raises UserError.
 
-    Tensors are compared by name, shape and type before the network is built, so a file takes no more memory than the
-    weights in it.
+    Tensors are compared by name, shape and type first, so a file takes no more memory than the weights in it.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no weights file {path}")
@@ -142,7 +136,6 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _parse(header: str) -> tuple[dict, DetectorConfig]:
-    """Return the metadata, and the architecture in them. Raises ValueError, RecursionError."""
     metadata = json.loads(header)
     architecture = metadata.get("architecture") if isinstance(metadata, dict) else None
     if isinstance(architecture, dict) and "ota" not in architecture:  # names before: strategy, and assigner for ota
@@ -155,7 +148,6 @@ def _parse(header: str) -> tuple[dict, DetectorConfig]:
 
 
 def _build(config: type, name: str, values: dict):
-    """Return a configuration from the section `name` of the metadata. Raises ValueError."""
     if unknown := values.keys() - {field.name for field in dataclasses.fields(config)}:
         raise ValueError(f"{name} has the unknown field {min(unknown)[:100]!r}")
     try:
@@ -174,10 +166,9 @@ class _Weightless(TorchFunctionMode):
 
 
 def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
-    """Start `detector` from the weights in a file; return a sentence about them. Raises UserError.
+    """Start `detector` from a file's weights, normalisation and statistics of norms; return a sentence about them.
 
-    Normalisation and the statistics of batch norms, frozen or not, come from the file. The last convolution of the
-    class tower stays as it is where the file's classes are not `class_names`.
+    The class layer of the head stays as it is if the file's classes are not `class_names`. Raises UserError.
     """
     other, metadata = load_weights(path)
     for name in ("backbone", "channels", "head_convs"):
@@ -189,7 +180,5 @@ def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     detector.load_state_dict(weights, strict=False)  # frozen norms count no batches
     detector.mean.copy_(other.mean)
     detector.std.copy_(other.std)
-    if names == class_names:
-        return f"weights from {path}, which has the same {len(names)} classes"
-    reason = f"its {len(names)} classes are not these {len(class_names)}"
-    return f"weights from {path}; the class layer of the head starts afresh: {reason}"
+    differ = f"; the class layer of the head starts afresh: its {len(names)} classes are not these {len(class_names)}"
+    return f"weights from {path}" + (differ if names != class_names else f", which has the same {len(names)} classes")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import Assignment, OTAConfig, PointGrid
-from model.assigners import CLAIMS, NEITHER, STRATEGIES, assign, assign_with_statistics
-from model.assigners.claims import ImageInputs, assign_claims
+from model.assigners import CLAIMS, STRATEGIES, assign, assign_with_statistics
+from model.assigners.claims import NEITHER, ImageInputs, assign_claims
 from model.assigners.paa import fit_two_gaussians, up_to_the_densest
 from tests.support.scenes import Scene, make_scene, trained_predictions
 

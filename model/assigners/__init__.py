@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import Assignment, Inputs, OTAConfig, assignment_statistics, ota_assign
 
 from .atss import atss_claims
-from .claims import NEITHER, assign_claims
+from .claims import assign_claims
 from .fcos import fcos_claims
 from .hungarian import hungarian_claims
 from .paa import paa_claims
@@ -28,8 +28,6 @@ FUNCTIONS = fcos_claims, retinanet_claims, atss_claims, paa_claims, simota_claim
 CLAIMS = {function.__name__.removesuffix("_claims"): function for function in FUNCTIONS}
 STRATEGIES = ("ota", *CLAIMS)
 
-__all__ = ["NEITHER", "STRATEGIES", "assign", "assign_with_statistics"]
-
 
 @torch.no_grad()
 def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
@@ -39,9 +37,7 @@ def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
 
 
 @torch.no_grad()
-def assign_with_statistics(
-    strategy: str, inputs: Inputs, config: OTAConfig
-) -> tuple[Assignment, Tensor, dict[str, Tensor]]:
+def assign_with_statistics(strategy: str, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor, dict]:
     """Return the assignment, the ambiguous points (B, N) bool and numbers, as `kernels.assignment_statistics` does.
 
     With strategies other than OTA, points that several objects claim are ambiguous, `ambiguous` is their share of the

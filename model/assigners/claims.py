@@ -34,37 +34,31 @@ class ImageInputs(NamedTuple):
     points: Tensor  # (N, 2)
     strides: Tensor  # (N,)
 
-    def to_sides(self) -> Tensor:
-        """(m, N, 4): distances px of every point to the left, upper, right and lower side, positive inside."""
+    def to_sides(self) -> Tensor:  # (m, N, 4): px to the left, upper, right and lower side, positive inside
         box = self.gt_boxes[:, None]
         return torch.cat([self.points - box[..., :2], box[..., 2:] - self.points], -1)
 
-    def to_center(self) -> Tensor:
-        """(m, N, 2) px, from the object's centre to every point."""
+    def to_center(self) -> Tensor:  # (m, N, 2) px, from the object's centre to every point
         return self.points - (self.gt_boxes[:, None, :2] + self.gt_boxes[:, None, 2:]) / 2
 
-    def inside(self) -> Tensor:
-        """(m, N) bool: the point lies in the object's box."""
+    def inside(self) -> Tensor:  # (m, N) bool: the point lies in the object's box
         return self.to_sides().amin(-1) > INSIDE_MARGIN_PX
 
-    def near_center(self, radius: float) -> Tensor:
-        """(m, N) bool: closer than `radius` strides to the object's centre along x and y."""
+    def near_center(self, radius: float) -> Tensor:  # (m, N) bool: within `radius` strides of the centre along x and y
         return self.to_center().abs().amax(-1) < radius * self.strides
 
-    def anchor_iou(self) -> Tensor:
-        """(m, N) of the square anchors, one a point."""
+    def anchor_iou(self) -> Tensor:  # (m, N) of the square anchors, one a point
         half = ANCHOR_STRIDES / 2 * self.strides[:, None]
         return iou_and_giou(self.gt_boxes, torch.cat([self.points - half, self.points + half], 1))[0]
 
-    def class_logits(self) -> Tensor:
-        """(m, N): every point's logit of the object's class."""
+    def class_logits(self) -> Tensor:  # (m, N): every point's logit of the object's class
         return self.logits.T[self.gt_labels]
 
 
 class Claims(NamedTuple):
     wanted: Tensor  # (m, N) bool
     priority: Tensor  # (m, N) float
-    neither: Tensor | None = None  # (N,) bool: no negatives if nobody claims them
+    neither: Tensor | bool = False  # (N,) bool: no negatives if nobody claims them
 
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
@@ -100,8 +94,7 @@ def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> 
         wanted = claims.wanted & usable
         winner, positive = claims.priority.masked_fill(~wanted, torch.inf).argmin(0), wanted.any(0)
         gt_index[b] = torch.where(positive, rows[winner], -1)
-        if claims.neither is not None:
-            gt_index[b, claims.neither & ~positive] = NEITHER
+        gt_index[b, claims.neither & ~positive] = NEITHER
         iou[b] = torch.where(positive, pair_iou.gather(0, winner[None])[0], 0)
         k[rows] = wanted.sum(1, dtype=torch.int32)
         ambiguous[b] = wanted.sum(0) > 1

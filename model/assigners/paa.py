@@ -10,8 +10,7 @@ from kernels.config import FOCAL_ALPHA
 
 from .claims import Claims, ImageInputs, best_per_level
 
-CANDIDATE_IOU = 0.1
-PER_LEVEL = 9
+CANDIDATE_IOU, PER_LEVEL = 0.1, 9
 MAX_EM_STEPS, MIN_EM_GAIN, MIN_VARIANCE = 100, 1e-3, 1e-6  # scikit-learn's, which the paper's code uses
 
 
@@ -32,15 +31,13 @@ def paa_claims(image: ImageInputs) -> Claims:
     allowed = is_highest & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
     candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
-    value, point = (x[:, : int(candidates.sum(1).max())] for x in (value, point))
+    value, point = (x[:, : max(1, int(candidates.sum(1).max()))] for x in (value, point))
     return Claims(torch.zeros_like(candidates).scatter_(1, point, up_to_the_densest(value)), loss)
 
 
 def up_to_the_densest(value: Tensor) -> Tensor:
     """Fit two Gaussians to each row of the ascending losses (m, n), infinite where a row has ended; return (m, n) bool:
     all up to the one of the better Gaussian where the mixture is densest, or all where none is of the better."""
-    if not value.shape[1]:
-        return value.isfinite()
     density, is_better = fit_two_gaussians(value)
     densest = density.masked_fill(~is_better, -torch.inf).argmax(1, keepdim=True)
     densest = densest.masked_fill(~is_better.any(1, keepdim=True), value.shape[1])

@@ -9,8 +9,7 @@ def retinanet_claims(image: ImageInputs) -> Claims:
     """Claim the points in the object's box whose square anchor of 8 strides has an IoU of at least 0.5 with the object,
     and those with its best IoU (low-quality matches, as in Faster R-CNN). A point goes to the claiming object with the
     highest IoU; an unclaimed one whose highest IoU lies between 0.4 and 0.5 is neither positive nor negative. Depends
-    on no prediction. The paper also has positives outside the box; this detector's boxes contain their points.
-    """
+    on no prediction. The paper also has positives outside the box; this detector's boxes contain their points."""
     iou, inside = image.anchor_iou(), image.inside()
     best = iou.masked_fill(~inside, 0).amax(1, keepdim=True)
     wanted = inside & ((iou >= POSITIVE_IOU) | ((iou == best) & (best > 0)))

@@ -5,10 +5,8 @@ import torch.nn.functional as F
 from .claims import Claims, ImageInputs, best_per_row
 
 RADIUS = 2.5  # strides; that of YOLOX 0.2 and mmdetection, 1.5 in later versions of YOLOX
-REG_WEIGHT = 3.0
-TOP_Q = 10
+REG_WEIGHT, TOP_Q, IOU_FLOOR = 3.0, 10, 1e-8
 OUTSIDE_COST = 1e5  # of a point that is not both in the box and near its centre
-IOU_FLOOR = 1e-8
 
 
 def simota_claims(image: ImageInputs) -> Claims:

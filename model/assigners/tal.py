@@ -2,8 +2,7 @@
 
 from .claims import Claims, ImageInputs, best_per_row
 
-SCORE_POWER, IOU_POWER = 1, 6
-TOP = 13
+SCORE_POWER, IOU_POWER, TOP = 1, 6, 13
 
 
 def tal_claims(image: ImageInputs) -> Claims:
