@@ -2,8 +2,7 @@
 
 Class ids are contiguous, 0..C-1, boxes x1 y1 x2 y2 in px. An image size is (shorter side, longest side at most) in px:
 the shorter side becomes the first number, unless the longer one would then pass the second. Small images are enlarged.
-Order, flips and sizes in training are functions of the seed and the step alone: a run continues at any step, with any
-number of ranks and loader processes, as if it had never stopped.
+Training data depends on seed and step alone: a run continues at any step, with any number of ranks and loaders.
 """
 
 import hashlib
@@ -38,7 +37,6 @@ class CocoDataset(torch.utils.data.Dataset):
     num_boxes      boxes that are targets
     crowd_boxes    iscrowd boxes: regions to ignore, not targets
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
-    digest         SHA-256 of the annotation files, hex
     """
 
     def __init__(
@@ -61,8 +59,7 @@ class CocoDataset(torch.utils.data.Dataset):
         """
         self.split, self.transform = split, transform
         self.records = records = read_split(split, bad_images == "stop") if records is None else records
-        self.grouping = _grouping(records, known_ids)
-        self.digest = records.digest
+        self.grouping, self.digest = _grouping(records, known_ids), records.digest
         records = self._used = records if first is None else records.first_images(first)
         categories = [category for category in records.categories if category != self.grouping]
         self.categories = sorted(categories, key=lambda category: category["id"])
@@ -149,8 +146,8 @@ class CocoDataset(torch.utils.data.Dataset):
             raise DatasetError(printable(f"{source}: {error}")) from error
         if image.shape[1:] != (height, width):
             sizes = f"{width} x {height} in the record, {image.shape[2]} x {image.shape[1]} in the file"
-            name = printable(self._file_names[i])
-            raise DatasetError(f"{source} ({name}): {sizes} with its EXIF orientation applied")
+            source += f" ({printable(self._file_names[i])})"
+            raise DatasetError(f"{source}: {sizes} with its EXIF orientation applied")
         return image
 
     def _load_next_good(self, i: int) -> tuple[int, Tensor]:
@@ -159,21 +156,17 @@ class CocoDataset(torch.utils.data.Dataset):
             try:
                 return candidate, self._load(candidate)
             except DatasetError as error:
-                self._count_bad(candidate, error)
+                with self._bad_lock:
+                    known = bool(self._bad[candidate])
+                    self._bad[candidate] = True
+                    count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+                    if count > cap and not known:
+                        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
+                        raise DatasetError(f"{cause}; the latest: {error}") from error
+                    if not known:  # one write, or the lines of two workers mix
+                        sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
+                        sys.stderr.flush()
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
-
-    def _count_bad(self, i: int, error: DatasetError) -> None:
-        with self._bad_lock:
-            if self._bad[i]:
-                return
-            self._bad[i] = True
-            count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
-            if count <= cap:  # one write, or the lines of two workers mix
-                sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
-                sys.stderr.flush()
-                return
-        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
-        raise DatasetError(f"{cause}; the latest: {error}") from error
 
 
 def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
@@ -183,7 +176,6 @@ def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
         others = [other for other in records.categories if other is not category]
         if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
             return category
-    return None
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
@@ -194,10 +186,8 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
-
-    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
-    """
+    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped. Of `sides` (px), one
+    is drawn for every image in place of the shorter side."""
     resize = eval_transform(image_size)
     if sides:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
