@@ -81,9 +81,9 @@ def check_annotations(content: object, split: Split, look_at_files: bool = True)
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
     sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
     categories, images, objects = sound
-    for name, count in Counter(category["name"] for category in categories).items():
-        if count > 1:
-            problems["category names that occur twice"].append(repr(name))
+    counts = Counter(category["name"] for category in categories)
+    if twice := [repr(name) for name, count in counts.items() if count > 1]:
+        problems["category names that occur twice"] = twice
     records = _columns(categories, images, objects)
     _check_boxes(records, objects, known, problems)
     missing = _check_files(images, split, look_at_files, problems)

@@ -24,11 +24,11 @@ from data.forms import read_split
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
-MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
+MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10  # more bad images than both are an error
 
 
 class CocoDataset(torch.utils.data.Dataset):
-    """One split: image i and its boxes, checked at the start (see `check_annotations`).
+    """One split: image i and its boxes, checked at the start (see `check_annotations`). Raises DatasetError.
 
     class_names    class c -> name
     category_ids   class c -> the file's own id, ascending; `classes` has both
@@ -42,21 +42,12 @@ class CocoDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         split: Split,
-        transform: Callable | None = None,
-        bad_images: str = "stop",
-        first: int | None = None,
-        known_ids: Collection[int] = (),
-        records: Records | None = None,
+        transform: Callable | None = None,  # of torchvision's v2, on (image, target), regions to ignore labelled IGNORE
+        bad_images: str = "stop",  # or "skip": report images that cannot be used, and take the next good ones instead
+        first: int | None = None,  # only so many images, the first ones that have boxes
+        known_ids: Collection[int] = (),  # of a detector or the training split, never left out as `grouping`
+        records: Records | None = None,  # of the split, if it was read before
     ) -> None:
-        """Raises DatasetError.
-
-        transform: of torchvision.transforms.v2, on (image, target); the target includes regions to ignore, label IGNORE
-        bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
-        next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
-        first: only so many images, the first ones that have boxes
-        known_ids: category ids of a detector or of the training split, which are never left out as `grouping`
-        records: of the split, if it was read before
-        """
         self.split, self.transform = split, transform
         self.records = records = read_split(split, bad_images == "stop") if records is None else records
         self.grouping, self.digest = _grouping(records, known_ids), records.digest
@@ -118,11 +109,10 @@ class CocoDataset(torch.utils.data.Dataset):
         return len(self._image_ids)
 
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
-        """Return the uint8 (3, H, W) image and its target, both after the transform.
+        """Return the uint8 (3, H, W) image and its target, both after the transform. Raises DatasetError.
 
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
         """
         i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
         size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
@@ -160,7 +150,7 @@ class CocoDataset(torch.utils.data.Dataset):
                     known = bool(self._bad[candidate])
                     self._bad[candidate] = True
                     count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
-                    if count > cap and not known:
+                    if not known and count > cap:
                         cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
                         raise DatasetError(f"{cause}; the latest: {error}") from error
                     if not known:  # one write, or the lines of two workers mix
@@ -186,8 +176,10 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped. Of `sides` (px), one
-    is drawn for every image in place of the shorter side."""
+    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
+
+    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
+    """
     resize = eval_transform(image_size)
     if sides:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
@@ -243,13 +235,11 @@ def batches_from(
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Sample (epoch, i): image i, transformed by seed, epoch and i alone. Reseeds the process's global generator, which
-    torchvision's transforms draw from."""
+    """Sample (epoch, i): image i, transformed by seed, epoch and i alone. Reseeds the process's global generator."""
 
     def __init__(self, dataset: CocoDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, i = key
-        torch.manual_seed(seed_of(self.seed, "sample", epoch, i))
-        return self.dataset[i]
+        torch.manual_seed(seed_of(self.seed, "sample", *key))
+        return self.dataset[key[1]]

@@ -39,7 +39,6 @@ def find_splits(data: str, box: str | None = None, follow_links: bool = False) -
 
     data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
     or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
-    box: for forms with several kinds of boxes.
     """
     root = _root(data)
     if data == "shapes" and not root.is_dir():
@@ -53,8 +52,8 @@ def find_splits(data: str, box: str | None = None, follow_links: bool = False) -
 
 def find_form(data: str) -> Form:
     """Return the form of `data`, as in `find_splits`; COCO's if the data set is not on this machine."""
-    split = next(filter(None, _halves(_root(data))), None)
-    return split.form if split else CROWDHUMAN if data == "crowdhuman" else COCO
+    missing = CROWDHUMAN if data == "crowdhuman" else COCO
+    return next((split.form for split in _halves(_root(data)) if split), missing)
 
 
 def _root(data: str) -> Path:
