@@ -17,8 +17,8 @@ parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
 if args.root.exists():
     parser.error(f"{args.root} exists; name another folder")
-bounded = 32 <= args.size_px <= MAX_SIDE_PX and 0 <= args.seed < 2**63
-if not 0 <= args.crowded_share <= 1 or not bounded or min(args.train_images, args.val_images) < 1:
+bounded = 0 <= args.crowded_share <= 1 and 32 <= args.size_px <= MAX_SIDE_PX and 0 <= args.seed < 2**63
+if not bounded or min(args.train_images, args.val_images) < 1:
     bounds = f"--size between 32 and {MAX_SIDE_PX} px, --seed between 0 and 2^63; each part has an image"
     parser.error(f"--crowded-share lies between 0 and 1, {bounds}")
 generate_shapes(**vars(args))

@@ -22,7 +22,6 @@ MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, 
 LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
-Sizes = tuple[list[tuple[int, int] | None], list[str]]  # width and height of images in px, and names of missing files
 ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
 
 
@@ -38,7 +37,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Where one half of a data set lies."""
+    """The place of one half of a data set."""
 
     name: str  # "train" or "val"
     annotations: Path
@@ -74,18 +73,17 @@ class Records(NamedTuple):
 def check_annotations(content: object, split: Split, look_at_files: bool = True) -> Records:
     """Return the records of a parsed file, or raise one DatasetError that lists every problem.
 
-    With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000;
-    every image is checked again when it is loaded. Degenerate boxes and boxes up to 1 px outside pass: the dataset
-    drops and clips them.
+    With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000.
+    Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
     """
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
     sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
     categories, images, objects = sound
-    for name, count in Counter(category["name"] for category in categories).items():
-        if count > 1:
-            problems["category names that occur twice"].append(repr(name))
+    counts = Counter(category["name"] for category in categories)
+    if twice := [repr(name) for name, count in counts.items() if count > 1]:
+        problems["category names that occur twice"] = twice
     records = _columns(categories, images, objects)
     _check_boxes(records, objects, known, problems)
     missing = _check_files(images, split, look_at_files, problems)
@@ -106,8 +104,7 @@ ID = (_is_id, "an integer of at most 64 bits")
 SIZE = (lambda v: type(v) in (int, float) and 0 < v < 2**31 and v == v // 1, "a number of pixels")
 NAME = (lambda v: isinstance(v, str) and v.strip() != "", "a name")
 FILE_NAME = (lambda v: NAME[0](v) and "\0" not in v and len(v) <= 4096, "the name of a file")
-Fields = dict[str, tuple[Callable[[object], bool], str]]
-FIELDS: dict[str, Fields] = {  # that a record must have: name -> (predicate, the required value in words)
+FIELDS = {  # that a record must have: name -> (predicate, the required value in words)
     "categories": {"id": ID, "name": NAME},
     "images": {"id": ID, "file_name": FILE_NAME, "width": SIZE, "height": SIZE},
     "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": (is_box, BOX)},
@@ -135,7 +132,7 @@ def _sound_records(key: str, content: dict, problems: Problems) -> tuple[list[di
     return list(sound.values()), ids
 
 
-def _flaw(record: object, fields: Fields) -> str | None:
+def _flaw(record: object, fields: dict[str, tuple[Callable[[object], bool], str]]) -> str | None:
     if not isinstance(record, dict):
         return "not an object"
     for name, (is_valid, wanted) in fields.items():
@@ -145,7 +142,6 @@ def _flaw(record: object, fields: Fields) -> str | None:
             return f"{name} is {VALUE.repr(record[name])}, not {wanted}"
     if record.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {VALUE.repr(record['iscrowd'])}, not 0 or 1"
-    return None
 
 
 def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
@@ -196,11 +192,10 @@ def _check_files(images: list[dict], split: Split, look_at_files: bool, problems
     """Compare recorded sizes with those in the files' headers; return the names of missing files."""
     first_with: dict[str, dict] = {}
     for record in images:
-        first = first_with.setdefault(record["file_name"], record)
-        if first is not record:
-            both = f"{record['file_name']}: images {first['id']} and {record['id']}"
-            problems["file names that occur twice"].append(both)
-        if leaves_folder(record["file_name"]):
+        name = record["file_name"]
+        if (first := first_with.setdefault(name, record)) is not record:
+            problems["file names that occur twice"].append(f"{name}: images {first['id']} and {record['id']}")
+        if leaves_folder(name):
             problems[LEAVING].append(_image(record))
     missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(split.images / name)]
     sample, coverage = [record for name, record in first_with.items() if not leaves_folder(name)], ""
@@ -213,8 +208,8 @@ def _check_files(images: list[dict], split: Split, look_at_files: bool, problems
     sizes, more_missing = read_sizes(named, split, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
-            both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
+            both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             problems[kind].append(f"{_image(record)}: {both}")
     return missing + more_missing
 
@@ -223,8 +218,8 @@ def _image(record: dict) -> str:
     return f"image {record['id']} ({record['file_name']})"
 
 
-def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = "") -> Sizes:
-    """Return (width, height) of images as displayed, from their headers, and the names of missing files.
+def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = "") -> tuple[list, list]:
+    """Return (width, height) in px or None of images as displayed, from their headers, and names of missing files.
 
     named: a description of each image, for messages, and its file name. `problems` names images without a size.
     """
@@ -241,11 +236,10 @@ def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, c
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(size_or_problem, (file_name for _, file_name in named)))
-    missing = []
-    for (who, file_name), (size, kind, remark) in zip(named, answers, strict=True):
+    for (who, _), (size, kind, remark) in zip(named, answers, strict=True):
         if size is None:
             problems[kind + coverage].append(f"{who}: {remark}" if remark else who)
-            missing += [] if remark else [file_name]
+    missing = [name for (_, name), (size, _, remark) in zip(named, answers, strict=True) if not size and not remark]
     return [size for size, _, _ in answers], missing
 
 
@@ -253,8 +247,7 @@ def raise_problems(source: Path, problems: Problems, missing: list[str], folder:
     """Raise a DatasetError with every kind of problem, its first culprits, and where missing files may be, if any."""
     if not problems:
         return
-    total = sum(map(len, problems.values()))
-    lines = [f"{source}: {total} problem(s); correct the file or take these records out"]
+    lines = [f"{source}: {sum(map(len, problems.values()))} problem(s); correct the file or take these records out"]
     for kind, culprits in problems.items():
         more = len(culprits) - CULPRITS_SHOWN
         shown = [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]

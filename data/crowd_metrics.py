@@ -1,9 +1,8 @@
 """CrowdHuman's own metrics, all in [0, 1]: AP, the log-average miss rate MR^-2 (less is better), the Jaccard index JI.
 
 AP and MR^-2 follow the code of the set's authors (Shao et al., arXiv 1805.00123; Dollar et al., Pedestrian Detection,
-PAMI 2012), JI follows Chu et al., Detection in Crowded Scenes, arXiv 2003.09163. IoA is intersection over the
-detection's area. All boxes are first clipped to the image.
-In an image: n detections, best score first, ties in the order of the results; m real boxes.
+PAMI 2012), JI follows Chu et al., arXiv 2003.09163. IoA is intersection over the detection's area.
+An image, to which boxes are clipped, has n detections, best first (ties in the results' order), and m real boxes.
 """
 
 from collections import defaultdict

@@ -2,8 +2,7 @@
 
 Class ids are contiguous, 0..C-1, boxes x1 y1 x2 y2 in px. An image size is (shorter side, longest side at most) in px:
 the shorter side becomes the first number, unless the longer one would then pass the second. Small images are enlarged.
-Order, flips and sizes in training are functions of the seed and the step alone: a run continues at any step, with any
-number of ranks and loader processes, as if it had never stopped.
+Training data depends on seed and step alone: a run continues at any step, with any number of ranks and loaders.
 """
 
 import hashlib
@@ -25,11 +24,11 @@ from data.forms import read_split
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
-MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10
+MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10  # more bad images than both are an error
 
 
 class CocoDataset(torch.utils.data.Dataset):
-    """One split: image i and its boxes, checked at the start (see `check_annotations`).
+    """One split: image i and its boxes, checked at the start (see `check_annotations`). Raises DatasetError.
 
     class_names    class c -> name
     category_ids   class c -> the file's own id, ascending; `classes` has both
@@ -38,31 +37,20 @@ class CocoDataset(torch.utils.data.Dataset):
     num_boxes      boxes that are targets
     crowd_boxes    iscrowd boxes: regions to ignore, not targets
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
-    digest         SHA-256 of the annotation files, hex
     """
 
     def __init__(
         self,
         split: Split,
-        transform: Callable | None = None,
-        bad_images: str = "stop",
-        first: int | None = None,
-        known_ids: Collection[int] = (),
-        records: Records | None = None,
+        transform: Callable | None = None,  # of torchvision's v2, on (image, target), regions to ignore labelled IGNORE
+        bad_images: str = "stop",  # or "skip": report images that cannot be used, and take the next good ones instead
+        first: int | None = None,  # only so many images, the first ones that have boxes
+        known_ids: Collection[int] = (),  # of a detector or the training split, never left out as `grouping`
+        records: Records | None = None,  # of the split, if it was read before
     ) -> None:
-        """Raises DatasetError.
-
-        transform: of torchvision.transforms.v2, on (image, target); the target includes regions to ignore, label IGNORE
-        bad_images: "stop" raises DatasetError at the first image that cannot be used; "skip" names it and takes the
-        next good one in file order, until more than MAX_BAD_SHARE of the images, and MIN_BAD_CAP, were bad
-        first: only so many images, the first ones that have boxes
-        known_ids: category ids of a detector or of the training split, which are never left out as `grouping`
-        records: of the split, if it was read before
-        """
         self.split, self.transform = split, transform
         self.records = records = read_split(split, bad_images == "stop") if records is None else records
-        self.grouping = _grouping(records, known_ids)
-        self.digest = records.digest
+        self.grouping, self.digest = _grouping(records, known_ids), records.digest
         records = self._used = records if first is None else records.first_images(first)
         categories = [category for category in records.categories if category != self.grouping]
         self.categories = sorted(categories, key=lambda category: category["id"])
@@ -121,11 +109,10 @@ class CocoDataset(torch.utils.data.Dataset):
         return len(self._image_ids)
 
     def __getitem__(self, i: int) -> tuple[tv_tensors.Image, dict]:
-        """Return the uint8 (3, H, W) image and its target, both after the transform.
+        """Return the uint8 (3, H, W) image and its target, both after the transform. Raises DatasetError.
 
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
-        Raises DatasetError: the file is missing, broken, outside the folder or of another size.
         """
         i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
         size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
@@ -149,8 +136,8 @@ class CocoDataset(torch.utils.data.Dataset):
             raise DatasetError(printable(f"{source}: {error}")) from error
         if image.shape[1:] != (height, width):
             sizes = f"{width} x {height} in the record, {image.shape[2]} x {image.shape[1]} in the file"
-            name = printable(self._file_names[i])
-            raise DatasetError(f"{source} ({name}): {sizes} with its EXIF orientation applied")
+            source += f" ({printable(self._file_names[i])})"
+            raise DatasetError(f"{source}: {sizes} with its EXIF orientation applied")
         return image
 
     def _load_next_good(self, i: int) -> tuple[int, Tensor]:
@@ -159,21 +146,17 @@ class CocoDataset(torch.utils.data.Dataset):
             try:
                 return candidate, self._load(candidate)
             except DatasetError as error:
-                self._count_bad(candidate, error)
+                with self._bad_lock:
+                    known = bool(self._bad[candidate])
+                    self._bad[candidate] = True
+                    count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
+                    if not known and count > cap:
+                        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
+                        raise DatasetError(f"{cause}; the latest: {error}") from error
+                    if not known:  # one write, or the lines of two workers mix
+                        sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
+                        sys.stderr.flush()
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
-
-    def _count_bad(self, i: int, error: DatasetError) -> None:
-        with self._bad_lock:
-            if self._bad[i]:
-                return
-            self._bad[i] = True
-            count, cap = int(self._bad.sum()), max(MIN_BAD_CAP, int(MAX_BAD_SHARE * len(self)))
-            if count <= cap:  # one write, or the lines of two workers mix
-                sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
-                sys.stderr.flush()
-                return
-        cause = f"{count} images cannot be used, and --bad-images skip takes {cap} at most"
-        raise DatasetError(f"{cause}; the latest: {error}") from error
 
 
 def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
@@ -183,7 +166,6 @@ def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
         others = [other for other in records.categories if other is not category]
         if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
             return category
-    return None
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
@@ -253,13 +235,11 @@ def batches_from(
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """Sample (epoch, i): image i, transformed by seed, epoch and i alone. Reseeds the process's global generator, which
-    torchvision's transforms draw from."""
+    """Sample (epoch, i): image i, transformed by seed, epoch and i alone. Reseeds the process's global generator."""
 
     def __init__(self, dataset: CocoDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, i = key
-        torch.manual_seed(seed_of(self.seed, "sample", epoch, i))
-        return self.dataset[i]
+        torch.manual_seed(seed_of(self.seed, "sample", *key))
+        return self.dataset[key[1]]

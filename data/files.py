@@ -21,8 +21,7 @@ VALUE.maxstring = VALUE.maxother = 200
 
 
 def printable(text: object) -> str:
-    """Return `text` for one line of a terminal, with Python's escapes for what would act on the terminal (control
-    characters, line breaks, marks of direction) or cannot be encoded (lone surrogates)."""
+    """Return `text` with escapes for what acts on a terminal (control characters, line breaks) or cannot be encoded."""
     unsafe, joiners = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d"  # many languages and emoji need the joiners
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in unsafe and c not in joiners else c for c in str(text))
 
@@ -46,10 +45,7 @@ def parse_json(text: str) -> object:
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (KeyError, RecursionError, ValueError) as error:
-        why = {
-            RecursionError: "lists or objects are nested too deeply",
-            ValueError: "a number has thousands of digits",
-        }
+        why = {RecursionError: "lists or objects are nested too deeply", ValueError: "a number has thousands of digits"}
         raise ValueError(f"not usable JSON: {why.get(type(error), error.args[0])}") from error
 
 
@@ -115,9 +111,9 @@ def near_misses(names: list[str], folder: Path) -> list[str]:
             path = known[parts[:shared]]
             ways[_way(name, path, shared, folder)].append(f"{path} for {name}")
     ways.pop("", None)  # the file has appeared since
-    shown = sorted(ways.items(), key=lambda item: -len(item[1]))[:WAYS_SHOWN]
-    more = sum(map(len, ways.values())) - sum(len(found) for _, found in shown)
-    lines = [f"{len(e)} of the {len(names)} missing files would be found {way}: {e[0]}" for way, e in shown]
+    ranked = sorted(ways.items(), key=lambda item: -len(item[1]))
+    lines = [f"{len(e)} of the {len(names)} missing files would be found {w}: {e[0]}" for w, e in ranked[:WAYS_SHOWN]]
+    more = sum(len(examples) for _, examples in ranked[WAYS_SHOWN:])
     return lines + [f"and {more} more in other ways"] * (more > 0)
 
 

@@ -3,9 +3,8 @@
 CrowdHuman (Shao et al., arXiv 1805.00123): a line is {"ID": name of Images/ID.jpg, "gtboxes": [...]}. An entry of
 gtboxes has a tag, "person" or "mask" (a crowd, a reflection, a picture of a person), and three boxes x, y, width,
 height in px: `fbox` of the whole body, hidden parts included, `vbox` of its visible part, `hbox` of the head.
-Pascal VOC (Everingham et al., Challenge 2012, Development Kit): ImageSets/Main/train.txt and its like name the images
-of a split, one a line. Annotations/NAME.xml has an image's file name, size and objects, with the pixels at the corners,
-counted from 1: xmin to xmax, both of them inside.
+Pascal VOC (Everingham et al., 2012): ImageSets/Main/train.txt and its like name the images of a split, one a line.
+Annotations/NAME.xml has file name, size and objects of an image; pixels count from 1, xmin and xmax are both inside.
 """
 
 import codecs
@@ -26,19 +25,16 @@ from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folde
 # The polygons are most of a large file, and not needed; parsing their numbers takes twice the time of the rest.
 POLYGONS = re.compile(r'"segmentation"\s*:\s*\[(?:[^][{}"]|\[[^][{}"]*\])*\]')
 BOXES = {"fbox": "person", "vbox": "person", "hbox": "head"}  # kind of CrowdHuman's boxes -> name of the one class
-LISTS = ("train", "val", "trainval", "test")
 DIFFICULT = dict.fromkeys(("", "0", "0.0", "false", "unspecified"), 0) | dict.fromkeys(("1", "1.0", "true"), 1)
 SUFFIX = re.compile("(" + "|".join(map(re.escape, (".xml", *IMAGE_SUFFIXES))) + ")$", re.IGNORECASE)
-
-Boxes = list[tuple[list[float], int]]  # x, y, width, height in px, and iscrowd
 
 
 def read_split(split: Split, look_at_files: bool = True) -> Records:
     """Read and check the annotation files, with `look_at_files` also the images' headers. Raises DatasetError."""
-    digest = hashlib.sha256()
     if not split.images.is_dir():
         folder = split.images.absolute()
         raise DatasetError(f"{split.annotations.absolute()} is there, but its image folder {folder} is not")
+    digest = hashlib.sha256()
 
     def read_bytes(path: Path) -> bytes:
         content = path.read_bytes()
@@ -48,11 +44,11 @@ def read_split(split: Split, look_at_files: bool = True) -> Records:
     gc.disable()  # its passes over the millions of objects of a large file take a third of the time
     try:
         records = check_annotations(split.form.read(split, read_bytes, look_at_files), split, look_at_files)
+        return records._replace(digest=digest.hexdigest())
     except OSError as error:
         raise DatasetError(f"{error.filename or split.annotations}: cannot be read: {error}") from error
     finally:
         gc.enable()
-    return records._replace(digest=digest.hexdigest())
 
 
 def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> object:
@@ -102,15 +98,14 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
     raise_problems(split.annotations, problems, missing if look_at_files else [], split.images)
     name, scenes = BOXES[split.box], []
     for (number, file_name, boxes), size in zip(lines, sizes, strict=True):
-        width, height = size or _extent(boxes)
-        image = {"id": number, "file_name": file_name, "width": width, "height": height}
-        objects = [{"name": name, "bbox": _clipped(box, width, height), "iscrowd": crowd} for box, crowd in boxes]
-        scenes.append((image, objects))
+        w, h = size or _extent(boxes)
+        objects = [{"name": name, "bbox": _clipped(box, w, h), "iscrowd": crowd} for box, crowd in boxes]
+        scenes.append(({"id": number, "file_name": file_name, "width": w, "height": h}, objects))
     return _coco_content(scenes, [name])
 
 
-def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
-    """Return the file name and boxes of a line of CrowdHuman. Raises ValueError that describes the mistake."""
+def _parse_line(text: str, kind: str) -> tuple[str, list[tuple[list[float], int]]]:
+    """Return the file name of a line of CrowdHuman, and each box with its iscrowd. Raises ValueError."""
     record = parse_json(text)
     name = record.get("ID") if isinstance(record, dict) else None
     if not isinstance(name, str) or not name:
@@ -133,7 +128,7 @@ def _parse_line(text: str, kind: str) -> tuple[str, Boxes]:
     return f"{name}.jpg", boxes
 
 
-def _extent(boxes: Boxes) -> tuple[int, int]:
+def _extent(boxes: list[tuple[list[float], int]]) -> tuple[int, int]:
     """Return the width and height that hold the boxes."""
     ends = [(x + w, y + h) for (x, y, w, h), _ in boxes if math.isfinite(x + y + w + h)]
     return tuple(math.ceil(max(side)) for side in zip((1, 1), *ends, strict=True))
@@ -153,14 +148,15 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
 
     An image's id is the number of the first line with its name. Its file is the <filename> of its XML if that is in the
     image folder, else the one named like the line. Classes are those of all four lists, in alphabetical order, with ids
-    from 1 on. A box is x = xmin - 1, y = ymin - 1, width = xmax - xmin + 1, height = ymax - ymin + 1. A difficult
-    object has iscrowd 1: a region to ignore. A DatasetError names missing and malformed files.
+    from 1 on. A difficult object has iscrowd 1: a region to ignore. A DatasetError names missing and malformed files.
     """
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
     missing, scenes = [], {}  # name of an image -> its size and objects
-    lists = [other for other in (path.with_name(f"{name}.txt") for name in LISTS) if other != path and other.is_file()]
-    numbers = {other: _numbers(other, folder, read_bytes) for other in (path, *lists)}
+    lists = [path, *(path.with_name(f"{name}.txt") for name in ("train", "val", "trainval", "test"))]
+    numbers = {
+        file: _numbers(file, folder, read_bytes) for file in dict.fromkeys(lists) if file == path or file.is_file()
+    }
     for listed_in, name in ((path, name) for path, names in numbers.items() for name in names):
         if name not in scenes:
             scenes[name] = None
@@ -182,10 +178,10 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
-    """Return name of the image -> number of its first line in a list.
+    """Return the names of images in a list, each with the number of its first line.
 
-    A name is a whole line, also with spaces, if that has an XML file in `folder`; else without a suffix, or without the
-    -1, 0 or 1 that the lists of one class have.
+    A name is the line as it is, without a suffix, without the -1, 0 or 1 in the list of one class, or without both: the
+    first of these that has an XML file in `folder`.
     """
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
@@ -224,9 +220,8 @@ def _parse_xml(content: bytes) -> ElementTree.Element:
         match = re.search(rb"""encoding\s*=\s*["']([\w.-]+)""", content[:200])
         declared = match[1].decode() if match else "utf-8"
     try:
-        encoding = codecs.lookup(declared).name
-        encoding = {"gb2312": "gb18030", "gbk": "gb18030"}.get(encoding, encoding)  # the largest of the family
-        return ElementTree.fromstring(content.decode(encoding))
+        chinese = codecs.lookup(declared).name in ("gb2312", "gbk")
+        return ElementTree.fromstring(content.decode("gb18030" if chinese else declared))  # the largest of the family
     except (LookupError, ValueError) as error:
         raise ValueError(f"the declared encoding {declared!r} is unknown or not that of the text: {error}") from error
 

@@ -32,15 +32,13 @@ NO_CROWDHUMAN = """CrowdHuman is not in {root}: no annotation_train.odgt there. 
 download annotation_train.odgt, annotation_val.odgt, CrowdHuman_val.zip, CrowdHuman_train01.zip, \
 CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/download.html into that folder (or set \
 OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
-Halves = tuple[Split | None, Split | None]
 
 
-def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> Halves:
+def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
     """Return the train and the val split, one of which may be missing. Raises DatasetError if both are.
 
     data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
     or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
-    box: for forms with several kinds of boxes.
     """
     root = _root(data)
     if data == "shapes" and not root.is_dir():
@@ -54,8 +52,8 @@ def find_splits(data: str, box: str | None = None, follow_links: bool = False) -
 
 def find_form(data: str) -> Form:
     """Return the form of `data`, as in `find_splits`; COCO's if the data set is not on this machine."""
-    split = next(filter(None, _halves(_root(data))), None)
-    return split.form if split else CROWDHUMAN if data == "crowdhuman" else COCO
+    missing = CROWDHUMAN if data == "crowdhuman" else COCO
+    return next((split.form for split in _halves(_root(data)) if split), missing)
 
 
 def _root(data: str) -> Path:
@@ -64,7 +62,7 @@ def _root(data: str) -> Path:
     return named.get(data, Path(data).expanduser())
 
 
-def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> Halves:
+def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
     known = []
     for form, *halves in LAYOUTS:
         kind, named = (box or form.boxes[0]) if form.boxes else None, zip(("train", "val"), halves, strict=True)

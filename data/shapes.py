@@ -1,8 +1,7 @@
 """A generated detection data set in COCO layout: five kinds of shapes, a third of the images crowded.
 
 It has the hard cases of label assignment: rows and clusters of similar shapes whose boxes overlap by an IoU of 0.3 to
-0.6, and shapes nested about one centre. A box is that of the whole shape with its covered parts, clipped to the image;
-at least half of a shape is visible. Lengths are in px.
+0.6, and shapes nested about one centre. A box holds the whole shape, covered or not, inside the image. Lengths in px.
 """
 
 import hashlib
@@ -18,8 +17,6 @@ import torch
 from numpy.random import Generator as Rng
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
-
-Proposals = Iterator[tuple[int, float, np.ndarray]]  # class, size and centre of the next shape
 
 VERSION = 2  # raise it with any change to the pictures: it is part of the folder's name, like all settings
 CLASSES = ("circle", "square", "triangle", "star", "ring")
@@ -75,8 +72,8 @@ def generate_shapes(
                 for shape in scene.shapes:
                     x1, y1, x2, y2 = shape.box(size_px).round(2).tolist()
                     w, h = round(x2 - x1, 2), round(y2 - y1, 2)
-                    label = 0 if one_class else shape.label
-                    ids = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "bbox": [x1, y1, w, h]}
+                    category = 1 if one_class else shape.label + 1
+                    ids = {"id": len(annotations) + 1, "image_id": i, "category_id": category, "bbox": [x1, y1, w, h]}
                     annotations.append(ids | {"area": round(w * h, 2), "iscrowd": 0, "segmentation": []})
             content = {"images": images, "annotations": annotations, "categories": categories}
             (made / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
@@ -111,13 +108,11 @@ class Shape(NamedTuple):
 
     def coverage(self, left: int, top: int, side: int, inset: float = 0.0) -> np.ndarray:
         """Return the (side, side) share of each pixel that the shape covers, 0..1, in a window at left, top."""
-        centre = self.centre - (left, top)
-        patch = Image.new("L", (2 * side, 2 * side))
+        centre, patch = self.centre - (left, top), Image.new("L", (2 * side, 2 * side))
         draw = ImageDraw.Draw(patch)
         draw.polygon([tuple(p) for p in 2 * (centre + self.outline(inset)) - 0.5], fill=255)
         if CLASSES[self.label] == "ring":
-            hole = 2 * (0.5 * self.radius + inset)
-            x, y = 2 * centre - 0.5
+            (x, y), hole = 2 * centre - 0.5, 2 * (0.5 * self.radius + inset)
             draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
         return np.asarray(patch.reduce(2), np.float32) / 255
 
@@ -139,22 +134,20 @@ class Scene:
         crowded = kind > 1 - crowded_share
         low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
         wanted = int(self.rng.integers(low, high + 1))
-        proposals = self._sparse()
-        if crowded:
-            proposals = self._nest() if self.rng.random() < NESTED_SHARE else self._crowd()
+        nested = crowded and self.rng.random() < NESTED_SHARE
+        proposals = self._nest() if nested else self._crowd() if crowded else self._sparse()
         for _, (label, size, place) in zip(range(ATTEMPTS_PER_OBJECT * wanted), proposals, strict=False):
-            angle = float(self.rng.uniform(0, 2 * np.pi))
-            self._add(Shape(label, place, float(size / 2), angle))
+            self._add(Shape(label, place, float(size / 2), float(self.rng.uniform(0, 2 * np.pi))))
             if len(self.shapes) == wanted:
                 return
 
-    def _sparse(self) -> Proposals:
-        """Propose any size at any place."""
+    def _sparse(self) -> Iterator[tuple[int, float, np.ndarray]]:
+        """Propose class, size and centre of the next shape: any size at any place."""
         while True:
             size = self.size_px * np.exp(self.rng.uniform(*np.log(SPARSE_SIZE)))
             yield int(self.rng.integers(len(CLASSES))), size, self._place(size)
 
-    def _crowd(self) -> Proposals:
+    def _crowd(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose a row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
         rng = self.rng
         in_row, one_class = rng.random(2) < 0.5
@@ -173,7 +166,7 @@ class Scene:
                     continue
             yield label, size, place
 
-    def _nest(self) -> Proposals:
+    def _nest(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
         rng = self.rng
         while True:
@@ -200,8 +193,7 @@ class Scene:
         seen = np.s_[y - top : self.size_px - top, x - left : self.size_px - left]  # its part inside the image
         coverage = shape.coverage(left, top, side)
         pixels = np.append(self._pixels, (coverage > 0.5).sum())
-        coverage = coverage[seen]
-        mask = coverage > 0.5
+        coverage, mask = coverage[seen], coverage[seen] > 0.5
         covered = np.bincount(self._topmost[window][mask] + 1, minlength=len(self.shapes) + 1)[1:]
         visible = np.append(self._visible - covered, mask.sum())
         boxes = torch.from_numpy(np.stack([s.box(self.size_px) for s in [*self.shapes, shape]]))
@@ -210,8 +202,8 @@ class Scene:
         if (visible < MIN_VISIBLE * pixels).any() or repeats.any():
             return
         self._topmost[window][mask] = len(self.shapes)
-        self.shapes.append(shape)
         self._pixels, self._visible = pixels, visible
+        self.shapes.append(shape)
         interior = shape.coverage(left, top, side, inset=OUTLINE_PX)[seen]
         self.canvas[window] = _painted(self.canvas[window], coverage[..., None], interior[..., None], self.rng)
 
