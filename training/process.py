@@ -40,10 +40,8 @@ def end_children() -> None:
 
 def store_of_this_start() -> tuple[dist.Store, int, int]:
     """Return torchrun's store under a prefix that no earlier start of these ranks has used, rank and world size.
-
     After a restart the store still holds the addresses of the processes that ended, and a quick rank would use them.
-    So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name.
-    """
+    So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name."""
     store, rank, world = next(dist.rendezvous("env://"))
     name = prefix = uuid.uuid4().hex
     if rank == 0:
@@ -61,8 +59,7 @@ _waits = itertools.count()
 
 
 def _wait_for(name: str) -> str:
-    """Return a value of the store once it is set. A collective would end with its group's time limit of minutes, and
-    Python handles no signal in it."""
+    # A collective would end with its group's time limit of minutes, and Python handles no signal in it.
     while not _store.check([name]):
         time.sleep(WAIT_S)
     return _store.get(name).decode()
@@ -76,8 +73,7 @@ def wait_for_main() -> None:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Return what `make` returns on the first rank of this machine, which alone calls it; raise its UserError on all.
-    The result goes through a file."""
+    """Return what `make` returns on the first rank of this machine, its only caller; raise its UserError on all."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not dist.is_initialized() or ranks == 1:
         return make()
