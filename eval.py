@@ -99,14 +99,12 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
 def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, workers: int = 2) -> tuple[dict, list]:
     """Return metrics, COCO's and those of the data set's form, and detections; all ranks call it, rank 0 has them.
     The data set is made with `eval_transform`."""
-    training = detector.training
+    training, form, metrics = detector.training, dataset.split.form, {}
     results = detect_dataset(detector.eval(), dataset, batch_size, workers)
     detector.train(training)
-    metrics = {}
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = coco_metrics(dataset.annotations, results)
-        if extra_metrics := dataset.split.form.metrics:
-            metrics |= extra_metrics(dataset.annotations, results)
+        metrics |= form.metrics(dataset.annotations, results) if form.metrics else {}
     wait_for_main()
     return metrics, results
 
@@ -175,7 +173,6 @@ def main() -> None:
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
-
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
@@ -186,8 +183,8 @@ def main() -> None:
         out = args.out or folder / "-".join([name, *names])
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
-        record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
-        (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
+        about = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
+        (out / "metrics.json").write_text(json.dumps(about | metrics, indent=1))
         print_table(metrics)
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
     if world > 1:

@@ -231,7 +231,8 @@ def main() -> None:
     optimizer = create_optimizer(detector, args)
 
     out, settings, identity = describe_run(args, dataset, device)
-    checkpoint, complete = resume(out, identity, detector, ema, optimizer)
+    parts = {"model": detector, "optimizer": optimizer} | ({"ema": ema.module} if ema else {})  # its counter: step
+    checkpoint, complete = resume(out, identity, parts)
     start, log, window = 0, [], []  # window: the losses since the last line of the log
     if checkpoint:
         start, window = checkpoint["step"], checkpoint["window"]
@@ -250,12 +251,8 @@ def main() -> None:
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
-    def save_progress(step: int) -> None:
-        state = {"window": window, "optimizer": optimizer.state_dict()}
-        folder.save_checkpoint(step, state | ({"ema": ema.module.state_dict()} if ema else {}), detector)
-
     if is_main and not checkpoint:
-        save_progress(0)  # a run that ends before its first checkpoint can be told from another one
+        folder.save_checkpoint(0, window, parts)  # by which a run that ends before its next one is recognised
     del checkpoint
     batches = iter(create_loader(dataset, args, start, steps, sides, device))
     stop, pending, metrics = StopRequest(is_main), [], {}
@@ -311,7 +308,7 @@ def main() -> None:
         if logging:
             window, logged, clock, waited = [], done, time.perf_counter(), 0.0
         if saving and is_main:
-            save_progress(done)
+            folder.save_checkpoint(done, window, parts)
         if stopped_by:
             bar.close()
             if stopped_by == signal.SIGINT and is_main:

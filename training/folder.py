@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
@@ -51,10 +52,8 @@ def disk_errors_named(folder: Path):
         raise UserError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
 
 
-def resume(
-    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> tuple[dict | None, bool]:
-    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
+def resume(folder: Path, identity: dict, parts: dict[str, nn.Module | Optimizer]) -> tuple[dict | None, bool]:
+    """Restore `parts` on every rank. Return the newest checkpoint, None for a new run, and whether metrics.json exists.
     The main rank locks the folder until its process ends. Raises UserError: the folder cannot be used, or holds a run
     with another `identity` (the settings that decide the result, as JSON)."""
     received = [None, False]
@@ -66,12 +65,11 @@ def resume(
         dist.broadcast_object_list(received)
     checkpoint, complete = received
     if checkpoint:
-        detector.load_state_dict(checkpoint["model"])
-        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-            group["fused"] = present["fused"]  # the device's, which may be another now
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:  # its counter is the step
-            ema.module.load_state_dict(checkpoint["ema"])
+        saved, present = checkpoint["optimizer"]["param_groups"], parts["optimizer"].param_groups
+        for group, now in zip(saved, present, strict=True):
+            group["fused"] = now["fused"]  # the device's, which may be another now
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     return checkpoint, complete
 
 
@@ -132,6 +130,7 @@ def load_checkpoint(folder: Path) -> dict | None:
             print(f"note: {path} is damaged ({error}); kept as {path.stem}.damaged", file=sys.stderr)
     if paths:
         raise UserError(f"every checkpoint in {folder} is damaged; start afresh with another --out")
+    return None
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -206,15 +205,16 @@ class RunFolder:
         crowd = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
         tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{crowd} ({split}{remark})")
 
-    def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
-        """Save `state`, model, log and settings; every step and sample is seeded, so no random states. Raises UserError
-        for weights that are not finite."""
-        if broken := [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]:
+    def save_checkpoint(self, step: int, window: list[dict], parts: dict[str, nn.Module | Optimizer]) -> None:
+        """Save the states of `parts`, the losses since the last line of the log, log and settings; no random states, as
+        every step and sample is seeded. Raises UserError for weights that are not finite."""
+        if broken := [name for name, p in parts["model"].named_parameters() if not torch.isfinite(p).all()]:
             what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
             raise UserError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {LOWER_LR}")
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
+        about |= {"log": self._log_text(), "window": window}
         with disk_errors_named(self.path):
-            save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
+            save_checkpoint(self.path, about | {name: part.state_dict() for name, part in parts.items()})
 
     @torch.no_grad()
     def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:
