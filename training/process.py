@@ -26,12 +26,6 @@ WAIT_S = 0.1  # between two looks at the store
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
 
 
-def print_any_text() -> None:
-    """Make stdout escape characters that its encoding lacks, as stderr does, instead of raising an error."""
-    if hasattr(sys.stdout, "reconfigure"):  # a caller may have replaced it
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def end_children() -> None:
     """Kill loader processes: they ignore SIGTERM, and Python would wait forever if a traceback keeps the loader."""
     for process in multiprocessing.active_children():
@@ -100,7 +94,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
     """Return device, rank and world size; start the process group under torchrun. Raises UserError."""
-    print_any_text()
     atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
