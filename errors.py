@@ -10,7 +10,10 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; at a UserError end with status 1, and print the message instead of the traceback."""
+    """Call `main`; at a UserError end with status 1, and print the message instead of the traceback. Stdout escapes
+    characters that its encoding lacks, as stderr does."""
+    if hasattr(sys.stdout, "reconfigure"):  # notebooks replace it
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -3,7 +3,7 @@
     python eval.py --weights runs/shapes-.../ota.safetensors
     torchrun --nproc_per_node 8 eval.py --weights ota.safetensors --data coco
 
-Everything but the pictures comes from the weights file. Writes detections.json (COCO result format) and
+Everything except the pictures comes from the weights file. Writes detections.json (COCO result format) and
 metrics.json beside the weights, or into --out. train.py calls `evaluate`.
 """
 
@@ -45,7 +45,7 @@ def pack_samples(samples: list) -> tuple[Batch, list[dict]]:
 
 
 def coco_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[dict]:
-    """Detections of an image in COCO result format."""
+    """Return the detections of an image in COCO result format."""
     boxes, scores, labels, _ = detections
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
     rows = zip([[round(x, 3) for x in box] for box in boxes], scores.tolist(), labels.tolist(), strict=True)
@@ -83,8 +83,7 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(None):  # print is silent
         truth.createIndex()
-        # loadRes refuses an empty list.
-        evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")  # loadRes refuses []
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -99,13 +98,10 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
 
 def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, workers: int = 2) -> tuple[dict, list]:
     """Return metrics, COCO's and those of the data set's form, and detections; all ranks call it, rank 0 has them.
-
-    The data set is made with `eval_transform`.
-    """
-    training = detector.training
+    The data set is made with `eval_transform`."""
+    training, form, metrics = detector.training, dataset.split.form, {}
     results = detect_dataset(detector.eval(), dataset, batch_size, workers)
     detector.train(training)
-    metrics, form = {}, dataset.split.form
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = coco_metrics(dataset.annotations, results)
         metrics |= form.metrics(dataset.annotations, results) if form.metrics else {}
@@ -132,11 +128,8 @@ def describe(dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict, **options) -> CocoDataset:
-    """Return `split`, with a note if it is a training split as a whole. Raises DatasetError.
-
-    classes: class_names, category_ids and source (their file) of the training, which must be those of the split.
-    options: `first` and `records` of CocoDataset.
-    """
+    """Return `split`, with a note if it is a training split as a whole; options: `first` and `records` of CocoDataset.
+    Raises DatasetError unless it has the class_names and category_ids in `classes`, whose file is their source."""
     options["records"] = options.get("records") or from_main(lambda: read_split(split))
     dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -157,9 +150,7 @@ def load_with_data(
     weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
 ) -> tuple[Detector, CocoDataset, str]:
     """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
-
-    `data` and `box` default to those of the training. Raises UserError, DatasetError, UserError.
-    """
+    `data` and `box` default to those of the training. Raises UserError."""
     detector, metadata = load_weights(weights)
     if (data := data or metadata.get("data")) is None:
         raise UserError(f"{weights} names no data set; name the data set with --data")
@@ -182,7 +173,6 @@ def main() -> None:
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
-
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
@@ -193,8 +183,8 @@ def main() -> None:
         out = args.out or folder / "-".join([name, *names])
         out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
-        record = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
-        (out / "metrics.json").write_text(json.dumps(record | metrics, indent=1))
+        about = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
+        (out / "metrics.json").write_text(json.dumps(about | metrics, indent=1))
         print_table(metrics)
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
     if world > 1:

@@ -29,7 +29,6 @@ from kernels.grid import MAX_SIDE_PX
 from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
-from training.process import print_any_text
 
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
 PREPROCESSING = (
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--nms", action="store_true", help="suppress in the graph: detections come out, not candidates")
     parser.add_argument("--out", type=Path, help="default: beside the weights; the current folder for the hub's")
     args = parser.parse_args()
-    print_any_text()
+
     weights = local_file(args.weights)
     detector = load(weights)
     export, suffix = (export_onnx, ".onnx") if args.format == "onnx" else (export_torch, ".pt2")

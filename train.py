@@ -38,7 +38,7 @@ from model.batch import Batch, pack, static_sides
 from model.head import Predictions
 from model.losses import mean_positives
 from training.environment import environment, memory_warning
-from training.folder import WARMUP_STEPS, RunFolder, resume, start_trace
+from training.folder import LOWER_LR, WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
 from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, fit_to_machine, parse_args
 
@@ -46,7 +46,7 @@ SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small af
 
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
+    """Return the training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
     split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
@@ -56,12 +56,10 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
     say(f"training on {split.annotations}: {describe(dataset)}")
     if not dataset.num_boxes:
         raise DatasetError(f"{split.annotations} has no boxes to learn from: {describe(dataset)}")
-    small = dataset.share_under(SMALL_PX, args.image_size)
-    if small > SMALL_SHARE:
+    if (small := dataset.share_under(SMALL_PX, args.image_size)) > SMALL_SHARE:
         what = f"under {SMALL_PX} px wide or high at --image-size {' '.join(map(str, args.image_size))}"
         say(f"warning: {small:.0%} of the boxes are {what}, too small to learn; are they in px, and is the size right?")
-    if args.overfit or not val_split:
-        val_split = split
+    val_split = split if args.overfit or not val_split else val_split
     checked = records if val_split is split and args.bad_images == "stop" else None
     classes = dataset.classes | {"source": split.annotations}
     val_dataset = evaluation_dataset(val_split, args.image_size, classes, first=args.overfit, records=checked)
@@ -69,7 +67,7 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
 
 
 def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[list[Batch], list[int]]:
-    """A rank's share of a step as one batch for each pass of gradient accumulation, and its image ids."""
+    """Return a rank's share of a step as one batch for each pass of gradient accumulation, and its image ids."""
     images, targets = collate(samples)
     size = len(images) // passes
     parts = [slice(i, i + size) for i in range(0, len(images), size)]
@@ -90,7 +88,7 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
 
 
 def compile_detector(detector: Detector, args: argparse.Namespace, say: Callable) -> tuple[int, ...]:
-    """Compile the detector in place; returns the few sides that images are padded to, px."""
+    """Compile the detector in place; return the few sides that images are padded to, px."""
     sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
     torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
     torch.backends.cudnn.benchmark = True
@@ -104,8 +102,7 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": detector.mean.is_cuda}  # fused: one launch
     if args.optimizer == "sgd":
         return torch.optim.SGD(detector.parameters(), momentum=0.9, **options)
-    kernels = [p for p in detector.parameters() if p.ndim > 1]
-    others = [p for p in detector.parameters() if p.ndim <= 1]
+    kernels, others = ([p for p in detector.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     return torch.optim.AdamW([{"params": kernels}, {"params": others, "weight_decay": 0.0}], **options)
 
 
@@ -136,12 +133,10 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
 def backward(
     model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool
 ) -> tuple[dict[str, Tensor], Predictions]:
-    """Gradients of a step, in as many passes as there are batches; returns the loss terms, on the device, and the
-    predictions of the last pass.
+    """Compute a step's gradients, one pass a batch; return the loss terms and the predictions of the last pass.
 
-    A loss is a sum over the positives of its batch. With several passes the sums' gradients are added up and divided
-    by the positives of all, so that they are those of one pass over all images, except for batch norm.
-    """
+    A loss is a sum over positives, divided by their number. Several passes add up the gradients of the sums, and divide
+    by the positives of all: except for batch norm, these are the gradients of one pass over all images."""
     total, terms = 0.0, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -162,21 +157,20 @@ def backward(
 
 
 def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], source: Path) -> list[dict[str, float]]:
-    """Return the numbers of the `pending` steps (step, image ids, values on the device); waits for the device. Raises
-    UserError that names step, images and remedy where a number is not finite."""
+    """Wait for the numbers of the `pending` steps (step, image ids, values on the device). Raises UserError: one is not
+    finite."""
     rows = torch.stack([values for *_, values in pending]).tolist()
     for (step, image_ids, _), row in zip(pending, rows, strict=True):
         if not all(map(math.isfinite, row)):
             text = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
             what = f"the {'gradient' if all(map(math.isfinite, row[:3])) else 'loss'} is not finite ({text})"
             images = f"image ids {', '.join(map(str, image_ids))} of {source}"
-            remedy = "A lower --lr or a longer --warmup is the usual remedy."
-            raise UserError(f"step {step + 1}: {what}; {images}. {remedy}")
+            raise UserError(f"step {step + 1}: {what}; {images}. {LOWER_LR}")
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def describe_run(args: argparse.Namespace, dataset: CocoDataset, device: torch.device) -> tuple[Path, dict, dict]:
-    """The run's folder, its settings, and those of them that decide its result."""
+    """Return the run's folder, its settings, and those of them that decide its result."""
     out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
@@ -195,7 +189,7 @@ def eagerly(compiled: bool):
 def evaluate_now(
     detector: Detector, dataset: CocoDataset, step: int, args: argparse.Namespace, folder: RunFolder | None
 ) -> dict:
-    """Metrics, on the main rank, which writes them and the weights."""
+    """Return metrics, on the main rank, which writes them and the weights."""
     if folder:
         folder.save_weights(detector, step, None)  # an evaluation can take long
     if dist.is_initialized():  # DDP gives rank 0's batch norm statistics to the others at the start of a step only
@@ -237,7 +231,8 @@ def main() -> None:
     optimizer = create_optimizer(detector, args)
 
     out, settings, identity = describe_run(args, dataset, device)
-    checkpoint, complete = resume(out, identity, detector, ema, optimizer)
+    parts = {"model": detector, "optimizer": optimizer} | ({"ema": ema.module} if ema else {})  # its counter: step
+    checkpoint, complete = resume(out, identity, parts)
     start, log, window = 0, [], []  # window: the losses since the last line of the log
     if checkpoint:
         start, window = checkpoint["step"], checkpoint["window"]
@@ -256,12 +251,8 @@ def main() -> None:
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
-    def save_progress(step: int) -> None:
-        state = {"window": window, "optimizer": optimizer.state_dict()}
-        folder.save_checkpoint(step, state | ({"ema": ema.module.state_dict()} if ema else {}), detector)
-
     if is_main and not checkpoint:
-        save_progress(0)  # a run that ends before its first checkpoint can be told from another one
+        folder.save_checkpoint(0, window, parts)  # by which a run that ends before its next one is recognised
     del checkpoint
     batches = iter(create_loader(dataset, args, start, steps, sides, device))
     stop, pending, metrics = StopRequest(is_main), [], {}
@@ -317,7 +308,7 @@ def main() -> None:
         if logging:
             window, logged, clock, waited = [], done, time.perf_counter(), 0.0
         if saving and is_main:
-            save_progress(done)
+            folder.save_checkpoint(done, window, parts)
         if stopped_by:
             bar.close()
             if stopped_by == signal.SIGINT and is_main:

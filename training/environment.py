@@ -1,5 +1,4 @@
-"""The machine: versions that a run or a measurement was made with, and an estimate of whether a step fits into the
-memory, before the first step, for the system kills a process that takes too much."""
+"""Versions of the machine, and an estimate of whether a step fits into its memory."""
 
 import datetime
 import os
@@ -42,16 +41,15 @@ def _device_name(device: torch.device) -> str:
 
 
 def _first_line(*command: str) -> str:
-    """Return the first line that a command prints, "unknown" when it fails, as git does outside a checkout."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return "unknown"  # as git outside a checkout
 
 
 def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> int:
-    """Estimate parameters, gradients, optimizer state, and what the network keeps for the gradient of images with this
-    many pixels in all, in proportion to a small image. Losses and the convolutions' work space come on top."""
+    """Estimate a step's memory for images of `pixels` in all, in proportion to a small image: parameters, gradients,
+    optimizer state and activations, without losses and the convolutions' work space."""
     kept, training = {}, detector.training
 
     def keep(tensor: Tensor) -> Tensor:
@@ -67,26 +65,22 @@ def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> i
     return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * (2 + STATES[optimizer])
 
 
-def available_bytes(device: torch.device, ranks: int) -> float:
+def available_bytes(device: torch.device) -> float:
     """Return the free memory of a GPU, or a rank's share of the machine's; infinite where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
     if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         known.append(int(limit))
-    return min(known, default=float("inf")) / ranks
+    return min(known, default=float("inf")) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def memory_warning(detector: Detector, images: int, sizes: np.ndarray, optimizer: str, bf16: bool) -> str:
-    """Return a warning where a step of `images` images needs more memory than is available to this rank, else "".
-
-    sizes (n, 2): height and width, px, of the images of the data set once resized
-    """
+    """Return a warning where a step of `images` images needs more memory than this rank has, else "".
+    sizes (n, 2): height and width of the data set's images once resized, px"""
     height, width = sizes[sizes.prod(1).argmax()]
     needed = step_bytes(detector, images * int(height * width), optimizer, bf16)
-    available = available_bytes(detector.mean.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if needed <= available:
-        return ""
+    available = available_bytes(detector.mean.device)
     what = f"a step of {images} images of up to {height} x {width} px needs some {needed / 2**30:.0f} GiB of memory"
     remedy = "a smaller --image-size or --batch-size, or --accumulate, needs less"
-    return f"warning: {what}, and {available / 2**30:.0f} are available; {remedy}"
+    return f"warning: {what}, and {available / 2**30:.0f} are available; {remedy}" if needed > available else ""

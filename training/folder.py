@@ -1,7 +1,6 @@
 """The folder of a run: checkpoints, log, weights, curves, TensorBoard events, and the trace of --profile.
 
-A checkpoint is `checkpoint-<step>.pt`, all that a run needs to continue: what torch.save writes, then its SHA-256 (32
-bytes, which torch.load ignores). The two newest are kept, so there is one to continue from while the next is written.
+A checkpoint, `checkpoint-<step>.pt`, is what torch.save writes, then its SHA-256, which torch.load ignores.
 """
 
 import contextlib
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
@@ -32,11 +32,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-KEPT = 2  # checkpoints
+KEPT = 2  # checkpoints, so there is one to continue from while the next is written
 DIGEST_BYTES = 32
 SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
 WARMUP_STEPS = 5  # before a trace: compiling, choosing algorithms, filling the allocator's cache
+LOWER_LR = "A lower --lr or a longer --warmup is the usual remedy."
 
 
 @contextlib.contextmanager
@@ -51,14 +52,10 @@ def disk_errors_named(folder: Path):
         raise UserError(f"cannot write to {folder}: {error}; {kept}. {remedy}") from error
 
 
-def resume(
-    folder: Path, identity: dict, detector: Detector, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> tuple[dict | None, bool]:
-    """Restore the newest checkpoint on every rank and return it, None for a new run; and whether metrics.json exists.
-
-    The main rank locks the folder until its process ends. `identity`: the settings that decide a run's result, as JSON.
-    Raises UserError: the folder cannot be used, or holds a run with other settings.
-    """
+def resume(folder: Path, identity: dict, parts: dict[str, nn.Module | Optimizer]) -> tuple[dict | None, bool]:
+    """Restore `parts` on every rank. Return the newest checkpoint, None for a new run, and whether metrics.json exists.
+    The main rank locks the folder until its process ends. Raises UserError: the folder cannot be used, or holds a run
+    with another `identity` (the settings that decide the result, as JSON)."""
     received = [None, False]
     if not dist.is_initialized() or dist.get_rank() == 0:
         _lock(folder)
@@ -68,21 +65,19 @@ def resume(
         dist.broadcast_object_list(received)
     checkpoint, complete = received
     if checkpoint:
-        detector.load_state_dict(checkpoint["model"])
-        for group, present in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-            group["fused"] = present["fused"]  # the device's, which may be another now
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if ema:  # its counter is the step
-            ema.module.load_state_dict(checkpoint["ema"])
+        saved, present = checkpoint["optimizer"]["param_groups"], parts["optimizer"].param_groups
+        for group, now in zip(saved, present, strict=True):
+            group["fused"] = now["fused"]  # the device's, which may be another now
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
     return checkpoint, complete
 
 
 def _lock(folder: Path) -> None:
-    """Create the folder and lock it until this process ends, with a POSIX record lock: unlike flock's, it is not
-    inherited by loader processes, which outlive a killed parent by seconds. The descriptor stays open on purpose."""
+    # A POSIX record lock, not flock's: loader processes, which outlive a killed parent by seconds, do not inherit it.
     with disk_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)  # open until the process ends
         if fcntl:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,8 +115,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """Return the newest undamaged checkpoint, on the CPU; None where there is none. A damaged one is renamed *.damaged,
-    with a warning. Raises UserError: none can be read."""
+    """Return the newest checkpoint, on the CPU, or None; rename damaged ones. Raises UserError: none can be read."""
     for path in (paths := _newest_first(folder)):
         try:
             data = path.read_bytes()
@@ -193,8 +187,7 @@ class RunFolder:
         text = f"{losses.format(**line)}  {line['images_per_s']:.1f} img/s  wait {line['data_wait']:.0%}"
         bar.set_postfix_str(text)
         if bar.disable:
-            eta = tqdm.format_interval(seconds_left)
-            print(f"step {line['step']}/{self.steps}  {text}  eta {eta}", flush=True)
+            print(f"step {line['step']}/{self.steps}  {text}  eta {tqdm.format_interval(seconds_left)}", flush=True)
 
     def save_weights(self, detector: Detector, step: int, metrics: dict | None, name: str = "ota.safetensors") -> None:
         training = {"step": step, "steps": self.steps, "metrics": metrics, **self.settings}
@@ -212,17 +205,16 @@ class RunFolder:
         crowd = f"  CrowdHuman's MR^-2 {metrics['crowd_MR']:.4f}" if "crowd_MR" in metrics else ""
         tqdm.write(f"step {step}: AP {metrics['AP']:.4f}  AP50 {metrics['AP50']:.4f}{crowd} ({split}{remark})")
 
-    def save_checkpoint(self, step: int, state: dict, detector: Detector) -> None:
-        """Save `state` beside model, log and settings. Raises UserError for weights that are not finite. Random states
-        are not needed: every step and sample is seeded, and the learning rate follows the step."""
-        broken = [name for name, p in detector.named_parameters() if not torch.isfinite(p).all()]
-        if broken:
-            remedy = "A lower --lr or a longer --warmup is the usual remedy."
+    def save_checkpoint(self, step: int, window: list[dict], parts: dict[str, nn.Module | Optimizer]) -> None:
+        """Save the states of `parts`, the losses since the last line of the log, log and settings; no random states, as
+        every step and sample is seeded. Raises UserError for weights that are not finite."""
+        if broken := [name for name, p in parts["model"].named_parameters() if not torch.isfinite(p).all()]:
             what = f"step {step}: parameters that are not finite: {len(broken)}, {broken[0]} first"
-            raise UserError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {remedy}")
+            raise UserError(f"{what}; so no checkpoint is written; the one before is in {self.path}. {LOWER_LR}")
         about = {"step": step, "identity": json.dumps(self.identity), "settings": json.dumps(self.settings)}
+        about |= {"log": self._log_text(), "window": window}
         with disk_errors_named(self.path):
-            save_checkpoint(self.path, about | {"log": self._log_text(), "model": detector.state_dict()} | state)
+            save_checkpoint(self.path, about | {name: part.state_dict() for name, part in parts.items()})
 
     @torch.no_grad()
     def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:

@@ -26,12 +26,6 @@ WAIT_S = 0.1  # between two looks at the store
 ONE_SIGNAL_S = 1.0  # a terminal's SIGINT reaches a rank twice: as one of the process group, and again from torchrun
 
 
-def print_any_text() -> None:
-    """Make stdout escape characters that its encoding lacks, as stderr does, instead of raising an error."""
-    if hasattr(sys.stdout, "reconfigure"):  # a caller may have replaced it
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def end_children() -> None:
     """Kill loader processes: they ignore SIGTERM, and Python would wait forever if a traceback keeps the loader."""
     for process in multiprocessing.active_children():
@@ -40,10 +34,8 @@ def end_children() -> None:
 
 def store_of_this_start() -> tuple[dist.Store, int, int]:
     """Return torchrun's store under a prefix that no earlier start of these ranks has used, rank and world size.
-
     After a restart the store still holds the addresses of the processes that ended, and a quick rank would use them.
-    So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name.
-    """
+    So rank 0 draws a prefix, and every other rank takes the one under which rank 0 has read the rank's random name."""
     store, rank, world = next(dist.rendezvous("env://"))
     name = prefix = uuid.uuid4().hex
     if rank == 0:
@@ -61,8 +53,7 @@ _waits = itertools.count()
 
 
 def _wait_for(name: str) -> str:
-    """Return a value of the store once it is set. A collective would end with its group's time limit of minutes, and
-    Python handles no signal in it."""
+    # A collective would end with its group's time limit of minutes, and Python handles no signal in it.
     while not _store.check([name]):
         time.sleep(WAIT_S)
     return _store.get(name).decode()
@@ -76,8 +67,7 @@ def wait_for_main() -> None:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Return what `make` returns on the first rank of this machine, which alone calls it; raise its UserError on all.
-    The result goes through a file."""
+    """Return what `make` returns on the first rank of this machine, its only caller; raise its UserError on all."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not dist.is_initialized() or ranks == 1:
         return make()
@@ -104,7 +94,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 def setup_distributed(device: str | None) -> tuple[torch.device, int, int]:
     """Return device, rank and world size; start the process group under torchrun. Raises UserError."""
-    print_any_text()
     atexit.register(end_children)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:

@@ -19,12 +19,11 @@ from model import DetectorConfig
 from model.assigners import STRATEGIES
 from model.assigners.hungarian import NO_SCIPY
 
-COCO = dict(  # the paper's (section 4.1)
+COCO = dict(  # the paper's (section 4.1), and so are CROWDHUMAN's; an image there has up to 400 people
     pretrained=True, backbone="resnet50", channels=256, head_convs=4, image_size=[800], steps=90_000, epochs=None,
     batch_size=16, optimizer="sgd", lr=0.01, weight_decay=1e-4, schedule="step", warmup=1000, eval_every=3,
     max_detections=100, ota={},
 )  # fmt: skip
-# The paper's as well; an image has up to 400 people.
 CROWDHUMAN = COCO | dict(image_size=[800, 1400], steps=30_000, eval_every=5, max_detections=500, box="fbox")
 OWN = COCO | dict(
     image_size=[480], steps=None, epochs=36, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.05,
@@ -37,7 +36,7 @@ SHAPES = OWN | dict(
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
-# Settings that may change when a run is continued. The path of the data set may: its annotation file is compared.
+# Settings that may change when a run is continued; for data the annotation file is compared.
 FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
 
 OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
@@ -146,7 +145,6 @@ def parse_args(description: str = "") -> argparse.Namespace:
     form = find_form(args.data)
     if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
-
     recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
@@ -158,11 +156,9 @@ def parse_args(description: str = "") -> argparse.Namespace:
     except (TypeError, ValueError) as error:
         parser.error(f"--ota: {error}")
     vars(args).update((name, value) for name, value in recipe.items() if getattr(args, name, None) is None)
-
     if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
-    size = args.image_size
-    if len(size) == 1:
+    if len(size := args.image_size) == 1:
         size = args.image_size = [*size, round(size[0] * 1333 / 800)]
     if len(size) != 2 or not size[0] <= size[1] <= MAX_SIDE_PX:
         parser.error(f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {size}")
@@ -189,7 +185,6 @@ def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, 
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
-    """Raises UserError."""
     same = {name: getattr(args, name) for name in ("backbone", "channels", "head_convs", "max_detections", "assigner")}
     size, ota = tuple(args.image_size), OTAConfig(**args.ota)
     return DetectorConfig(num_classes, image_size=size, frozen_norm=args.pretrained, ota=ota, **same)
