@@ -148,18 +148,14 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
     areas = [a if type(a) is float or _is_id(a) else math.nan for a in (record.get("area") for record in objects)]
-    return Records(
-        categories,
-        np.array([image["id"] for image in images], np.int64),
-        np.array([image["file_name"] for image in images], str),
-        np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-        np.array([record["id"] for record in objects], np.int64),
-        np.array([row_of.get(record["image_id"], -1) for record in objects], np.int64),
-        np.array([record["category_id"] for record in objects], np.int64),
-        np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4),
-        np.array([record.get("iscrowd", 0) for record in objects], bool),
-        np.array(areas, np.float64),
-    )
+    names = np.array([image["file_name"] for image in images], str)
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2)
+    owners = np.array([row_of.get(record["image_id"], -1) for record in objects], np.int64)
+    keys = ((images, "id"), (objects, "id"), (objects, "category_id"))
+    image_ids, ids, kinds = (np.array([record[key] for record in some], np.int64) for some, key in keys)
+    boxes = np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4)
+    crowd = np.array([record.get("iscrowd", 0) for record in objects], bool)
+    return Records(categories, image_ids, names, sizes, ids, owners, kinds, boxes, crowd, np.array(areas, np.float64))
 
 
 def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:

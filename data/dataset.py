@@ -176,10 +176,8 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
-
-    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
-    """
+    """Flip with probability `flip`, resize, clip, and drop boxes under 1 px a side. With `sides` (px), the shorter side
+    of every image becomes one of them at random."""
     resize = eval_transform(image_size)
     if sides:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)

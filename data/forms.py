@@ -153,10 +153,8 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
     missing, scenes = [], {}  # name of an image -> its size and objects
-    lists = [path, *(path.with_name(f"{name}.txt") for name in ("train", "val", "trainval", "test"))]
-    numbers = {
-        file: _numbers(file, folder, read_bytes) for file in dict.fromkeys(lists) if file == path or file.is_file()
-    }
+    lists = dict.fromkeys([path, *(path.with_name(f"{name}.txt") for name in ("train", "val", "trainval", "test"))])
+    numbers = {file: _numbers(file, folder, read_bytes) for file in lists if file == path or file.is_file()}
     for listed_in, name in ((path, name) for path, names in numbers.items() for name in names):
         if name not in scenes:
             scenes[name] = None
@@ -178,11 +176,8 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
-    """Return the names of images in a list, each with the number of its first line.
-
-    A name is the line as it is, without a suffix, without the -1, 0 or 1 in the list of one class, or without both: the
-    first of these that has an XML file in `folder`.
-    """
+    """Return the names of images in a list, each with the number of its first line. A name is the line, or without its
+    suffix, without the -1, 0 or 1 in the list of one class, without both: the first that has an XML in `folder`."""
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -51,10 +51,8 @@ def generate_shapes(
     crowded_share: float = CROWDED_SHARE,
     one_class: bool = False,
 ) -> None:
-    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes.
-
-    With `one_class` every shape is of the class "shape". Several processes may write at once: `root` appears complete.
-    """
+    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes. With
+    `one_class` all shapes are of the class "shape". Several processes may write at once: `root` appears complete."""
     categories = [{"id": c, "name": name} for c, name in enumerate(("shape",) if one_class else CLASSES, 1)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
@@ -132,8 +130,7 @@ class Scene:
         if kind < EMPTY_SHARE:
             return
         crowded = kind > 1 - crowded_share
-        low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
-        wanted = int(self.rng.integers(low, high + 1))
+        wanted = int(self.rng.integers(*(CROWD_OBJECTS if crowded else SPARSE_OBJECTS), endpoint=True))
         nested = crowded and self.rng.random() < NESTED_SHARE
         proposals = self._nest() if nested else self._crowd() if crowded else self._sparse()
         for _, (label, size, place) in zip(range(ATTEMPTS_PER_OBJECT * wanted), proposals, strict=False):
