@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The place of one half of a data set."""
+    """One half of a data set: its files and how to read them."""
 
     name: str  # "train" or "val"
     annotations: Path
@@ -79,11 +79,10 @@ def check_annotations(content: object, split: Split, look_at_files: bool = True)
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
-    sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
-    categories, images, objects = sound
-    counts = Counter(category["name"] for category in categories)
-    if twice := [repr(name) for name, count in counts.items() if count > 1]:
-        problems["category names that occur twice"] = twice
+    (categories, images, objects), known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
+    for name, count in Counter(category["name"] for category in categories).items():
+        if count > 1:
+            problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
     _check_boxes(records, objects, known, problems)
     missing = _check_files(images, split, look_at_files, problems)
@@ -200,14 +199,13 @@ def _check_files(images: list[dict], split: Split, look_at_files: bool, problems
     if len(sample) > ALL_FILES_UP_TO:
         coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
         sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
-    named = [(_image(record), record["file_name"]) for record in sample]
-    sizes, more_missing = read_sizes(named, split, problems, coverage)
+    sizes, more = read_sizes([(_image(record), record["file_name"]) for record in sample], split, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
             both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             problems[kind].append(f"{_image(record)}: {both}")
-    return missing + more_missing
+    return missing + more
 
 
 def _image(record: dict) -> str:

@@ -165,14 +165,13 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
                 line = f"{folder / name}.xml ({listed_in.name}): {error}"
                 problems["annotation files that cannot be read"].append(line)
     raise_problems(path, problems, missing, folder)
-    class_names = sorted({record["name"] for _, objects in scenes.values() for record in objects})
     listed = []
     for name, number in numbers[path].items():
         image, objects = scenes[name]
         options = (image["file_name"], *(name + form for suffix in IMAGE_SUFFIXES for form in (suffix, suffix.upper())))
         present = (form for form in options if not leaves_folder(form) and os.path.isfile(split.images / form))
         listed.append((image | {"id": number, "file_name": next(present, image["file_name"])}, objects))
-    return _coco_content(listed, class_names)
+    return _coco_content(listed, sorted({record["name"] for _, objects in scenes.values() for record in objects}))
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:

@@ -146,34 +146,31 @@ class Scene:
 
     def _crowd(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose a row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
-        rng = self.rng
-        in_row, one_class = rng.random(2) < 0.5
-        common_size, common_label = self.size_px * rng.uniform(*CROWD_SIZE), int(rng.integers(len(CLASSES)))
-        heading = rng.uniform(0, 2 * np.pi)
+        in_row, one_class = self.rng.random(2) < 0.5
+        common_size, common_label = self.size_px * self.rng.uniform(*CROWD_SIZE), int(self.rng.integers(len(CLASSES)))
+        heading = self.rng.uniform(0, 2 * np.pi)
         while True:
-            size = common_size * rng.uniform(0.9, 1.1)
-            label = common_label if one_class else int(rng.integers(len(CLASSES)))
+            size = common_size * self.rng.uniform(0.9, 1.1)
+            label = common_label if one_class else int(self.rng.integers(len(CLASSES)))
             place = self._place(size)
-            if self.shapes and rng.random() > FRESH_START:
-                parent = self.shapes[-1 if in_row else rng.integers(len(self.shapes))]
-                turn = heading + rng.normal(0, 0.15) if in_row else rng.uniform(0, 2 * np.pi)
-                step = size * rng.uniform(*CROWD_STEP)
-                place = parent.centre + step * np.array([np.cos(turn), np.sin(turn)])
+            if self.shapes and self.rng.random() > FRESH_START:
+                parent = self.shapes[-1 if in_row else self.rng.integers(len(self.shapes))]
+                turn = heading + self.rng.normal(0, 0.15) if in_row else self.rng.uniform(0, 2 * np.pi)
+                place = parent.centre + size * self.rng.uniform(*CROWD_STEP) * np.array([np.cos(turn), np.sin(turn)])
                 if ((place < BORDER * size) | (place > self.size_px - BORDER * size)).any():
                     continue
             yield label, size, place
 
     def _nest(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
-        rng = self.rng
         while True:
-            label = int(rng.integers(len(CLASSES)))
-            size = self.size_px * rng.uniform(*NEST_SIZE)
+            label = int(self.rng.integers(len(CLASSES)))
+            size = self.size_px * self.rng.uniform(*NEST_SIZE)
             place = self._place(size)
-            if self.shapes and rng.random() > NEST_START:
+            if self.shapes and self.rng.random() > NEST_START:
                 parent = self.shapes[-1]
-                size = 2 * parent.radius * rng.uniform(*NEST_RATIO)
-                place = parent.centre + rng.uniform(-1, 1, 2) * NEST_STEP * size
+                size = 2 * parent.radius * self.rng.uniform(*NEST_RATIO)
+                place = parent.centre + self.rng.uniform(-1, 1, 2) * NEST_STEP * size
                 if size < SPARSE_SIZE[0] * self.size_px:
                     continue
             yield label, size, place
