@@ -107,7 +107,7 @@ def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndar
     if covered.any() or truth_covered.any():
         matched_bare = matching_sizes(edges & ~covered[:, None])[counts]
         bare_matched = matching_sizes(edges & ~truth_covered)[counts]
-    bare = np.concatenate([[0], (~covered).cumsum()])[counts]
+    bare = np.append(0, (~covered).cumsum())[counts]
     union = bare + matched - matched_bare + (~truth_covered).sum() - bare_matched  # both sides' rest, less `matched`
     return np.divide(matched, union, out=np.full(len(counts), np.nan), where=union > 0)
 

@@ -52,8 +52,7 @@ class CocoDataset(torch.utils.data.Dataset):
         self.records = records = read_split(split, bad_images == "stop") if records is None else records
         self.grouping, self.digest = _grouping(records, known_ids), records.digest
         records = self._used = records if first is None else records.first_images(first)
-        categories = [category for category in records.categories if category != self.grouping]
-        self.categories = sorted(categories, key=lambda category: category["id"])
+        self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
         self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}

@@ -182,9 +182,8 @@ class Scene:
         """Draw the shape on top, unless too little of it or of one below is visible then, or it repeats a box."""
         side = int(2 * shape.radius) + 4  # of the window that the shape is drawn in
         left, top = ((shape.centre - shape.radius).astype(int) - 2).tolist()
-        x, y = max(left, 0), max(top, 0)
-        window = np.s_[y : top + side, x : left + side]
-        seen = np.s_[y - top : self.size_px - top, x - left : self.size_px - left]  # its part inside the image
+        window = np.s_[max(top, 0) : top + side, max(left, 0) : left + side]
+        seen = np.s_[max(-top, 0) : self.size_px - top, max(-left, 0) : self.size_px - left]  # its part in the image
         coverage = shape.coverage(left, top, side)
         pixels = np.append(self._pixels, (coverage > 0.5).sum())
         coverage, mask = coverage[seen], coverage[seen] > 0.5
