@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The place of one half of a data set."""
+    """One half of a data set: its files and how to read them."""
 
     name: str  # "train" or "val"
     annotations: Path
@@ -79,11 +79,10 @@ def check_annotations(content: object, split: Split, look_at_files: bool = True)
     problems: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
-    sound, known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
-    categories, images, objects = sound
-    counts = Counter(category["name"] for category in categories)
-    if twice := [repr(name) for name, count in counts.items() if count > 1]:
-        problems["category names that occur twice"] = twice
+    (categories, images, objects), known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
+    for name, count in Counter(category["name"] for category in categories).items():
+        if count > 1:
+            problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
     _check_boxes(records, objects, known, problems)
     missing = _check_files(images, split, look_at_files, problems)
@@ -148,18 +147,14 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     """Return well-formed records as arrays; the owner of an annotation without a well-formed image is -1."""
     row_of = {image["id"]: row for row, image in enumerate(images)}
     areas = [a if type(a) is float or _is_id(a) else math.nan for a in (record.get("area") for record in objects)]
-    return Records(
-        categories,
-        np.array([image["id"] for image in images], np.int64),
-        np.array([image["file_name"] for image in images], str),
-        np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2),
-        np.array([record["id"] for record in objects], np.int64),
-        np.array([row_of.get(record["image_id"], -1) for record in objects], np.int64),
-        np.array([record["category_id"] for record in objects], np.int64),
-        np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4),
-        np.array([record.get("iscrowd", 0) for record in objects], bool),
-        np.array(areas, np.float64),
-    )
+    names = np.array([image["file_name"] for image in images], str)
+    sizes = np.array([(image["height"], image["width"]) for image in images], np.int64).reshape(-1, 2)
+    owners = np.array([row_of.get(record["image_id"], -1) for record in objects], np.int64)
+    keys = ((images, "id"), (objects, "id"), (objects, "category_id"))
+    image_ids, ids, kinds = (np.array([record[key] for record in some], np.int64) for some, key in keys)
+    boxes = np.fromiter(chain.from_iterable(record["bbox"] for record in objects), np.float64).reshape(-1, 4)
+    crowd = np.array([record.get("iscrowd", 0) for record in objects], bool)
+    return Records(categories, image_ids, names, sizes, ids, owners, kinds, boxes, crowd, np.array(areas, np.float64))
 
 
 def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:
@@ -204,14 +199,13 @@ def _check_files(images: list[dict], split: Split, look_at_files: bool, problems
     if len(sample) > ALL_FILES_UP_TO:
         coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
         sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
-    named = [(_image(record), record["file_name"]) for record in sample]
-    sizes, more_missing = read_sizes(named, split, problems, coverage)
+    sizes, more = read_sizes([(_image(record), record["file_name"]) for record in sample], split, problems, coverage)
     for record, size in zip(sample, sizes, strict=True):
         if size and size != (record["width"], record["height"]):
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
             both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
             problems[kind].append(f"{_image(record)}: {both}")
-    return missing + more_missing
+    return missing + more
 
 
 def _image(record: dict) -> str:

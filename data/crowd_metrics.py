@@ -99,15 +99,15 @@ def jaccard_indices(iou: np.ndarray, covered: np.ndarray, truth_covered: np.ndar
     """(T,) the Jaccard index of the best `counts` (T,) detections of an image; NaN where nothing is left.
 
     iou (n, m); covered (n,) and truth_covered (m,) are left out where unmatched. A largest matching of the detections
-    that are not covered extends to one of all (the matched sets are the bases of a matroid), so the sizes of both tell
-    how many covered ones are matched; likewise for the real boxes, at once (Mendelsohn and Dulmage 1958).
+    that are not covered extends to one of all, so the sizes of both show how many covered ones are matched; likewise
+    for the real boxes, at once (Mendelsohn and Dulmage 1958).
     """
     edges = iou >= MIN_OVERLAP
     matched = matched_bare = bare_matched = matching_sizes(edges)[counts]
     if covered.any() or truth_covered.any():
         matched_bare = matching_sizes(edges & ~covered[:, None])[counts]
         bare_matched = matching_sizes(edges & ~truth_covered)[counts]
-    bare = np.concatenate([[0], (~covered).cumsum()])[counts]
+    bare = np.append(0, (~covered).cumsum())[counts]
     union = bare + matched - matched_bare + (~truth_covered).sum() - bare_matched  # both sides' rest, less `matched`
     return np.divide(matched, union, out=np.full(len(counts), np.nan), where=union > 0)
 

@@ -52,8 +52,7 @@ class CocoDataset(torch.utils.data.Dataset):
         self.records = records = read_split(split, bad_images == "stop") if records is None else records
         self.grouping, self.digest = _grouping(records, known_ids), records.digest
         records = self._used = records if first is None else records.first_images(first)
-        categories = [category for category in records.categories if category != self.grouping]
-        self.categories = sorted(categories, key=lambda category: category["id"])
+        self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
         self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}
@@ -176,10 +175,8 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize and clip; boxes under 1 px a side after that are dropped.
-
-    sides: instead of the one in `image_size`, one of these (px), drawn for every image.
-    """
+    """Flip with probability `flip`, resize, clip, and drop boxes under 1 px a side. With `sides` (px), the shorter side
+    of every image becomes one of them at random."""
     resize = eval_transform(image_size)
     if sides:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)

@@ -47,10 +47,8 @@ def fonts_of(names: tuple[str, ...]) -> dict[str, str]:
 def draw_detections(
     image: Tensor, truth: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str]
 ) -> Tensor:
-    """Draw true boxes (n, 4) in white and detections in a colour per class, with name and score; uint8 (3, H, W).
-
-    An image smaller than MIN_SIDE_PX is enlarged. A name that no font of this machine can write is drawn as "#3".
-    """
+    """Draw true boxes (n, 4) in white and detections in a colour per class, with name and score; uint8 (3, H, W). Small
+    images are enlarged. A name that no font of this machine can write is drawn as "#3"."""
     scale = max(1.0, min(MIN_SIDE_PX / min(image.shape[-2:]), MAX_ENLARGED_PX / max(image.shape[-2:])))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
     font_px = max(MIN_FONT_PX, round(FONT_SHARE * math.sqrt(picture.shape[1] * picture.shape[2])))

@@ -153,10 +153,8 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     path, folder = split.annotations, split.annotations.parents[2] / "Annotations"
     problems: Problems = defaultdict(list)
     missing, scenes = [], {}  # name of an image -> its size and objects
-    lists = [path, *(path.with_name(f"{name}.txt") for name in ("train", "val", "trainval", "test"))]
-    numbers = {
-        file: _numbers(file, folder, read_bytes) for file in dict.fromkeys(lists) if file == path or file.is_file()
-    }
+    lists = dict.fromkeys([path, *(path.with_name(f"{name}.txt") for name in ("train", "val", "trainval", "test"))])
+    numbers = {file: _numbers(file, folder, read_bytes) for file in lists if file == path or file.is_file()}
     for listed_in, name in ((path, name) for path, names in numbers.items() for name in names):
         if name not in scenes:
             scenes[name] = None
@@ -167,22 +165,18 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
                 line = f"{folder / name}.xml ({listed_in.name}): {error}"
                 problems["annotation files that cannot be read"].append(line)
     raise_problems(path, problems, missing, folder)
-    class_names = sorted({record["name"] for _, objects in scenes.values() for record in objects})
     listed = []
     for name, number in numbers[path].items():
         image, objects = scenes[name]
         options = (image["file_name"], *(name + form for suffix in IMAGE_SUFFIXES for form in (suffix, suffix.upper())))
         present = (form for form in options if not leaves_folder(form) and os.path.isfile(split.images / form))
         listed.append((image | {"id": number, "file_name": next(present, image["file_name"])}, objects))
-    return _coco_content(listed, class_names)
+    return _coco_content(listed, sorted({record["name"] for _, objects in scenes.values() for record in objects}))
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:
-    """Return the names of images in a list, each with the number of its first line.
-
-    A name is the line as it is, without a suffix, without the -1, 0 or 1 in the list of one class, or without both: the
-    first of these that has an XML file in `folder`.
-    """
+    """Return the names of images in a list, each with the number of its first line. A name is the line, or without its
+    suffix, without the -1, 0 or 1 in the list of one class, without both: the first that has an XML in `folder`."""
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -72,10 +72,8 @@ def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> t
 
 
 def _missing_message(data: str, root: Path) -> str:
-    if data == "coco":
-        return NO_COCO.format(root=root)
-    if data == "crowdhuman":
-        return NO_CROWDHUMAN.format(root=root)
+    if data in ("coco", "crowdhuman"):
+        return (NO_COCO if data == "coco" else NO_CROWDHUMAN).format(root=root)
     layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
     if _is_yolo(root):
         state = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"

@@ -51,10 +51,8 @@ def generate_shapes(
     crowded_share: float = CROWDED_SHARE,
     one_class: bool = False,
 ) -> None:
-    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes.
-
-    With `one_class` every shape is of the class "shape". Several processes may write at once: `root` appears complete.
-    """
+    """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes. With
+    `one_class` all shapes are of the class "shape". Several processes may write at once: `root` appears complete."""
     categories = [{"id": c, "name": name} for c, name in enumerate(("shape",) if one_class else CLASSES, 1)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
@@ -132,8 +130,7 @@ class Scene:
         if kind < EMPTY_SHARE:
             return
         crowded = kind > 1 - crowded_share
-        low, high = CROWD_OBJECTS if crowded else SPARSE_OBJECTS
-        wanted = int(self.rng.integers(low, high + 1))
+        wanted = int(self.rng.integers(*(CROWD_OBJECTS if crowded else SPARSE_OBJECTS), endpoint=True))
         nested = crowded and self.rng.random() < NESTED_SHARE
         proposals = self._nest() if nested else self._crowd() if crowded else self._sparse()
         for _, (label, size, place) in zip(range(ATTEMPTS_PER_OBJECT * wanted), proposals, strict=False):
@@ -149,34 +146,31 @@ class Scene:
 
     def _crowd(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose a row or a cluster of similar sizes, of one class or of all, each close to an earlier shape."""
-        rng = self.rng
-        in_row, one_class = rng.random(2) < 0.5
-        common_size, common_label = self.size_px * rng.uniform(*CROWD_SIZE), int(rng.integers(len(CLASSES)))
-        heading = rng.uniform(0, 2 * np.pi)
+        in_row, one_class = self.rng.random(2) < 0.5
+        common_size, common_label = self.size_px * self.rng.uniform(*CROWD_SIZE), int(self.rng.integers(len(CLASSES)))
+        heading = self.rng.uniform(0, 2 * np.pi)
         while True:
-            size = common_size * rng.uniform(0.9, 1.1)
-            label = common_label if one_class else int(rng.integers(len(CLASSES)))
+            size = common_size * self.rng.uniform(0.9, 1.1)
+            label = common_label if one_class else int(self.rng.integers(len(CLASSES)))
             place = self._place(size)
-            if self.shapes and rng.random() > FRESH_START:
-                parent = self.shapes[-1 if in_row else rng.integers(len(self.shapes))]
-                turn = heading + rng.normal(0, 0.15) if in_row else rng.uniform(0, 2 * np.pi)
-                step = size * rng.uniform(*CROWD_STEP)
-                place = parent.centre + step * np.array([np.cos(turn), np.sin(turn)])
+            if self.shapes and self.rng.random() > FRESH_START:
+                parent = self.shapes[-1 if in_row else self.rng.integers(len(self.shapes))]
+                turn = heading + self.rng.normal(0, 0.15) if in_row else self.rng.uniform(0, 2 * np.pi)
+                place = parent.centre + size * self.rng.uniform(*CROWD_STEP) * np.array([np.cos(turn), np.sin(turn)])
                 if ((place < BORDER * size) | (place > self.size_px - BORDER * size)).any():
                     continue
             yield label, size, place
 
     def _nest(self) -> Iterator[tuple[int, float, np.ndarray]]:
         """Propose shapes inside shapes, about one centre: no fixed region around a centre can tell these apart."""
-        rng = self.rng
         while True:
-            label = int(rng.integers(len(CLASSES)))
-            size = self.size_px * rng.uniform(*NEST_SIZE)
+            label = int(self.rng.integers(len(CLASSES)))
+            size = self.size_px * self.rng.uniform(*NEST_SIZE)
             place = self._place(size)
-            if self.shapes and rng.random() > NEST_START:
+            if self.shapes and self.rng.random() > NEST_START:
                 parent = self.shapes[-1]
-                size = 2 * parent.radius * rng.uniform(*NEST_RATIO)
-                place = parent.centre + rng.uniform(-1, 1, 2) * NEST_STEP * size
+                size = 2 * parent.radius * self.rng.uniform(*NEST_RATIO)
+                place = parent.centre + self.rng.uniform(-1, 1, 2) * NEST_STEP * size
                 if size < SPARSE_SIZE[0] * self.size_px:
                     continue
             yield label, size, place
@@ -188,9 +182,8 @@ class Scene:
         """Draw the shape on top, unless too little of it or of one below is visible then, or it repeats a box."""
         side = int(2 * shape.radius) + 4  # of the window that the shape is drawn in
         left, top = ((shape.centre - shape.radius).astype(int) - 2).tolist()
-        x, y = max(left, 0), max(top, 0)
-        window = np.s_[y : top + side, x : left + side]
-        seen = np.s_[y - top : self.size_px - top, x - left : self.size_px - left]  # its part inside the image
+        window = np.s_[max(top, 0) : top + side, max(left, 0) : left + side]
+        seen = np.s_[max(-top, 0) : self.size_px - top, max(-left, 0) : self.size_px - left]  # its part in the image
         coverage = shape.coverage(left, top, side)
         pixels = np.append(self._pixels, (coverage > 0.5).sum())
         coverage, mask = coverage[seen], coverage[seen] > 0.5
