@@ -10,9 +10,8 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; at a UserError end with status 1, and print the message instead of the traceback. Stdout escapes
-    characters that its encoding lacks, as stderr does."""
-    if hasattr(sys.stdout, "reconfigure"):  # notebooks replace it
+    """Call `main`; a UserError ends it with status 1 and its message, without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in notebooks; characters that stdout's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -61,8 +61,7 @@ def picture_paths(images: list[Path], out: Path) -> list[Path]:
         name = next(name for name in names if name.lower() not in pictures)
         pictures[name.lower()] = out / name
     if overwritten := {path.resolve() for path in images} & {path.resolve() for path in pictures.values()}:
-        first = printable(min(overwritten))
-        raise UserError(f"the picture of {first} would overwrite it; name another folder with --out")
+        raise UserError(f"the picture of {printable(min(overwritten))} would overwrite it; name another --out")
     return list(pictures.values())
 
 

@@ -111,14 +111,10 @@ def create_loader(
 ) -> DataLoader:
     """This rank's share of every step from `start` on, packed in the workers."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DataLoader(
-        SeededDataset(dataset, args.seed),
-        batch_sampler=batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world),
-        collate_fn=partial(pack_passes, passes=args.accumulate, sides=sides),
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
-    )
+    keys = batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world)
+    settings = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_interrupts}
+    packer = partial(pack_passes, passes=args.accumulate, sides=sides)
+    return DataLoader(SeededDataset(dataset, args.seed), batch_sampler=keys, collate_fn=packer, **settings)
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -130,9 +126,7 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def backward(
-    model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool
-) -> tuple[dict[str, Tensor], Predictions]:
+def backward(model: nn.Module, detector: Detector, batches: list[Batch], bf16: bool) -> tuple[dict, Predictions]:
     """Compute a step's gradients, one pass a batch; return the loss terms and the predictions of the last pass.
 
     A loss is a sum over positives, divided by their number. Several passes add up the gradients of the sums, and divide
@@ -157,8 +151,7 @@ def backward(
 
 
 def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], source: Path) -> list[dict[str, float]]:
-    """Wait for the numbers of the `pending` steps (step, image ids, values on the device). Raises UserError: one is not
-    finite."""
+    """Wait for the values of the `pending` steps (step, image ids, values). Raises UserError: one is not finite."""
     rows = torch.stack([values for *_, values in pending]).tolist()
     for (step, image_ids, _), row in zip(pending, rows, strict=True):
         if not all(map(math.isfinite, row)):

@@ -1,1 +1,0 @@
-"""Flags and recipes, processes and signals, checkpoints and the folder of a run."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from model import Detector
 
 PROBE_PX = 256
-STATES = {"sgd": 1, "adamw": 2}  # numbers that an optimizer keeps for each parameter
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -62,7 +61,8 @@ def step_bytes(detector: Detector, pixels: int, optimizer: str, bf16: bool) -> i
     weights = {tensor.untyped_storage().data_ptr() for tensor in detector.state_dict().values()}
     activations = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
     parameters = sum(parameter.nbytes for parameter in detector.parameters())
-    return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * (2 + STATES[optimizer])
+    copies = {"sgd": 3, "adamw": 4}[optimizer]  # parameters, gradients and the optimizer's state
+    return int(activations * pixels / PROBE_PX**2 * (0.5 if bf16 else 1)) + parameters * copies
 
 
 def available_bytes(device: torch.device) -> float:

@@ -11,14 +11,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from errors import UserError
-
-T = TypeVar("T")
 
 # In rising precedence: torchrun sends SIGTERM after SIGINT. Windows has no SIGUSR1.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM", "SIGINT") if hasattr(signal, name))
@@ -66,7 +64,7 @@ def wait_for_main() -> None:
         _store.set(name, "") if dist.get_rank() == 0 else _wait_for(name)
 
 
-def from_main(make: Callable[[], T]) -> T:
+def from_main(make: Callable[[], Any]) -> Any:
     """Return what `make` returns on the first rank of this machine, its only caller; raise its UserError on all."""
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not dist.is_initialized() or ranks == 1:

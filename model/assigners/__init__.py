@@ -38,11 +38,8 @@ def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
 
 @torch.no_grad()
 def assign_with_statistics(strategy: str, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor, dict]:
-    """Return the assignment, the ambiguous points (B, N) bool and numbers, as `kernels.assignment_statistics` does.
-
-    With strategies other than OTA, points that several objects claim are ambiguous, `ambiguous` is their share of the
-    claimed points, and `residual` is missing.
-    """
+    """Return the assignment, the ambiguous points (B, N) bool and numbers, as `kernels.assignment_statistics` does. For
+    other strategies these are points that several objects claim, their share of the claimed points, no residual."""
     if strategy == "ota":
         return assignment_statistics(inputs, config)
     match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
