@@ -511,12 +511,12 @@ def test_loader_process_killed(shapes, undisturbed, tmp_path):
 SLOW_EVALUATION = """
 import time
 import eval
-detect = eval.detect
+detect = eval.detect_dataset
 def slow_detect(*args):
     print("evaluating", flush=True)
     time.sleep(60)
     return detect(*args)
-eval.detect = slow_detect
+eval.detect_dataset = slow_detect
 """
 
 
