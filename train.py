@@ -76,6 +76,7 @@ def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[lis
 
 def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torch.device, say: Callable) -> Detector:
     detector = Detector(detector_config(args, len(dataset.class_names)), args.pretrained and not args.init).to(device)
+    detector.class_names, detector.category_ids = dataset.class_names, dataset.category_ids
     if args.init:
         say(init_weights(detector, args.init, dataset.class_names))
     images = args.batch_size // (int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
