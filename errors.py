@@ -16,4 +16,5 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        module = sys.modules["__main__"].__spec__  # of python -m, else None
+        sys.exit(f"{module.name if module else Path(sys.argv[0]).name}: {error}")

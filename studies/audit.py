@@ -19,7 +19,6 @@ does not; they decode the exact plan alike. Writes audit.json and audit.png into
 """
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.measure import write_report
 from benchmarks.tables import audits_table
-from errors import UserError
+from errors import UserError, run_script
 from eval import load_with_data
 from kernels import OTAConfig
 from kernels.assign_reference import classification_loss
@@ -205,7 +204,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"studies.audit: {error}")
+    run_script(main)

@@ -26,7 +26,7 @@ from torchvision.ops import box_convert, box_iou
 
 from benchmarks.measure import write_report
 from benchmarks.tables import AMBIGUOUS, APS, POINTS, SIZES, seeds_table
-from errors import UserError
+from errors import UserError, run_script
 from eval import coco_metrics, evaluate, load_with_data
 from model.assigners import STRATEGIES
 from training.environment import environment
@@ -161,7 +161,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"studies.compare: {error}")
+    run_script(main)

@@ -11,7 +11,6 @@ its object; a ring is around an ambiguous one.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import adjust_saturation
 
 from data import DatasetError, shapes
-from errors import UserError
+from errors import UserError, run_script
 from eval import load_with_data
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import solve
@@ -200,7 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"studies.draw_assignment: {error}")
+    run_script(main)
