@@ -50,11 +50,12 @@ def load_image(image: str | os.PathLike | Image.Image) -> Tensor:
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
             check_pixels(opened)
-            upright = ImageOps.exif_transpose(opened)
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            upright = ImageOps.exif_transpose(opened) if turned else opened  # which would copy an upright one, too
             if upright.mode.startswith(("I", "F")):  # Pillow would cut these off at 255 instead of scaling them
                 raise ValueError("it has more than 8 bits a channel; save it with 8")
             upright = upright.convert("RGBA") if "transparency" in upright.info else upright  # palettes need RGBA first
-            return pil_to_tensor(upright.convert("RGB"))
+            return pil_to_tensor(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except FileNotFoundError as error:
         raise ImageError(f"there is no image file {image}") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a broken file

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -22,6 +23,13 @@ from .fields import Rule, first_flaw, integer, number, one_of_type
 from .head import Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import Detections, postprocess, suppressed, unpad
+
+_cached_points = lru_cache(maxsize=64)(PointGrid.points)
+
+
+def points_of(grid: PointGrid, device: torch.device) -> Tensor:
+    """Points (N, 2), made once a grid: no launches in a step. torch.compile folds the constants itself."""
+    return grid.points(device) if torch.compiler.is_compiling() else _cached_points(grid, device)
 
 
 def _is_image_size(value: object) -> bool:
@@ -46,7 +54,7 @@ RULES: dict[str, Rule] = {  # bounds far from use: no weights file can ask for m
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that builds the network again. Raises ValueError."""
+    """Everything that builds the network again. Raises UserError."""
 
     num_classes: int
     backbone: str = "resnet50"
@@ -121,7 +129,7 @@ class Detector(nn.Module):
         """Predictions for normalised images (B, 3, H, W), H and W multiples of 32 px."""
         features = self.backbone(images.to(self.head.scales.dtype))  # the network's, after half() or double()
         grid = PointGrid(STRIDES, tuple(tuple(level.shape[-2:]) for level in features))
-        return self.head(features, grid.points(images.device)), grid
+        return self.head(features, points_of(grid, images.device)), grid
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Assignment, Predictions]:
         config, device, truth = self.config, batch.images.device, (batch.gt_boxes, batch.gt_labels)
@@ -131,7 +139,9 @@ class Detector(nn.Module):
             assignment = assign(config.assigner, Inputs(*detached[:2], *truth, batch.gt_offsets, grid), config.ota)
             ignored = None if config.assigner == "ota" else assignment.gt_index == NEITHER
             if len(batch.ignore_boxes):
-                inside = points_inside(grid.points(device), batch.ignore_boxes, batch.ignore_image, len(batch.images))
+                inside = points_inside(
+                    points_of(grid, device), batch.ignore_boxes, batch.ignore_image, len(batch.images)
+                )
                 ignored = inside if ignored is None else ignored | inside
             losses = detection_losses(predictions, assignment, *truth, ignored)
         return losses, assignment, detached

@@ -21,8 +21,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def environment(device: torch.device) -> dict[str, str | int]:
     """Return device, versions, commit and date, as JSON."""
     about = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    installed = {distribution.name: distribution.version for distribution in distributions()}
-    about |= {package: installed.get(package, "none") for package in ("torchvision", "timm", "triton", "pycocotools")}
+    for package in ("torchvision", "timm", "triton", "pycocotools"):
+        about[package] = next((found.version for found in distributions(name=package)), "none")
     commit = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about |= {"python": platform.python_version(), "commit": commit, "date": date}
