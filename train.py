@@ -107,17 +107,6 @@ def create_optimizer(detector: Detector, args: argparse.Namespace) -> torch.opti
     return torch.optim.AdamW([{"params": kernels}, {"params": others, "weight_decay": 0.0}], **options)
 
 
-def create_loader(
-    dataset: CocoDataset, args: argparse.Namespace, start: int, steps: int, sides: tuple[int, ...], device: torch.device
-) -> DataLoader:
-    """This rank's share of every step from `start` on, packed in the workers."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    keys = batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world)
-    settings = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_interrupts}
-    packer = partial(pack_passes, passes=args.accumulate, sides=sides)
-    return DataLoader(SeededDataset(dataset, args.seed), batch_sampler=keys, collate_fn=packer, **settings)
-
-
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     """Linear scaling with the batch, linear warm-up, then steps (/ 10 at 2/3 and 8/9) or half a cosine."""
     peak = args.lr * args.batch_size / LR_BATCH
@@ -248,7 +237,10 @@ def main() -> None:
     if is_main and not checkpoint:
         folder.save_checkpoint(0, window, parts)  # by which a run that ends before its next one is recognised
     del checkpoint
-    batches = iter(create_loader(dataset, args, start, steps, sides, device))
+    keys = batches_from(start, steps, dataset.tall, args.batch_size, args.seed, rank, world)
+    packer = partial(pack_passes, passes=args.accumulate, sides=sides)
+    options = {"num_workers": args.workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_interrupts}
+    batches = iter(DataLoader(SeededDataset(dataset, args.seed), batch_sampler=keys, collate_fn=packer, **options))
     stop, pending, metrics = StopRequest(is_main), [], {}
     bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=None if is_main else True)
     trace = start_trace(args.profile, out / "trace.json", device) if args.profile and is_main else None

@@ -49,7 +49,7 @@ class CocoDataset(torch.utils.data.Dataset):
         records: Records | None = None,  # of the split, if it was read before
     ) -> None:
         self.split, self.transform = split, transform
-        self.records = records = read_split(split, bad_images == "stop") if records is None else records
+        records = read_split(split, bad_images == "stop") if records is None else records
         self.grouping, self.digest = _grouping(records, known_ids), records.digest
         records = self._used = records if first is None else records.first_images(first)
         self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])

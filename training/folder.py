@@ -32,7 +32,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-KEPT = 2  # checkpoints, so there is one to continue from while the next is written
 DIGEST_BYTES = 32
 SAMPLES = 8  # pictures in samples.png
 REDRAW_S = 60  # between two drawings of the curves, which take a second
@@ -110,7 +109,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     torch.save(state, buffer)
     data = buffer.getvalue()
     write_file(folder / f"checkpoint-{state['step']:08d}.pt", data + hashlib.sha256(data).digest())
-    for old in _newest_first(folder)[KEPT:]:
+    for old in _newest_first(folder)[2:]:  # the second newest is complete while the next one is written
         old.unlink()
 
 
