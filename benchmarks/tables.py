@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "assignment.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 AUDITS = ("shapes", "bccd", "coco", "crowd")
 CELLS = {"RBC": "red cells", "WBC": "white cells", "Platelets": "platelets"}
 POINTS, AMBIGUOUS = {"positives_per_gt": "points / object"}, {"ambiguous_share": "ambiguous"}
@@ -34,8 +34,9 @@ def runs() -> str:
     for run in (run for report in results("train-*.json") for run in report.get("runs", {"": report}).values()):
         if metrics := run.get("metrics"):
             numbers = f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}", f"{metrics['total_s'] / 60:.1f}"
-            rows.append((run.get("title") or run["command"], *numbers, run["device"], run["date"][:10]))
-    return markdown(("run", "AP", "AP50", "minutes, all in all", "on", "measured"), rows)
+            rows.append((run.get("title") or run["command"], *numbers, run["device"]))
+            rows[-1] += run["commit"][:7], run["date"][:10]
+    return markdown(("run", "AP", "AP50", "minutes", "machine", "commit", "date"), rows)
 
 
 def costs(pattern: str, key: str) -> str:
