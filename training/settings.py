@@ -84,7 +84,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in any of README's forms")
+    add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in a layout of docs/data.md")
     add("--follow-links", action="store_true", help="read images that are links to other folders")
     add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
