@@ -25,7 +25,6 @@ from .grid import PointGrid, radius_in_units
 
 _ALPHA = tl.constexpr(FOCAL_ALPHA)
 _IOU_FLOOR = tl.constexpr(IOU_FLOOR)
-_OTHERS = tl.constexpr(8)  # points that a block of candidates is ranked against at once
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
 _VARYING = ["B", "N", "C", "capacity"]  # change from batch to batch: Triton must not recompile for 1 or multiples of 16
 
@@ -163,13 +162,10 @@ def _pairs_kernel(
                 distance = tl.load(ranked_distance + base + lane, mask=listed, other=prior.FARTHEST)
                 point = tl.load(ranked_point + base + lane, mask=listed, other=NO_POINT)
                 closer = tl.zeros([BLOCK], tl.int32)
-                for base_other in range(0, num_listed, _OTHERS):
-                    other = base_other + tl.arange(0, _OTHERS)
-                    compared = other < num_listed
-                    other_distance = tl.load(ranked_distance + other, mask=compared, other=prior.FARTHEST)[None, :]
-                    other_point = tl.load(ranked_point + other, mask=compared, other=NO_POINT)[None, :]
-                    tie = (other_distance == distance[:, None]) & (other_point < point[:, None])
-                    closer += tl.sum(((other_distance < distance[:, None]) | tie).to(tl.int32), 1)
+                for other in range(0, num_listed):
+                    other_distance, other_point = tl.load(ranked_distance + other), tl.load(ranked_point + other)
+                    tie = (other_distance == distance) & (other_point < point)
+                    closer += ((other_distance < distance) | tie).to(tl.int32)
                 x, y = point % columns, point // columns
                 inside = (x >= first_x) & (x <= last_x) & (y >= first_y) & (y <= last_y)
                 chosen = inside & (closer < num_closest) & (point != NO_POINT)
