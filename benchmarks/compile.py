@@ -38,9 +38,12 @@ from training.environment import environment
 # registers of 32 bits. CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; Hopper Tuning
 # Guide, 1.4.2.4; AMD GPU specifications (rocm.docs.amd.com), LDS and VGPR file of a compute unit.
 TARGETS = {
+    "sm_75": (GPUTarget("cuda", 75, 32), 64 * 1024, 64 * 1024),
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, 64 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024, 64 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 228 * 1024, 64 * 1024),
     "sm_100": (GPUTarget("cuda", 100, 32), 228 * 1024, 64 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024, 64 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, 128 * 1024),
 }
 

@@ -237,6 +237,12 @@ def _pairs_kernel(
 COMPILED = isinstance(_pairs_kernel, triton.JITFunction)  # otherwise interpreted
 
 
+def register_limit() -> dict[str, int]:
+    """The registers a thread may have: by default NVIDIA's assembler takes fewer, and spills a few values."""
+    on_cuda = COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": 128} if on_cuda else {}
+
+
 @cache  # without a limit, because a captured CUDA graph copies the table at every replay
 def _host_table(grid: PointGrid, center_prior: str, radius: float, pinned: bool) -> Tensor:
     """Level table (center_prior_triton.py), then the `possible_ranks` of "closest": (5 L + 2 ranks,) int64."""
@@ -295,7 +301,6 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     supply = config.top_q, config.per_q, config.fixed_k or 0
     settings = L, num_ranks, num_closest, *supply, float(config.alpha), cost_scale(config)
     kinds = dict(PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost)
-    if COMPILED and triton.runtime.driver.active.get_current_target().backend == "cuda":
-        kinds["maxnreg"] = 128  # by default NVIDIA's assembler uses fewer registers and spills a few values
-    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, capacity, settings, **kinds, **_OPTIONS)
+    options = kinds | _OPTIONS | register_limit()
+    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, capacity, settings, **options)
     return pairs

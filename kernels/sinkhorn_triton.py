@@ -29,7 +29,7 @@ import triton.language as tl
 from .center_prior_triton import load_boxes
 from .config import EMPTY_SUPPLY, Assignment, Inputs, OTAConfig
 from .edges_triton import POINTS, Edges, list_points, point_tile
-from .pairs_triton import Pairs, pair_iou
+from .pairs_triton import Pairs, pair_iou, register_limit
 
 _EMPTY = tl.constexpr(EMPTY_SUPPLY)
 _LOWEST = tl.constexpr(-1e300)
@@ -337,5 +337,6 @@ def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignmen
     scratch = *by_pair, *lists, float32(num_points), float32(room), float32(G), float64(G), int32(G)
     sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
     settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
-    _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **_OPTIONS)
+    options = _OPTIONS | register_limit()
+    _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **options)
     return match, potentials
