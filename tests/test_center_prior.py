@@ -1,0 +1,142 @@
+"""Candidates of ground truths, in every backend: paper, section 3.3, in exact fractions."""
+
+from dataclasses import replace
+from fractions import Fraction
+from itertools import groupby, product
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from kernels import OTAConfig, PointGrid, ota_assign
+from tests.support.backends import BACKENDS, GRID, assign, for_interpreter
+from tests.support.scenes import Scene
+from tests.support.strategies import BOXES, grids
+
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+def candidates_of(gt_boxes: list, grid: PointGrid, config: OTAConfig, backend: str) -> list[set[int]]:
+    """The candidates of every box, whatever the backend: alone in its image, it asks for all of them and gets them.
+
+    One iteration suffices, because background sends next to nothing to points as sure as these.
+    """
+    boxes = torch.tensor(gt_boxes, dtype=torch.float32)
+    count, n = len(boxes), grid.num_points
+    logits, labels = torch.full((count, n, 1), 10.0), torch.zeros(count, dtype=torch.int64)
+    scene = Scene(logits, boxes[:, None].expand(-1, n, -1), boxes, labels, torch.arange(count + 1), grid)
+    match = assign(*scene, replace(config, fixed_k=n, iterations=1), backend=backend)
+    found = [set(row.nonzero()[:, 0].tolist()) for row in match.gt_index >= 0]
+    assert match.k.tolist() == [len(points) for points in found]
+    return found
+
+
+def searched_candidates(box: tuple, grid: PointGrid, config: OTAConfig) -> set[int]:
+    """Section 3.3 of the paper in fractions, point by point; centres are those of sides rounded to 2^-15 px."""
+    x1, y1, x2, y2 = sides = [Fraction(side) for side in torch.tensor(box, dtype=torch.float32).tolist()]
+    center_x, center_y = (
+        Fraction(round(2**15 * a) + round(2**15 * b), 2**16) for a, b in zip(sides[:2], sides[2:], strict=True)
+    )
+    index, found, closest = 0, set(), []
+    for stride, (rows, columns) in zip(grid.strides, grid.sizes, strict=True):
+        level = []
+        for y, x in product(range(rows), range(columns)):
+            px, py = (x + Fraction(1, 2)) * stride, (y + Fraction(1, 2)) * stride
+            dx, dy = abs(px - center_x), abs(py - center_y)
+            inside = min(px - x1, py - y1, x2 - px, y2 - py) > Fraction(1, 100)
+            near = config.center_prior != "radius" or max(dx, dy) < Fraction(config.radius) * stride
+            level.append((dx * dx + dy * dy, index, inside and near))
+            index += 1
+        level.sort()
+        closest.append(level[0][:2])
+        if config.center_prior == "closest":
+            level = level[: config.radius**2]
+        found |= {j for _, j, candidate in level if candidate}
+    return found or {min(closest)[1]}
+
+
+ONE_ROW = PointGrid((7, 13), ((1, 19), (1, 11)))
+TWO_LEVELS = PointGrid((8, 16), ((4, 4), (2, 2)))
+PLACES = {
+    "middle": (GRID, (30.5, 22.25, 95.0, 80.75)),
+    "whole-image": (GRID, (0, 0, 136, 104)),
+    "partly-outside": (GRID, (-60, -31, 41, 57)),
+    "center-outside": (GRID, (-200, 10, 60, 90)),
+    "center-past-the-corner": (GRID, (90, 70, 400, 300)),
+    "nowhere-near": (GRID, (1000, 2000, 1010, 2010)),
+    "tie-of-four": (GRID, (0, 0, 128, 96)),
+    "tie-of-two": (GRID, (8, 8, 64, 60)),
+    "tiny-box": (GRID, (50.25, 49.5, 50.75, 50.0)),
+    "thin-box": (GRID, (3, 40.5, 130, 41.5)),
+    "margin-held": (GRID, (11.98, 11.98, 20.02, 20.02)),
+    "margin-0.01-rounded-down": (GRID, (11.99, 11.99, 36.01, 36.01)),
+    "margin-missed": (GRID, (11.9901, 11.9901, 36.0099, 36.0099)),
+    "level-under-25-points": (PointGrid((8, 64), ((13, 17), (2, 2))), (0, 0, 136, 104)),
+    "one-row": (ONE_ROW, (20, -50, 100, 60)),
+    "tie-across-levels": (TWO_LEVELS, (5.5, 5.5, 6.5, 6.5)),
+}
+PRIORS = {
+    "closest-5": OTAConfig(),
+    "closest-2": OTAConfig(radius=2),
+    "radius-2.5": OTAConfig(center_prior="radius"),
+    "radius-0.5": OTAConfig(center_prior="radius", radius=0.5),
+    "none": OTAConfig(center_prior="none"),
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_candidates(prior, backend):
+    """In every place, all boxes of a grid in one batch."""
+    config, found, expected = PRIORS[prior], {}, {}
+    for grid, places in groupby(PLACES.items(), key=lambda place: place[1][0]):
+        boxes = {name: box for name, (_, box) in places}
+        found |= zip(boxes, candidates_of(list(boxes.values()), grid, config, backend), strict=True)
+        expected |= {name: searched_candidates(box, grid, config) for name, box in boxes.items()}
+    assert found == expected
+
+
+def test_candidates_of_any_box(backend):
+    priors = st.sampled_from(["closest", "closest", "radius", "none"])
+
+    @settings(max_examples=for_interpreter(backend, 12, 60), deadline=None, derandomize=True)
+    @given(grid=grids(), boxes=st.lists(BOXES, min_size=1, max_size=9), radius=st.integers(1, 4), prior=priors)
+    def check(grid, boxes, radius, prior):
+        boxes = [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
+        assume(boxes)
+        config = OTAConfig(center_prior=prior, radius=radius)
+        assert candidates_of(boxes, grid, config, backend) == [searched_candidates(box, grid, config) for box in boxes]
+
+    check()
+
+
+def test_edges_by_hand(backend):
+    """Stride 8: the points of row and column 1 lie at 12 px, 2.5 strides from a centre at 32 px, which is too far.
+
+    The centre (6, 6) is as far from the point (4, 4) of stride 8 as from (8, 8) of stride 16: the finest level wins.
+    """
+    grid, config = PointGrid((8,), ((8, 8),)), OTAConfig(center_prior="radius")
+    at, beyond = (-32.0, -32.0, 96.0, 96.0), (-32.0, -32.0, 96.0 - 2**-14, 96.0)
+    found_at, found_beyond = candidates_of([at, beyond], grid, config, backend)
+    assert found_at == {8 * y + x for y in range(2, 6) for x in range(2, 6)}
+    assert found_beyond == {8 * y + x for y in range(2, 6) for x in range(1, 6)}
+    assert candidates_of([(5.5, 5.5, 6.5, 6.5)], TWO_LEVELS, OTAConfig(), backend) == [{0}]
+
+
+@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
+def test_memory_reserved_for_the_pairs_of_one_box_is_enough(center_prior):
+    """A box over everything, with its centre on a point, between two, and between four."""
+    most_pairs_per_gt = pytest.importorskip("kernels.pairs_triton").most_pairs_per_gt
+    for radius in (1, 2, 5) if center_prior == "closest" else (0.2, 0.5, 1.3, 2.5):
+        config = OTAConfig(center_prior=center_prior, radius=radius, fixed_k=10**6, iterations=1)
+        for shift in (0.0, 4.0, 8.0, 2.5):
+            box = torch.tensor([[-500.0, -500.0, 620.0 + shift, 604.0 + shift]])
+            logits, boxes = torch.zeros(1, GRID.num_points, 1), box.expand(1, GRID.num_points, 4)
+            label, offsets = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
+            match = ota_assign(logits, boxes, box, label, offsets, GRID, config, backend="torch")
+            assert 0 < int(match.k) <= most_pairs_per_gt(GRID, config)

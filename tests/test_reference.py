@@ -1,0 +1,126 @@
+"""The float64 reference, oracle of all backends, against torchvision, a linear program and arithmetic by hand."""
+
+import pytest
+import torch
+from scipy.optimize import linprog
+from torch.nn.functional import one_hot, smooth_l1_loss
+from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
+
+from kernels import OTAConfig
+from kernels.assign_reference import decode, foreground_cost, sinkhorn, supplies
+from kernels.assign_torch import solve
+from tests.support.backends import GRID, C, N
+from tests.support.scenes import make_scene
+
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
+
+
+def test_costs_are_those_of_torchvision():
+    """-log IoU has a floor: boxes that do not meet cost 15.94, the logarithm of 2^-23."""
+    scene = make_scene(GRID, (4,), C)
+    logits, boxes, gt_boxes = (tensor.double() for tensor in (scene.logits[0], scene.boxes[0], scene.gt_boxes))
+    strides = GRID.point_strides().double()
+    focal, cross_entropy = (
+        torch.stack([
+            sigmoid_focal_loss(logits, one_hot(label, C).double().expand_as(logits), **gamma).sum(1)
+            for label in scene.gt_labels
+        ])
+        for gamma in (dict(alpha=0.25, gamma=2), dict(alpha=-1, gamma=0))
+    )  # fmt: skip
+    log_iou = box_iou(gt_boxes, boxes).log()
+    assert log_iou.isneginf().any()
+    sides = [(boxes[:, i] - gt_boxes[:, None, i]) / strides for i in range(4)]
+    expected = {
+        "iou": -log_iou.clamp(min=-15.942385),
+        "giou": 1 - generalized_box_iou(gt_boxes, boxes),
+        "smooth_l1": sum(smooth_l1_loss(side, torch.zeros_like(side), reduction="none") for side in sides),
+    }
+    for cls_cost, cls in (("focal", focal), ("bce", cross_entropy)):
+        for reg_cost, reg in expected.items():
+            config = OTAConfig(cls_cost=cls_cost, reg_cost=reg_cost, alpha=1.5)
+            cost = foreground_cost(logits, boxes, gt_boxes, scene.gt_labels, strides, config)
+            torch.testing.assert_close(cost, cls + 1.5 * reg, rtol=1e-6, atol=1e-6)
+
+
+def test_supplies_by_hand():
+    """Floor of the sum of the best IoUs, at least 1, at most the number of candidates."""
+    iou = torch.tensor([[0.9, 0.8, 0.4, 0.3, 0.9], [0.1, 0.1, 0.0, 0.0, 0.9], [0.9] * 5, [0.9] * 5])
+    candidates = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]) > 0
+    for config, expected in {
+        OTAConfig(): [2, 1, 1, 0],  # sums 2.4, 0.2, 0.9 and none
+        OTAConfig(top_q=2): [1, 1, 1, 0],  # 1.7
+        OTAConfig(per_q=3): [1, 1, 1, 0],  # the 2 best of 4 candidates
+        OTAConfig(per_q=2, top_q=3): [1, 1, 1, 0],
+        OTAConfig(fixed_k=3): [3, 3, 1, 0],
+    }.items():
+        assert supplies(iou, candidates, config).tolist() == expected
+
+
+def random_problem(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cost (m + 1, n) and balanced integer supplies (m + 1,) in float64."""
+    cost = 3 * torch.rand(m + 1, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k = torch.arange(m, dtype=torch.float64) % 3 + 1
+    return cost, torch.cat([k, n - k.sum()[None]])
+
+
+def test_constant_added_to_a_column_changes_nothing():
+    cost, supply = random_problem(5, 31)
+    constant = 7 * torch.randn(31, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plan, shifted = (sinkhorn(c, supply, OTAConfig()).exp() for c in (cost, cost + constant))
+    torch.testing.assert_close(shifted, plan, rtol=0, atol=1e-9)
+
+
+def test_one_iteration_by_hand():
+    """One ground truth that supplies 1, background that supplies 3, four points, eps = 1 and c = -log K with
+
+        K = 2 1 1 1    columns sum to 5 5 10 10, so after v the shares are  4/10 2/10 1/10 1/10   sum 8/10
+            3 4 9 9                                                         6/10 8/10 9/10 9/10   sum 32/10
+
+    u multiplies the first row by 1 / (8/10) = 5/4 and the second by 3 / (32/10) = 15/16. Each point takes the larger
+    entry of its column, and that is background everywhere (1/2 < 9/16): the ground truth is left with nothing.
+    Rows divided by their maxima, 1/2 and 27/32, are 1 1/2 1/4 1/4 and 2/3 8/9 1 1: it keeps its best point.
+    """
+    cost = -torch.tensor([[2, 1, 1, 1], [3, 4, 9, 9]], dtype=torch.float64).log()
+    supply = torch.tensor([1, 3], dtype=torch.float64)
+    log_plan = sinkhorn(cost, supply, OTAConfig(eps=1.0, iterations=1))
+    expected = [[1 / 2, 1 / 4, 1 / 8, 1 / 8], [9 / 16, 3 / 4, 27 / 32, 27 / 32]]
+    torch.testing.assert_close(log_plan.exp(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert decode(log_plan, OTAConfig(rescale=False)).tolist() == [1, 1, 1, 1]
+    assert decode(log_plan, OTAConfig(rescale=True)).tolist() == [0, 1, 1, 1]
+
+
+def test_marginals():
+    cost, supply = random_problem(6, 45)
+    for iterations in (1, 7, 50, 2000):
+        plan = sinkhorn(cost, supply, OTAConfig(iterations=iterations)).exp()
+        torch.testing.assert_close(plan.sum(1), supply, rtol=1e-6, atol=0)
+    torch.testing.assert_close(plan.sum(0), torch.ones(45, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_marginals_over_candidate_pairs():
+    """In the torch backend's plan, which has an entry for each pair only."""
+    counts, config = (3, 0, 5), OTAConfig(fixed_k=4, iterations=1000)
+    _, plan = solve(make_scene(GRID, counts, C, seed=13, size_px=(40, 90)), config)
+    sent, sent_bg = plan.log_plan.double().exp(), plan.log_plan_bg.double().exp()
+    supplied = sent.new_zeros(8).index_add(0, plan.gt, sent)
+    torch.testing.assert_close(supplied, plan.k.double(), rtol=1e-4, atol=0)
+    received = sent_bg.index_add(0, torch.searchsorted(plan.points, plan.flat_point), sent)
+    torch.testing.assert_close(received, torch.ones_like(received), rtol=1e-4, atol=0)
+    for b, k in enumerate(plan.k.split(counts)):
+        listed = plan.points // N == b
+        others = N - int(listed.sum())  # points with background as their only supplier, which sends each its unit
+        assert float(sent_bg[listed].sum()) + others == pytest.approx(N - int(k.sum()), abs=1e-3)
+
+
+def test_linear_program_is_a_lower_bound_that_falling_eps_approaches():
+    cost, supply = random_problem(3, 14)
+    rows, columns = cost.shape
+    equal = torch.cat([torch.eye(rows).repeat_interleave(columns, 1), torch.eye(columns).repeat(1, rows)])
+    demand = torch.cat([supply, torch.ones(columns, dtype=torch.float64)])
+    least = linprog(cost.flatten().numpy(), A_eq=equal.numpy(), b_eq=demand.numpy(), method="highs").fun
+    gaps = [
+        float((sinkhorn(cost, supply, OTAConfig(eps=eps, iterations=3000)).exp() * cost).sum()) - least
+        for eps in (1.0, 0.3, 0.1, 0.03)
+    ]
+    assert gaps == sorted(gaps, reverse=True)
+    assert -1e-6 < gaps[-1] < 0.01 * gaps[0]
