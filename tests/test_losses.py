@@ -2,27 +2,22 @@
 
 import math
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 import kernels.losses
 from kernels import Assignment, box_loss, focal_loss
 from kernels.assign import HAS_TRITON
 from model.head import Predictions
 from model.losses import detection_losses
-from tests.support.backends import COMPARED, INTERPRETED, TRITON, assert_equal, device_of
+from tests.support.backends import COMPARED, INTERPRETED, assert_equal, device_of
+from tests.support.losses import Batch, Result, assert_parity, make_batch, run, run_torchvision
 from tests.support.no_waiting import NoWaiting
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Of a float32 gradient to its own type, relative; Triton's interpreter cuts bf16 off instead of rounding it.
-ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @pytest.fixture(params=COMPARED)
@@ -52,105 +47,6 @@ def rounding_of_a_gpu():
         patch.setattr(InterpreterBuilder, "create_exp", exp)
         patch.setattr(InterpreterBuilder, "create_fdiv", divide)
         yield
-
-
-class Batch(NamedTuple):
-    """Arguments of the losses."""
-
-    logits: Tensor
-    boxes: Tensor
-    iou_logits: Tensor
-    gt_index: Tensor
-    iou: Tensor
-    gt_boxes: Tensor
-    gt_labels: Tensor
-    ignored: Tensor | None
-
-    def cast(self, dtype: torch.dtype) -> "Batch":
-        """Predictions rounded to a type."""
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in ("logits", "boxes", "iou_logits")})
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
-
-
-class Result(NamedTuple):
-    focal: Tensor
-    giou: Tensor
-    entropy: Tensor
-    by_logits: Tensor
-    by_boxes: Tensor
-    by_iou_logits: Tensor
-
-
-def make_batch(B: int, N: int, C: int, G: int, *, matched: float = 0.4, ignored: bool = False, seed: int = 0) -> Batch:
-    """Random predictions; a share of the points is matched, and each of those overlaps its box more or less."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    corner, size = 90 * rand(G, 2), 2 + 40 * rand(G, 2)
-    gt_boxes = torch.cat([corner, corner + size], 1)
-    gt_index = torch.randint(0, max(G, 1), (B, N), generator=generator)
-    gt_index = torch.where(rand(B, N) < (matched if G else 0), gt_index, -1)
-    near = F.pad(gt_boxes, (0, 0, 0, 1))[gt_index] + 12 * rand(B, N, 4) - 6
-    boxes = torch.cat([near[..., :2], torch.maximum(near[..., 2:], near[..., :2])], -1)  # some without area
-    logits = 4 * torch.randn(B, N, C, generator=generator) - 2
-    iou_logits = 3 * torch.randn(B, N, generator=generator)
-    gt_labels = torch.randint(0, max(C, 1), (G,), generator=generator)
-    return Batch(
-        logits, boxes, iou_logits, gt_index, rand(B, N), gt_boxes, gt_labels, rand(B, N) < 0.5 if ignored else None
-    )
-
-
-def run(batch: Batch, backend: str) -> Result:
-    """Sums and gradients, each loss with a factor of its own behind it; on the device that the backend is tested on."""
-    batch = batch.to(device_of(backend))
-    predictions = [tensor.detach().requires_grad_() for tensor in (batch.logits, batch.boxes, batch.iou_logits)]
-    logits, boxes, iou_logits = predictions
-    focal = focal_loss(logits, batch.gt_index, batch.gt_labels, batch.ignored, backend=backend)
-    giou, entropy = box_loss(boxes, iou_logits, batch.gt_index, batch.iou, batch.gt_boxes, backend=backend)
-    gradients = torch.autograd.grad(0.5 * focal + 0.3 * giou + 0.7 * entropy, predictions)
-    return Result(*(tensor.detach().cpu() for tensor in (focal, giou, entropy, *gradients)))
-
-
-def run_torchvision(batch: Batch) -> Result:
-    """`run` in float64, with one-hot targets and the losses of torchvision and torch."""
-    predictions = [tensor.double().requires_grad_() for tensor in (batch.logits, batch.boxes, batch.iou_logits)]
-    logits, boxes, iou_logits = predictions
-    matched = (batch.gt_index >= 0) & (batch.gt_index < len(batch.gt_boxes))
-    row, targets = batch.gt_index[matched], torch.zeros_like(logits)
-    targets[matched] = (batch.gt_labels[row, None] == torch.arange(logits.shape[2])).double()
-    learns = torch.ones_like(matched) if batch.ignored is None else matched | ~batch.ignored
-    focal = sigmoid_focal_loss(logits[learns], targets[learns], reduction="sum")
-    giou = generalized_box_iou_loss(boxes[matched], batch.gt_boxes[row].double(), reduction="sum")
-    iou = batch.iou[matched].double()
-    entropy = F.binary_cross_entropy_with_logits(iou_logits[matched], iou, reduction="sum")
-    gradients = torch.autograd.grad(0.5 * focal + 0.3 * giou + 0.7 * entropy, predictions)
-    return Result(*(tensor.detach() for tensor in (focal, giou, entropy, *gradients)))
-
-
-def assert_parity(batch: Batch, backend: str) -> Result:
-    """Values to the last digits of float32, gradients to those of their type."""
-    result, expected = run(batch, backend), run_torchvision(batch)
-    for name in ("focal", "giou", "entropy"):
-        value = getattr(result, name)
-        assert value.dtype == torch.float32 and value.shape == ()
-        torch.testing.assert_close(value.double(), getattr(expected, name), rtol=2e-6, atol=1e-6)
-    for name, prediction in (("logits", batch.logits), ("boxes", batch.boxes), ("iou_logits", batch.iou_logits)):
-        gradient, exact = getattr(result, f"by_{name}"), getattr(expected, f"by_{name}")
-        assert gradient.dtype == prediction.dtype and gradient.is_contiguous()
-        # Where terms cancel it has their digits: those of sigmoid and IoU for the IoU's logit, and for a box those of
-        # its largest side, or of 1/1000 a px where they all cancel.
-        box_terms = exact.abs().amax(-1, keepdim=True).clamp(min=1e-3)
-        terms = {"logits": exact.abs(), "boxes": box_terms, "iou_logits": 1}[name]
-        smallest = torch.finfo(prediction.dtype).smallest_normal
-        wrong = (gradient.double() - exact).abs() > ROUNDING[prediction.dtype] * exact.abs() + 2e-6 * terms + smallest
-        assert not wrong.any(), (
-            f"{name} at {wrong.nonzero()[:8].tolist()}: {gradient[wrong][:8]} instead of {exact[wrong][:8]}"
-        )
-    return result
 
 
 BATCHES = {
@@ -274,23 +170,13 @@ def test_special_boxes(gt_box, backend):
 
 
 def test_strided_inputs(backend):
-    """Transposed, expanded, every other column: what a caller may have."""
+    """Every other entry of a larger tensor; one row expanded over all images."""
     batch = make_batch(3, 37, 5, 4, ignored=True)
-    strided = Batch(
-        batch.logits.transpose(1, 2).contiguous().transpose(1, 2),
-        torch.stack([batch.boxes, batch.boxes + 1], -1)[..., 0],
-        batch.iou_logits.T.contiguous().T,
-        batch.gt_index.T.contiguous().T,
-        batch.iou.repeat_interleave(2, 1)[:, ::2],
-        batch.gt_boxes.T.contiguous().T,
-        batch.gt_labels.repeat_interleave(2)[::2],
-        batch.ignored.T.contiguous().T,
-    )
+    strided = Batch(*(torch.stack([tensor, tensor], -1)[..., 0] for tensor in batch))
     assert not any(tensor.is_contiguous() for tensor in strided)
     assert_equal(run(strided, backend), run(batch, backend))
     expanded = batch._replace(ignored=batch.ignored[:1].expand(3, -1), gt_index=batch.gt_index[:1].expand(3, -1))
-    spelled_out = expanded._replace(ignored=expanded.ignored.clone(), gt_index=expanded.gt_index.clone())
-    assert_equal(run(expanded, backend), run(spelled_out, backend))
+    assert_equal(run(expanded, backend), run(Batch(*(tensor.clone() for tensor in expanded)), backend))
 
 
 def test_same_bits_every_time_and_under_another_default_type(backend):
@@ -385,110 +271,3 @@ def test_bad_inputs():
             box_loss(b.boxes, b.iou_logits, b.gt_index, b.iou, b.gt_boxes)
     with pytest.raises(ValueError, match="backend is 'cuda', choose from torch, triton"):
         focal_loss(b.logits, b.gt_index, b.gt_labels, backend="cuda")
-
-
-@pytest.mark.parametrize("backend", [TRITON])
-def test_operators_are_registered_as_torch_wants_them(backend):
-    box_ops = pytest.importorskip("kernels.box_loss_triton")
-    focal_ops = pytest.importorskip("kernels.focal_triton")
-    for strided, ignored in ((False, True), (True, False)):
-        batch = make_batch(2, 9, 3, 4, ignored=ignored).to(device_of(backend))
-        logits, boxes = batch.logits, batch.boxes
-        if strided:
-            logits, boxes = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (logits, boxes))
-        rest = (batch.gt_index, batch.iou, batch.gt_boxes)
-        focal = (batch.gt_index, batch.gt_labels, batch.ignored)
-        upstream = torch.tensor([0.3, 0.7], device=logits.device)
-        torch.library.opcheck(focal_ops.focal_gradient, (upstream[0], logits, *focal))
-        torch.library.opcheck(box_ops.box_gradient, (upstream, boxes, batch.iou_logits, *rest))
-        logits, boxes, iou_logits = (x.detach().requires_grad_() for x in (logits, boxes, batch.iou_logits))
-        torch.library.opcheck(focal_ops.focal_sum, (logits, *focal))
-        torch.library.opcheck(box_ops.box_sums, (boxes, iou_logits, *rest))
-
-
-def scaled(batch: Batch, backend: str) -> Tensor:
-    focal = focal_loss(batch.logits * 1.5, batch.gt_index, batch.gt_labels, batch.ignored, backend=backend)
-    giou, entropy = box_loss(
-        batch.boxes * 1.1, batch.iou_logits * 2, batch.gt_index, batch.iou, batch.gt_boxes, backend=backend
-    )
-    return focal + 2 * giou + 3 * entropy
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
-def test_torch_compile_keeps_them_in_one_graph(compiler, backend):
-    """The second batch has other numbers of images and ground truths."""
-    compiled = torch.compile(scaled, fullgraph=True, backend=compiler)
-    for B, G in ((2, 5), (3, 8)):
-        batch = make_batch(B, 37, 7, G, ignored=True).to(device_of("triton"))
-        leaves = [tensor.requires_grad_() for tensor in batch[:3]]
-        losses = compiled(batch, backend), scaled(batch, backend)
-        found, expected = ((loss, *torch.autograd.grad(loss, leaves)) for loss in losses)
-        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)  # a compiler may have another sigmoid
-
-
-def full_size(dtype: torch.dtype = torch.float32) -> Batch:
-    return make_batch(16, 22_400, 80, 117, matched=0.01, ignored=True).cast(dtype).to(device_of("triton"))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_full_size(dtype):
-    """Parity, and the same bits ten times."""
-    batch = full_size(dtype)
-    first = assert_parity(batch, "triton")
-    for _ in range(9):
-        assert_equal(run(batch, "triton"), first)
-
-
-@pytest.mark.gpu
-def test_no_synchronisation(backend):
-    batch = full_size()
-    leaves = [tensor.requires_grad_() for tensor in batch[:3]]
-    torch.autograd.grad(scaled(batch, backend), leaves)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.autograd.grad(scaled(batch, backend), leaves)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_cuda_graph_with_changed_inputs(backend):
-    """A replay sees whatever has been copied into the inputs."""
-    batches = [make_batch(2, 517, 11, 9, ignored=True, seed=seed).to(device_of("triton")) for seed in range(3)]
-    static = Batch(*(tensor.clone() for tensor in batches[0]))
-    static_leaves = [tensor.requires_grad_() for tensor in static[:3]]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        torch.autograd.grad(scaled(static, backend), static_leaves)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = torch.autograd.grad(scaled(static, backend), static_leaves)
-    for batch in (*batches, *reversed(batches)):
-        with torch.no_grad():
-            for target, source in zip(static, batch, strict=True):
-                target.copy_(source)
-        graph.replay()
-        fresh = Batch(*(tensor.clone() for tensor in batch))
-        leaves = [tensor.requires_grad_() for tensor in fresh[:3]]
-        for a, b in zip(captured, torch.autograd.grad(scaled(fresh, backend), leaves), strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.gpu
-def test_memory_is_the_gradient():
-    batch = full_size()
-    logits = batch.logits.requires_grad_()
-
-    def gradient() -> Tensor:
-        loss = focal_loss(logits, batch.gt_index, batch.gt_labels, batch.ignored, backend="triton")
-        return torch.autograd.grad(loss, logits)[0]
-
-    gradient()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    gradient()
-    assert torch.cuda.max_memory_allocated() - before <= logits.nbytes + 2**20

@@ -1,6 +1,5 @@
 """The torch and the Triton backend against the float64 reference, under the one numeric contract of parity.py."""
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -92,28 +91,13 @@ def test_option(name, backend):
     assert_parity(scene, for_backend(OPTIONS[name], backend), backend)
 
 
-def test_options_together(backend):
-    choose = random.Random(0).choice
-    for seed in range(8):
-        config = OTAConfig(
-            center_prior=choose(["closest", "radius", "none"]),
-            cls_cost=choose(["focal", "bce"]),
-            reg_cost=choose(["iou", "giou", "smooth_l1"]),
-            fixed_k=choose([None, 4]),
-            rescale=choose([True, False]),
-            per_q=choose([1, 3]),
-            iterations=choose([1, 12, 21]),
-        )
-        assert_parity(make_scene(GRID, for_interpreter(backend, (2, 0, 3), (5, 0, 9)), C, seed=seed), config, backend)
-
-
 def test_every_point_is_a_candidate(backend):
     """Then no column stands for the rest; a large eps makes what background sends at most far less than one unit."""
     config = OTAConfig(center_prior="none", fixed_k=N // 2, eps=10.0, iterations=21)
     assert_parity(scene_of([(-50, -40, 200, 150)]), config, backend)
 
 
-def test_any_scene(backend):
+def test_any_scene_with_options_together(backend):
     @settings(max_examples=for_interpreter(backend, 20, 60), deadline=None, derandomize=True)
     @given(scene=any_scenes(), config=CONFIGS)
     def check(scene, config):

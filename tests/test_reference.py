@@ -8,8 +8,7 @@ from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
 
 from kernels import OTAConfig
 from kernels.assign_reference import decode, foreground_cost, sinkhorn, supplies
-from kernels.assign_torch import solve
-from tests.support.backends import GRID, C, N
+from tests.support.backends import GRID, C
 from tests.support.scenes import make_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
@@ -95,21 +94,6 @@ def test_marginals():
         plan = sinkhorn(cost, supply, OTAConfig(iterations=iterations)).exp()
         torch.testing.assert_close(plan.sum(1), supply, rtol=1e-6, atol=0)
     torch.testing.assert_close(plan.sum(0), torch.ones(45, dtype=torch.float64), rtol=1e-6, atol=0)
-
-
-def test_marginals_over_candidate_pairs():
-    """In the torch backend's plan, which has an entry for each pair only."""
-    counts, config = (3, 0, 5), OTAConfig(fixed_k=4, iterations=1000)
-    _, plan = solve(make_scene(GRID, counts, C, seed=13, size_px=(40, 90)), config)
-    sent, sent_bg = plan.log_plan.double().exp(), plan.log_plan_bg.double().exp()
-    supplied = sent.new_zeros(8).index_add(0, plan.gt, sent)
-    torch.testing.assert_close(supplied, plan.k.double(), rtol=1e-4, atol=0)
-    received = sent_bg.index_add(0, torch.searchsorted(plan.points, plan.flat_point), sent)
-    torch.testing.assert_close(received, torch.ones_like(received), rtol=1e-4, atol=0)
-    for b, k in enumerate(plan.k.split(counts)):
-        listed = plan.points // N == b
-        others = N - int(listed.sum())  # points with background as their only supplier, which sends each its unit
-        assert float(sent_bg[listed].sum()) + others == pytest.approx(N - int(k.sum()), abs=1e-3)
 
 
 def test_linear_program_is_a_lower_bound_that_falling_eps_approaches():
