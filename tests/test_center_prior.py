@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kernels import OTAConfig, PointGrid, ota_assign
 from tests.support.backends import BACKENDS, GRID, assign, for_interpreter
+from tests.support.drawn import BOXES, grids
 from tests.support.scenes import Scene
-from tests.support.strategies import BOXES, grids
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 

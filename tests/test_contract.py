@@ -11,15 +11,14 @@ from torchvision.ops import box_iou
 import model.assigners
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import CLAIMS
-from tests.support.backends import GRID, INTERPRETED, ORDINARY, OTHER, C, N, assert_equal, assign, scene_of
+from tests.support.backends import GRID, ORDINARY, OTHER, TRITON_MARKS, C, N, assert_equal, assign, scene_of
 from tests.support.scenes import Scene, make_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 QUICK = OTAConfig(iterations=12)  # Triton's interpreter takes seconds for 50; more than the kernel's bursts of 10
-OTA_TRITON = pytest.param("ota-triton", marks=() if INTERPRETED else pytest.mark.gpu)
 
 
-@pytest.fixture(params=["ota-reference", "ota-torch", OTA_TRITON, *CLAIMS])
+@pytest.fixture(params=["ota-reference", "ota-torch", pytest.param("ota-triton", marks=TRITON_MARKS), *CLAIMS])
 def strategy(request) -> str:
     return request.param
 

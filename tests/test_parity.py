@@ -10,9 +10,9 @@ import kernels
 from kernels import Assignment, OTAConfig, PointGrid
 from kernels.assign_torch import ota_assign_torch, solve
 from tests.support.backends import COMPARED, GRID, C, N, assert_equal, assert_parity, assign, for_interpreter, scene_of
+from tests.support.drawn import CONFIGS, HUGE, any_scenes
 from tests.support.parity import EXCLUDED_SHARE, parity
 from tests.support.scenes import make_scene
-from tests.support.strategies import CONFIGS, HUGE, any_scenes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import STRATEGIES, assign, assign_with_statistics
 from model.assigners.claims import NEITHER
-from model.assigners.paa import fit_two_gaussians, up_to_the_densest
+from model.assigners.paa import up_to_the_densest
 from tests.support.backends import GRID, C, assert_equal, scene_of
 from tests.support.backends import assign as assign_ota
 from tests.support.scenes import Scene, make_scene
@@ -155,13 +155,6 @@ def test_paa_takes_all_up_to_the_densest():
     ):
         value = torch.tensor([losses, [math.inf] * len(losses)])
         assert up_to_the_densest(value).tolist() == [[r < positive for r in range(len(losses))], [False] * len(losses)]
-
-
-def test_two_gaussians_tell_two_clusters_apart():
-    value = torch.tensor([[0.1, 0.12, 0.15, 2.0, 2.1, 2.2], [0.3, math.inf] + [math.inf] * 4])
-    density, better = fit_two_gaussians(value)
-    assert better.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
-    assert density[1, 1:].isneginf().all()
 
 
 def test_hungarian_match_is_the_cheapest_of_all():

@@ -18,7 +18,7 @@ CONFIG = DetectorConfig(3, "test_resnet", channels=32, head_convs=1, image_size=
 
 @pytest.fixture
 def batches(monkeypatch) -> list[Batch]:
-    """Two batches of images with 3, 0 and 2, then no objects, and a region to ignore in each."""
+    """A batch of images with 3, 0 and 2 objects, one of images without any; each image has a region to ignore."""
     pytest.importorskip("triton")
     interpreted = partial(model.assigners.ota_assign, backend="triton", check=False)
     monkeypatch.setattr(model.assigners, "ota_assign", interpreted)

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from kernels import Assignment, OTAConfig, PointGrid, ota_assign
+from kernels.assign import HAS_TRITON
 from kernels.grid import valid_rows
 from tests.support.parity import Parity, parity
 from tests.support.scenes import Scene, trained_predictions
 
 INTERPRETED = not torch.cuda.is_available()
 GPU_OR_INTERPRETER = torch.device("cpu" if INTERPRETED else "cuda")
-TRITON = pytest.param("triton", marks=() if INTERPRETED else pytest.mark.gpu)
+NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+TRITON_MARKS = [NEEDS_TRITON] if INTERPRETED else [NEEDS_TRITON, pytest.mark.gpu]
+TRITON = pytest.param("triton", marks=TRITON_MARKS)
 COMPARED = ("torch", TRITON)  # against the reference
 BACKENDS = ("reference", *COMPARED)
 
