@@ -91,10 +91,14 @@ def test_option(name, backend):
     assert_parity(scene, for_backend(OPTIONS[name], backend), backend)
 
 
-def test_every_point_is_a_candidate(backend):
-    """Then no column stands for the rest; a large eps makes what background sends at most far less than one unit."""
-    config = OTAConfig(center_prior="none", fixed_k=N // 2, eps=10.0, iterations=21)
-    assert_parity(scene_of([(-50, -40, 200, 150)]), config, backend)
+def test_every_candidate_is_supplied(backend):
+    """A large eps makes what background sends to candidates far less than one unit; other points get all from it.
+
+    A box over the whole image has every point as a candidate, so that no point is left.
+    """
+    for box, prior in ((20.5, 18, 77.25, 61), "closest"), ((-50, -40, 200, 150), "none"):
+        config = OTAConfig(center_prior=prior, fixed_k=N // 2, eps=10.0, iterations=12)
+        assert_parity(scene_of([box]), config, backend)
 
 
 def test_any_scene_with_options_together(backend):
