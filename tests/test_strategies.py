@@ -116,14 +116,14 @@ def test_simota_prefers_points_in_the_box_and_near_its_centre():
 
 
 def test_tal_by_hand():
-    """Of 16 points in the box the 13 with the highest score x IoU^6: with equal IoUs those with the highest scores.
+    """Of 16 points in the box, the 13 with the highest score x IoU^6.
 
-    An IoU of 0.9 instead of 0.5 weighs as much as a score 34 times as high. A point claimed twice goes to the higher
-    IoU, 24/25 and not 25/32.
+    Twelve have scores of 0.4. An IoU of 0.9 instead of 0.5 weighs 1.8^6 = 34 times as much: a score of 0.3 / 26 is then
+    better than 0.3, one of 0.3 / 45 is not. A point claimed twice goes to the higher IoU, 24/25 and not 25/32.
     """
-    box, boxes = (0, 0, 32, 32), [(0, 0, 32, 28.8)] + [(0, 0, 32, 16)] * 15
-    scene = predicted([box], [0], boxes, [(-3 + 0.2 * j,) for j in range(16)], PointGrid((8,), ((4, 4),)))
-    match = assign("tal", scene, OTAConfig())
+    box, boxes = (0, 0, 32, 32), [(0, 0, 32, 28.8)] * 2 + [(0, 0, 32, 16)] * 14
+    logits = torch.tensor([0.3 / 26, 0.3 / 45, 0.2, 0.3] + [0.4] * 12).logit()[:, None].tolist()
+    match = assign("tal", predicted([box], [0], boxes, logits, PointGrid((8,), ((4, 4),))), OTAConfig())
     assert match.gt_index.tolist() == [[0] + [-1] * 3 + [0] * 12]
     twice = predicted([box, (0, 0, 32, 24)], [0, 0], [(0, 0, 32, 25)], [(0,)], PointGrid((32,), ((1, 1),)))
     match = assign("tal", twice, OTAConfig())
