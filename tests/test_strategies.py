@@ -12,7 +12,8 @@ from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
 from kernels import Assignment, OTAConfig, PointGrid
 from model.assigners import STRATEGIES, assign, assign_with_statistics
-from model.assigners.claims import NEITHER
+from model.assigners.claims import NEITHER, Claims, ImageInputs, assign_claims
+from model.assigners.hungarian import hungarian_claims
 from model.assigners.paa import up_to_the_densest
 from tests.support.backends import GRID, C, assert_equal, scene_of
 from tests.support.backends import assign as assign_ota
@@ -166,7 +167,13 @@ def test_hungarian_match_is_the_cheapest_of_all():
     l1 = (truth[:, None] - boxes).abs().sum(2) / truth[:, 2:].amax(1, keepdim=True)
     cost = 2 * focal + 5 * l1 - 2 * generalized_box_iou(scene.gt_boxes, scene.boxes[0])
     best = min(itertools.permutations(range(6), 3), key=lambda points: float(cost[range(3), points].sum()))
-    match = assign("hungarian", scene, OTAConfig())
+
+    def watched(image: ImageInputs) -> Claims:
+        claims = hungarian_claims(image)
+        torch.testing.assert_close(claims.priority, cost)
+        return claims
+
+    match, _ = assign_claims(watched, scene)
     assert [(match.gt_index[0] == i).nonzero().tolist() for i in range(3)] == [[[j]] for j in best]
     scene = make_scene(PointGrid((32,), ((1, 2),)), (5,), C, size_px=(20, 60))
     match = assign("hungarian", scene, OTAConfig())  # more objects than points
