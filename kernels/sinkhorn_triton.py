@@ -79,8 +79,9 @@ def _slot_tile(slots, v, begin, count, d):
     lane = d + tl.arange(0, _SLOTS)[None, :]
     slot, exists = begin + lane, lane < count
     cost = tl.load(slots.cost + slot, mask=exists, other=float("inf"))
-    column = tl.load(slots.column + slot, mask=exists & (cost < float("inf")), other=0)
-    return slot, exists, tl.load(v + column, mask=exists, other=0.0) - cost.to(tl.float64)
+    finite = cost < float("inf")  # an image without any finite pair has no v
+    column = tl.load(slots.column + slot, mask=finite, other=0)
+    return slot, exists, tl.load(v + column, mask=finite, other=0.0) - cost.to(tl.float64)
 
 
 @triton.jit
