@@ -336,10 +336,12 @@ def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignmen
     kinds = torch.int32, torch.float32, torch.float64
     int32, float32, float64 = (partial(torch.empty, dtype=kind, device=device) for kind in kinds)
     match = Assignment(torch.full((B, N), -1, device=device), float32(B, N).zero_(), pairs.k)
-    # Columns are zeroed: if gt_offsets fall, a slot may belong to no image, and its column must still be valid.
-    potentials = Potentials(float64(G), float64(B), float64(num_points), int32(num_slots).zero_(), first_point)
+    # If gt_offsets fall, a slot may belong to no image or be read by another one: columns are zeroed, and entries of
+    # points have room for the columns of another image, at most N.
+    room = num_points + N
+    potentials = Potentials(float64(G), float64(B), float64(room), int32(num_slots).zero_(), first_point)
     by_pair = int32(num_slots), float32(num_slots), float32(num_slots), float32(num_slots)
-    by_point = int32(num_points + B), int32(num_points), float32(num_points), float32(num_points)
+    by_point = int32(num_points + B), int32(num_points), float32(num_points), float32(room)
     scratch = *by_pair, *by_point, float32(G), float64(G)
     sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
     settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
