@@ -6,12 +6,9 @@ from itertools import groupby, product
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from kernels import OTAConfig, PointGrid, ota_assign
-from tests.support.backends import BACKENDS, GRID, assign, for_interpreter
-from tests.support.drawn import BOXES, grids
+from tests.support.backends import BACKENDS, GRID, assign
 from tests.support.scenes import Scene
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
@@ -65,16 +62,10 @@ ONE_ROW = PointGrid((7, 13), ((1, 19), (1, 11)))
 TWO_LEVELS = PointGrid((8, 16), ((4, 4), (2, 2)))
 PLACES = {
     "middle": (GRID, (30.5, 22.25, 95.0, 80.75)),
-    "whole-image": (GRID, (0, 0, 136, 104)),
-    "partly-outside": (GRID, (-60, -31, 41, 57)),
     "center-outside": (GRID, (-200, 10, 60, 90)),
-    "center-past-the-corner": (GRID, (90, 70, 400, 300)),
     "nowhere-near": (GRID, (1000, 2000, 1010, 2010)),
     "tie-of-four": (GRID, (0, 0, 128, 96)),
-    "tie-of-two": (GRID, (8, 8, 64, 60)),
     "tiny-box": (GRID, (50.25, 49.5, 50.75, 50.0)),
-    "thin-box": (GRID, (3, 40.5, 130, 41.5)),
-    "margin-held": (GRID, (11.98, 11.98, 20.02, 20.02)),
     "margin-0.01-rounded-down": (GRID, (11.99, 11.99, 36.01, 36.01)),
     "margin-missed": (GRID, (11.9901, 11.9901, 36.0099, 36.0099)),
     "level-under-25-points": (PointGrid((8, 64), ((13, 17), (2, 2))), (0, 0, 136, 104)),
@@ -83,7 +74,6 @@ PLACES = {
 }
 PRIORS = {
     "closest-5": OTAConfig(),
-    "closest-2": OTAConfig(radius=2),
     "radius-2.5": OTAConfig(center_prior="radius"),
     "radius-0.5": OTAConfig(center_prior="radius", radius=0.5),
     "none": OTAConfig(center_prior="none"),
@@ -101,20 +91,6 @@ def test_candidates(prior, backend):
     assert found == expected
 
 
-def test_candidates_of_any_box(backend):
-    priors = st.sampled_from(["closest", "closest", "radius", "none"])
-
-    @settings(max_examples=for_interpreter(backend, 12, 60), deadline=None, derandomize=True)
-    @given(grid=grids(), boxes=st.lists(BOXES, min_size=1, max_size=9), radius=st.integers(1, 4), prior=priors)
-    def check(grid, boxes, radius, prior):
-        boxes = [box for box in boxes if box[2] > box[0] and box[3] > box[1]]
-        assume(boxes)
-        config = OTAConfig(center_prior=prior, radius=radius)
-        assert candidates_of(boxes, grid, config, backend) == [searched_candidates(box, grid, config) for box in boxes]
-
-    check()
-
-
 def test_edges_by_hand(backend):
     """Stride 8: the points of row and column 1 lie at 12 px, 2.5 strides from a centre at 32 px, which is too far.
 
@@ -128,15 +104,11 @@ def test_edges_by_hand(backend):
     assert candidates_of([(5.5, 5.5, 6.5, 6.5)], TWO_LEVELS, OTAConfig(), backend) == [{0}]
 
 
-@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
-def test_memory_reserved_for_the_pairs_of_one_box_is_enough(center_prior):
+def test_memory_reserved_for_the_pairs_of_one_box_is_enough():
     """A box over everything, with its centre on a point, between two, and between four."""
     most_pairs_per_gt = pytest.importorskip("kernels.pairs_triton").most_pairs_per_gt
-    for radius in (1, 2, 5) if center_prior == "closest" else (0.2, 0.5, 1.3, 2.5):
-        config = OTAConfig(center_prior=center_prior, radius=radius, fixed_k=10**6, iterations=1)
-        for shift in (0.0, 4.0, 8.0, 2.5):
-            box = torch.tensor([[-500.0, -500.0, 620.0 + shift, 604.0 + shift]])
-            logits, boxes = torch.zeros(1, GRID.num_points, 1), box.expand(1, GRID.num_points, 4)
-            label, offsets = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
-            match = ota_assign(logits, boxes, box, label, offsets, GRID, config, backend="torch")
-            assert 0 < int(match.k) <= most_pairs_per_gt(GRID, config)
+    configs = [OTAConfig(radius=radius) for radius in (1, 2, 5)] + [OTAConfig(center_prior="none")]
+    configs += [OTAConfig(center_prior="radius", radius=radius) for radius in (0.2, 0.5, 1.3, 2.5)]
+    for config, shift in product(configs, (0.0, 4.0, 8.0, 2.5)):
+        (found,) = candidates_of([(-500.0, -500.0, 620.0 + shift, 604.0 + shift)], GRID, config, "torch")
+        assert 0 < len(found) <= most_pairs_per_gt(GRID, config)
