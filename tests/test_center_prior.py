@@ -7,7 +7,7 @@ from itertools import groupby, product
 import pytest
 import torch
 
-from kernels import OTAConfig, PointGrid, ota_assign
+from kernels import OTAConfig, PointGrid
 from tests.support.backends import BACKENDS, GRID, assign
 from tests.support.scenes import Scene
 
