@@ -1,20 +1,15 @@
 """Detection losses: both backends against torchvision in float64."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-import kernels.losses
-from kernels import Assignment, box_loss, focal_loss
+from kernels import box_loss, focal_loss
 from kernels.assign import HAS_TRITON
-from model.head import Predictions
-from model.losses import detection_losses
 from tests.support.backends import COMPARED, INTERPRETED, assert_equal, device_of
 from tests.support.losses import Batch, Result, assert_parity, make_batch, run, run_torchvision
-from tests.support.no_waiting import NoWaiting
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,17 +44,11 @@ def rounding_of_a_gpu():
 
 BATCHES = {
     "no-gt": make_batch(2, 17, 3, 0),
-    "no-gt-ignored": make_batch(2, 17, 3, 0, ignored=True),
+    "no-image": make_batch(0, 9, 3, 2),
     "G1": make_batch(1, 33, 3, 1),
-    "G7-N1023": make_batch(1, 1023, 3, 7),
     "4001-matched": make_batch(1, 4001, 1, 50, matched=1),
-    "C80": make_batch(2, 65, 80, 5, ignored=True),
     "C91": make_batch(1, 70, 91, 5),
-    "one-class": make_batch(3, 129, 1, 4),
-    "one-point": make_batch(1, 1, 5, 2, matched=1),
-    "all-matched": make_batch(2, 31, 4, 3, matched=1),
     "ignored": make_batch(2, 31, 4, 3, ignored=True),
-    "ignored-all-matched": make_batch(2, 31, 4, 3, matched=1, ignored=True),
 }
 
 
@@ -73,19 +62,9 @@ def test_every_float_type_is_loaded_as_it_is(backend):
         assert_parity(make_batch(2, 53, 7, 5, ignored=True, seed=1).cast(dtype), backend)
 
 
-def test_empty_batches(backend):
-    for dtype, shape in product(FLOATS, ((0, 9, 3, 2), (2, 0, 3, 2), (2, 9, 0, 2))):
-        result = run(make_batch(*shape)._replace(gt_index=torch.full(shape[:2], -1)).cast(dtype), backend)
-        assert result.focal == 0 and result.giou == 0 and result.entropy == 0
-        assert result.by_logits.shape == shape[:3] and not result.by_boxes.any()
-
-
-EXTREME = (0.0, 1e-3, 15.0, 17.5, 20.0, 87.0, 100.0, 1e4)
-
-
 def test_extreme_logits(backend):
     """Each value as background and as either class."""
-    values = torch.tensor([*EXTREME, *(-x for x in EXTREME)])
+    values = torch.tensor([0.0, -0.1, 8.0, -8.0, 17.5, -17.5, 87.0, -87.0, 1e4, -1e4])
     batch = make_batch(1, 3 * len(values), 2, 2, seed=2)
     gt_index = torch.tensor([-1, 0, 1]).repeat(len(values))[None]
     logits = values.repeat_interleave(3)[None, :, None].expand(1, -1, 2)
@@ -95,18 +74,14 @@ def test_extreme_logits(backend):
         assert all(tensor.isfinite().all() for tensor in result)
 
 
-def test_every_digit_of_a_small_loss(backend):
-    """One logit at a time: in a sum, what small terms lack does not show."""
-    for value, matched in product((-12.0, -8.0, -3.0, -0.1, 0.1, 3.0, 8.0, 12.0), (-1, 0)):
-        batch = make_batch(1, 1, 1, 1)
-        batch = batch._replace(logits=torch.full((1, 1, 1), value), gt_index=torch.full((1, 1), matched))
-        result, exact = run(batch, backend), run_torchvision(batch)
-        torch.testing.assert_close(result.focal.double(), exact.focal, rtol=2e-6, atol=0)
-        torch.testing.assert_close(result.by_logits.double(), exact.by_logits, rtol=2e-6, atol=0)
-
-
-def test_label_out_of_range_is_no_class(backend):
-    for label in (-1, 3, -2, 2**40, -(2**40)):
+def test_index_or_label_out_of_range(backend):
+    """Such an index is background; a point that is matched to a row with such a label has no class."""
+    batch = make_batch(2, 31, 3, 3, ignored=True)
+    batch.gt_index[:, ::4] = -1
+    strange = batch._replace(gt_index=batch.gt_index.clone())
+    strange.gt_index[:, ::4] = torch.tensor([3, -7, 2**40, 99]).repeat(2)
+    assert_equal(run(strange, backend), run(batch, backend))
+    for label in (-1, 3, 2**40):
         batch = make_batch(2, 31, 3, 3)
         batch.gt_labels[1] = label
         unmatched = batch._replace(gt_index=torch.where(batch.gt_index == 1, -1, batch.gt_index))
@@ -114,21 +89,12 @@ def test_label_out_of_range_is_no_class(backend):
         assert torch.equal(result.focal, expected.focal) and torch.equal(result.by_logits, expected.by_logits)
 
 
-def test_index_out_of_range_is_background(backend):
-    for G, index in product((0, 3), (3, -7, 2**40)):
-        batch = make_batch(2, 31, 3, G, ignored=True)
-        batch.gt_index[:, ::4] = -1
-        strange = batch._replace(gt_index=batch.gt_index.clone())
-        strange.gt_index[:, ::4] = index
-        assert_equal(run(strange, backend), run(batch, backend))
-
-
 def test_ignored_points_take_no_part(backend):
     """Whatever they predict; their gradient is exactly 0. Nor do boxes and IoU logits of unmatched points."""
     batch = make_batch(2, 31, 3, 4, ignored=True)
     unmatched = batch.gt_index < 0
     out = batch.ignored & unmatched
-    for value in (math.nan, math.inf, -math.inf, 1e4):
+    for value in (math.nan, math.inf):
         strange = batch._replace(
             logits=torch.where(out[..., None], value, batch.logits),
             boxes=torch.where(unmatched[..., None], value, batch.boxes),
@@ -143,15 +109,8 @@ def test_ignored_points_take_no_part(backend):
 BOXES = {  # predicted for the box (10, 20, 30, 50)
     "identical": (10, 20, 30, 50),
     "zero-width": (15, 20, 15, 40),
-    "zero-height": (15, 20, 25, 20),
-    "point-inside": (15, 30, 15, 30),
-    "point-outside": (90, 90, 90, 90),
     "point-on-corner": (10, 20, 10, 20),
     "touching": (30, 20, 50, 50),
-    "far": (1e4, 1e4, 2e4, 2e4),
-    "around": (0, 0, 100, 100),
-    "within": (12, 24, 28, 44),
-    "three-sides-equal": (10, 20, 30, 45),
     "turned-round": (30, 50, 10, 20),
     "huge": (-1e9, -1e9, 1e9, 1e9),
 }
@@ -177,16 +136,11 @@ def test_strided_inputs(backend):
     assert_equal(run(expanded, backend), run(Batch(*(tensor.clone() for tensor in expanded)), backend))
 
 
-def test_same_bits_every_time_and_under_another_default_type(backend):
+def test_same_bits_every_time(backend):
     batch = make_batch(2, 301, 11, 9, ignored=True)
     expected = run(batch, backend)
     assert [tensor.dtype for tensor in expected] == [torch.float32] * len(Result._fields)
     assert_equal(run(batch, backend), expected)
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert_equal(run(batch, backend), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_go_to_the_predictions_of_a_loss(backend):
@@ -199,50 +153,20 @@ def test_gradients_go_to_the_predictions_of_a_loss(backend):
         assert [gradient is not None and bool(gradient.any()) for gradient in gradients] == reached
 
 
-def test_losses_can_be_changed_in_place(backend):
-    batch = make_batch(1, 19, 2, 3).to(device_of(backend))
-    predictions = logits, boxes, iou_logits = [tensor.requires_grad_() for tensor in batch[:3]]
-    focal = focal_loss(logits, batch.gt_index, batch.gt_labels, backend=backend)
-    giou, entropy = box_loss(boxes, iou_logits, batch.gt_index, batch.iou, batch.gt_boxes, backend=backend)
-    for loss, factor in ((focal, 0.5), (giou, 0.3), (entropy, 0.7)):
-        loss *= factor
-    focal += giou + entropy
-    for a, b in zip(torch.autograd.grad(focal, predictions), run(batch, backend)[3:], strict=True):
-        torch.testing.assert_close(a.cpu(), b)
-
-
 def test_float64_is_computed_in_float64():
-    for ignored in (False, True):
-        batch = make_batch(2, 47, 5, 6, ignored=ignored)
-        for a, b in zip(run(batch.cast(torch.float64), "torch"), run_torchvision(batch), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_nothing_in_detection_losses_waits_for_a_device(backend, monkeypatch):
-    monkeypatch.setattr(kernels.losses, "choose_backend", lambda *_: backend)
-    for ignored in (False, True):
-        batch = make_batch(2, 61, 7, 5, ignored=ignored).to(device_of(backend))
-        predictions = Predictions(*(tensor.requires_grad_() for tensor in batch[:3]))
-        match = Assignment(batch.gt_index, batch.iou, torch.zeros(5, dtype=torch.int32))
-        with NoWaiting():
-            losses = detection_losses(predictions, match, batch.gt_boxes, batch.gt_labels, batch.ignored)
-            sum(losses.values()).backward()
-        assert all(tensor.grad.isfinite().all() for tensor in predictions)
+    batch = make_batch(2, 47, 5, 6, ignored=True)
+    result, expected = run(batch.cast(torch.float64), "torch"), run_torchvision(batch)
+    torch.testing.assert_close(tuple(result), tuple(expected), rtol=1e-9, atol=1e-12)
 
 
 BAD_INPUTS = {
     "logits-of-2-dimensions": (dict(logits=torch.zeros(4, 3)), "logits has shape"),
     "index-of-other-batch": (dict(gt_index=torch.zeros(2, 4).long()), "gt_index has shape"),
     "ignored-of-other-batch": (dict(ignored=torch.zeros(2, 4).bool()), "ignored has shape"),
-    "labels-of-2-dimensions": (dict(gt_labels=torch.zeros(1, 2).long()), "gt_labels has shape"),
     "boxes-of-5": (dict(boxes=torch.zeros(1, 4, 5)), "boxes has shape"),
-    "iou-of-other-batch": (dict(iou=torch.zeros(2, 4)), "iou has shape"),
     "gt-boxes-of-5": (dict(gt_boxes=torch.zeros(1, 5)), "gt_boxes has shape"),
-    "gt-boxes-of-no-dimension": (dict(gt_boxes=torch.zeros(())), "gt_boxes has shape"),
     "int-logits": (dict(logits=torch.zeros(1, 4, 3).long()), "logits is torch.int64, expected torch.float"),
-    "int-boxes": (dict(boxes=torch.zeros(1, 4, 4).int()), "boxes is torch.int32, expected torch.float32"),
     "int32-index": (dict(gt_index=torch.zeros(1, 4).int()), "gt_index is torch.int32, expected torch.int64"),
-    "float-labels": (dict(gt_labels=torch.zeros(2)), "gt_labels is torch.float32, expected torch.int64"),
     "int-ignored": (dict(ignored=torch.zeros(1, 4).long()), "ignored is torch.int64, expected torch.bool"),
 }
 

