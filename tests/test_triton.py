@@ -1,8 +1,9 @@
 """The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_parity.py."""
 
+import shutil
 import subprocess
 import sys
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,14 +58,6 @@ def test_unchecked_offsets_read_nothing_out_of_bounds():
         scene = scene_with((2, 1, 1))._replace(gt_offsets=torch.tensor(offsets, device=DEVICE))
         match = ota_assign(*scene, replace(QUICK, radius=2), backend="triton", check=False)
         assert match.gt_index.min() >= -1 and match.gt_index.max() < 4
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_is_registered_as_torch_wants_it(backend):
-    rows, columns = zip(*GRID.sizes, strict=True)
-    settings = astuple(replace(QUICK, radius=5.0))
-    arguments = *scene_with((1, 0))[:5], list(GRID.strides), list(rows), list(columns), *settings, None, backend
-    torch.library.opcheck(kernels.assign._assign, arguments)
 
 
 def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,3 +180,16 @@ def test_memory_follows_the_pairs(name, limit_mib):
     match = ota_assign(*scene)
     outputs = sum(tensor.numel() * tensor.element_size() for tensor in match)
     assert torch.cuda.max_memory_allocated() - before - outputs <= limit_mib * 2**20
+
+
+@gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_no_address_out_of_bounds():
+    code = (
+        "from tests.support.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
+        "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
+        "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
+    )
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
