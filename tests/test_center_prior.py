@@ -58,8 +58,7 @@ def searched_candidates(box: tuple, grid: PointGrid, config: OTAConfig) -> set[i
     return found or {min(closest)[1]}
 
 
-ONE_ROW = PointGrid((7, 13), ((1, 19), (1, 11)))
-TWO_LEVELS = PointGrid((8, 16), ((4, 4), (2, 2)))
+ONE_LEVEL = PointGrid((8,), ((8, 8),))
 PLACES = {
     "middle": (GRID, (30.5, 22.25, 95.0, 80.75)),
     "center-outside": (GRID, (-200, 10, 60, 90)),
@@ -69,8 +68,10 @@ PLACES = {
     "margin-0.01-rounded-down": (GRID, (11.99, 11.99, 36.01, 36.01)),
     "margin-missed": (GRID, (11.9901, 11.9901, 36.0099, 36.0099)),
     "level-under-25-points": (PointGrid((8, 64), ((13, 17), (2, 2))), (0, 0, 136, 104)),
-    "one-row": (ONE_ROW, (20, -50, 100, 60)),
-    "tie-across-levels": (TWO_LEVELS, (5.5, 5.5, 6.5, 6.5)),
+    "one-row": (PointGrid((7, 13), ((1, 19), (1, 11))), (20, -50, 100, 60)),
+    "tie-across-levels": (PointGrid((8, 16), ((4, 4), (2, 2))), (5.5, 5.5, 6.5, 6.5)),
+    "point-at-2.5-strides": (ONE_LEVEL, (-32, -32, 96, 96)),
+    "point-within-2.5-strides": (ONE_LEVEL, (-32, -32, 96 - 2**-14, 96)),
 }
 PRIORS = {
     "closest-5": OTAConfig(),
@@ -89,19 +90,6 @@ def test_candidates(prior, backend):
         found |= zip(boxes, candidates_of(list(boxes.values()), grid, config, backend), strict=True)
         expected |= {name: searched_candidates(box, grid, config) for name, box in boxes.items()}
     assert found == expected
-
-
-def test_edges_by_hand(backend):
-    """Stride 8: the points of row and column 1 lie at 12 px, 2.5 strides from a centre at 32 px, which is too far.
-
-    The centre (6, 6) is as far from the point (4, 4) of stride 8 as from (8, 8) of stride 16: the finest level wins.
-    """
-    grid, config = PointGrid((8,), ((8, 8),)), OTAConfig(center_prior="radius")
-    at, beyond = (-32.0, -32.0, 96.0, 96.0), (-32.0, -32.0, 96.0 - 2**-14, 96.0)
-    found_at, found_beyond = candidates_of([at, beyond], grid, config, backend)
-    assert found_at == {8 * y + x for y in range(2, 6) for x in range(2, 6)}
-    assert found_beyond == {8 * y + x for y in range(2, 6) for x in range(1, 6)}
-    assert candidates_of([(5.5, 5.5, 6.5, 6.5)], TWO_LEVELS, OTAConfig(), backend) == [{0}]
 
 
 def test_memory_reserved_for_the_pairs_of_one_box_is_enough():

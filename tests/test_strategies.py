@@ -38,23 +38,19 @@ def predicted(gt_boxes: list, gt_labels: list[int], boxes: list, logits: list, g
     return Scene(logits, boxes, *truth, torch.tensor([0, len(gt_boxes)]), grid)
 
 
-@pytest.mark.parametrize(
-    ("box", "columns", "rows", "stride"),
-    [
-        ((8, 8, 72, 72), (36, 44), (36, 44), 8),  # farthest side at most 44 px away: first level, up to 64 px
-        ((0, 0, 136, 104), (56, 72, 88), (40, 56, 72), 16),  # 72 to 88 px: second level, 64 to 128 px
-        ((-100, -100, 236, 204), (48, 80, 112), (16, 48, 80), 32),  # over 168 px: last level
-    ],
-    ids=["first", "middle", "last"],
-)
-def test_fcos_takes_the_level_of_the_size(box, columns, rows, stride):
-    """Within 1.5 strides of the centre: 12 px (36 and 44 around 40, not 28 and 52), 24 px, 48 px."""
-    match = assign("fcos", scene_of([box]), OTAConfig())
-    assert matched(match, 0) == set(product(columns, rows, [stride]))
+def test_fcos_by_hand():
+    """Points within 1.5 strides of the centre: 12 px (36 and 44 around 40, not 28 and 52), 24 px, 48 px.
 
-
-def test_fcos_gives_a_point_to_the_smallest_box():
-    """The smaller box has 28, 36 and 44 within 12 px of its centre 36, among them all points of the larger one."""
+    Sides at most 44 px away are of the first level, up to 64 px; 72 to 88 px of the second, 64 to 128 px; over 168 px
+    of the last. A point goes to the smallest box: 28, 36 and 44 are within 12 px of 36, among them all of the first.
+    """
+    for box, columns, rows, stride in (
+        ((8, 8, 72, 72), (36, 44), (36, 44), 8),
+        ((0, 0, 136, 104), (56, 72, 88), (40, 56, 72), 16),
+        ((-100, -100, 236, 204), (48, 80, 112), (16, 48, 80), 32),
+    ):
+        match = assign("fcos", scene_of([box]), OTAConfig())
+        assert matched(match, 0) == set(product(columns, rows, [stride]))
     match = assign("fcos", scene_of([(8, 8, 72, 72), (16, 16, 56, 56)]), OTAConfig())
     assert matched(match, 1) == set(product((28, 36, 44), (28, 36, 44), [8])) and not matched(match, 0)
 

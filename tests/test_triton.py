@@ -145,16 +145,12 @@ def test_no_synchronisation(center_prior):
 @gpu
 @pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
 def test_cuda_graph_with_changed_inputs(center_prior):
-    """Ground truths are padded to a capacity; a replay sees whatever has been copied into the inputs."""
-    config, capacity = OTAConfig(center_prior=center_prior), 64
-    scenes = [make_scene(GRID, counts, 3, seed=seed) for seed, counts in enumerate([(7, 0, 23), (1, 2, 3), (0, 0, 0)])]
-    padded = []
-    for scene in scenes:
-        rows = capacity - len(scene.gt_boxes)
-        gt_boxes = torch.cat([scene.gt_boxes, torch.zeros(rows, 4)])
-        gt_labels = torch.cat([scene.gt_labels, torch.full((rows,), -1)])
-        padded.append(scene._replace(gt_boxes=gt_boxes, gt_labels=gt_labels).to(DEVICE))
-    static = Scene(*(tensor.clone() for tensor in padded[0][:5]), GRID)
+    """A replay sees whatever has been copied into the inputs, rows after the last offset included."""
+    config = OTAConfig(center_prior=center_prior)
+    scenes = [make_scene(GRID, counts, 3, seed=seed).to(DEVICE) for seed, counts in enumerate([(7, 0, 23), (1, 20, 9)])]
+    for offsets in ([0, 2, 2, 5], [0, 0, 0, 0]):
+        scenes.append(scenes[0]._replace(gt_offsets=torch.tensor(offsets, device=DEVICE)))
+    static = Scene(*(tensor.clone() for tensor in scenes[0][:5]), GRID)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         ota_assign(*static, config)
@@ -162,7 +158,7 @@ def test_cuda_graph_with_changed_inputs(center_prior):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         match = ota_assign(*static, config)
-    for scene in (*padded, *reversed(padded)):
+    for scene in (*scenes, *reversed(scenes)):
         for target, source in zip(static[:5], scene[:5], strict=True):
             target.copy_(source)
         graph.replay()
