@@ -125,9 +125,9 @@ def test_tal_by_hand():
 def test_paa_by_hand():
     """Losses of the points 4 to 44 px: 1 - IoU, and for the last 0.69 of focal loss at logit -3, which others lack.
 
-    They are 0.05 0.45 0.55 0.55 0.65 1.35. The first three are positive, up to the densest of
-    the lower Gaussian.
-    The anchor at 44 px has a higher IoU with a second box, whose only candidate it is: it is positive there.
+    They are 0.05 0.45 0.55 0.55 0.65 1.35. The first three are positive, up to the densest of the
+    lower Gaussian. The anchor at 44 px has a higher IoU with a second box, whose only candidate it is: it is positive
+    there.
     """
     box, grid = (0, -16, 48, 24), PointGrid((8,), ((1, 6),))
     boxes = [(0, -16, 48 * iou, 24) for iou in (0.95, 0.55, 0.45, 0.45, 0.35, 0.34)]
