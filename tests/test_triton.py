@@ -1,10 +1,9 @@
-"""The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_assign.py."""
+"""The Triton backend: what a batch, a compiler and a CUDA graph ask of it, beside the parity of test_parity.py."""
 
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,110 +12,56 @@ import torch
 pytest.importorskip("triton")
 
 import kernels.assign_triton
-from kernels import Assignment, OTAConfig, PointGrid, ota_assign
+from kernels import OTAConfig, PointGrid, ota_assign
 from kernels.assign import BACKENDS
 from kernels.config import EMPTY_SUPPLY
-from kernels.pairs_triton import most_pairs_per_gt
 from kernels.sinkhorn_triton import _burst
+from tests.support.backends import GPU_OR_INTERPRETER as DEVICE
+from tests.support.backends import GRID, ORDINARY, assert_equal, assert_parity, scene_of
 from tests.support.parity import EXCLUDED_SHARE, parity
 from tests.support.scenes import WORKLOADS, Scene, make_scene, make_workload
 
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_memory")
 ROOT = Path(__file__).parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GRID = PointGrid.for_image((104, 136), (8, 16, 32))
 QUICK = OTAConfig(iterations=3)
 gpu = pytest.mark.gpu
 
 
-def scene_of(counts: tuple[int, ...], seed: int = 0) -> Scene:
+def scene_with(counts: tuple[int, ...], seed: int = 0) -> Scene:
     return make_scene(GRID, counts, 3, seed=seed).to(DEVICE)
 
 
-def assert_equal(one: Assignment, other: Assignment) -> None:
-    for name, a, b in zip(Assignment._fields, one, other, strict=True):
-        assert torch.equal(a, b), f"{name} differs at {(a != b).nonzero()[:8].tolist()}"
+def test_several_tiles():
+    """More points, ground truths and pairs of each than a program looks at together; many images."""
+    rows = make_scene(PointGrid((8,), ((19, 31),)), (37, 1), 2, seed=3, size_px=(20, 90))
+    assert assert_parity(rows, OTAConfig(center_prior="none", iterations=2), "triton").points > 512
+    images = make_scene(PointGrid((8,), ((3, 3),)), (1, *[0] * 27) * 2, 2, size_px=(6, 20))
+    assert_parity(images, OTAConfig(iterations=2), "triton")
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter with the repository on its path and without Triton's interpreter, unless asked for."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-TILES = {
-    "points-rows-slots": ((67, 1), OTAConfig(center_prior="none", iterations=2), (20, 160)),
-    "ranks": ((3,), OTAConfig(radius=6, iterations=2), (100, 200)),
-}
-
-
-@pytest.mark.parametrize("name", TILES)
-def test_several_tiles(name):
-    """More candidate points, ground truths, pairs or ranks than a program looks at together."""
-    counts, config, size_px = TILES[name]
-    grid = PointGrid((8, 16), ((33, 37), (9, 31)))
-    scene = make_scene(grid, counts, 2, seed=3, size_px=size_px).to(DEVICE)
-    result = parity(scene, config, "triton")
-    assert not result.failures, "\n".join(result.failures)
-    assert name == "ranks" or result.points > 1024
-
-
-def test_more_iterations_than_one_burst_and_a_full_image():
-    """Supplies as large as the image: background has nothing left, so factors are absorbed more often."""
-    scene = make_scene(PointGrid((32, 64), ((3, 3), (2, 2))), (14, 1), 3, seed=4, size_px=(20, 60)).to(DEVICE)
-    for iterations in (1, 2, 3, 4, 11, 23):
-        result = parity(scene, OTAConfig(fixed_k=1, iterations=iterations), "triton")
-        assert not result.failures, "\n".join(result.failures)
-
-
-@pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
-def test_most_pairs_per_gt_is_enough(center_prior):
-    """A box over everything, with its centre on a point, between two, and between four."""
-    for radius in (1, 2, 5) if center_prior == "closest" else (0.2, 0.5, 1.3, 2.5):
-        config = OTAConfig(center_prior=center_prior, radius=radius, fixed_k=10**6, iterations=1)
-        for shift in (0.0, 4.0, 8.0, 2.5):
-            box = torch.tensor([[-500.0, -500.0, 620.0 + shift, 604.0 + shift]])
-            logits, boxes = torch.zeros(1, GRID.num_points, 1), box.expand(1, GRID.num_points, 4)
-            label, offsets = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1])
-            match = ota_assign(logits, boxes, box, label, offsets, GRID, config, backend="torch")
-            assert 0 < int(match.k) <= most_pairs_per_gt(GRID, config)
+def test_factors_of_a_burst_fit_float32():
+    for growth in (1, 1023, 22_400, 2**24, 2**24 / EMPTY_SUPPLY):
+        assert 1 <= _burst(growth) and growth ** _burst(growth) < 2.0**126
 
 
 def test_max_pairs():
-    scene, config = scene_of((4, 0, 3)), replace(QUICK, center_prior="none")
-    match = ota_assign(*scene, config, backend="triton")
-    pairs = len(kernels.assign_triton.solve(scene, config)[1].gt)
-    assert_equal(ota_assign(*scene, config, backend="triton", max_pairs=pairs), match)
+    scene, config = scene_with((2, 0, 1)), replace(QUICK, center_prior="none")
+    match, plan = kernels.assign_triton.solve(scene, config)
+    assert_equal(ota_assign(*scene, config, backend="triton", max_pairs=len(plan.gt)), match)
     if DEVICE.type == "cpu":  # on a GPU it is an assertion of the device, which ends the process
-        with pytest.raises(RuntimeError, match=f"more than max_pairs={pairs - 1} candidate pairs"):
-            ota_assign(*scene, config, backend="triton", max_pairs=pairs - 1)
+        with pytest.raises(RuntimeError, match=f"more than max_pairs={len(plan.gt) - 1} candidate pairs"):
+            ota_assign(*scene, config, backend="triton", max_pairs=len(plan.gt) - 1)
 
 
-@pytest.mark.parametrize("offsets", [(0, 6, 3, 10), (0, 10, 0, 10), (-5, 2, 2**33, 99)], ids=str)
-def test_unchecked_offsets_of_any_kind_read_nothing_out_of_bounds(offsets):
-    scene = scene_of((4, 3, 3))._replace(gt_offsets=torch.tensor(offsets, device=DEVICE))
-    match = ota_assign(*scene, QUICK, backend="triton", check=False)
-    assert match.gt_index.min() >= -1 and match.gt_index.max() < 10
-
-
-@pytest.mark.parametrize("growth", [1, 2, 1023, 22_400, 2**24, 22_400 / EMPTY_SUPPLY, 2**24 / EMPTY_SUPPLY])
-def test_factors_of_a_burst_fit_float32(growth):
-    assert 1 <= _burst(growth) and growth ** _burst(growth) < 2.0**126
-
-
-def operator_arguments(scene: Scene, config: OTAConfig, backend: str) -> tuple:
-    rows, columns = zip(*scene.grid.sizes, strict=True)
-    grid = list(scene.grid.strides), list(rows), list(columns)
-    return *scene[:5], *grid, *astuple(replace(config, radius=float(config.radius))), None, backend
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_operator_is_registered_as_torch_wants_it(backend):
-    torch.library.opcheck(kernels.assign._assign, operator_arguments(scene_of((2, 0, 1)), QUICK, backend))
+def test_unchecked_offsets_read_nothing_out_of_bounds():
+    for offsets in ((0, 4, 0, 4), (-5, 1, 2**33, 99)):
+        scene = scene_with((2, 1, 1))._replace(gt_offsets=torch.tensor(offsets, device=DEVICE))
+        match = ota_assign(*scene, replace(QUICK, radius=2), backend="triton", check=False)
+        assert match.gt_index.min() >= -1 and match.gt_index.max() < 4
 
 
 def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    match = ota_assign(scene.logits * scale, *scene[1:5], GRID, OTAConfig(iterations=3), backend=backend)
+    match = ota_assign(scene.logits * scale, *scene[1:5], GRID, QUICK, backend=backend)
     return match.gt_index, match.iou * 2
 
 
@@ -125,41 +70,48 @@ def weighted(scene: Scene, scale: torch.Tensor, backend: str) -> tuple[torch.Ten
 def test_torch_compile_keeps_it_in_one_graph(backend, compiler):
     """The second scene has other numbers of images and ground truths."""
     compiled = torch.compile(weighted, fullgraph=True, backend=compiler)
-    for counts in ((2, 0, 1), (3, 4)):
-        scene, scale = scene_of(counts), torch.tensor(1.5, device=DEVICE)
+    for counts in ((1, 0), (1, 0, 1)):
+        scene, scale = scene_with(counts), torch.tensor(1.5, device=DEVICE)
         for a, b in zip(compiled(scene, scale, backend), weighted(scene, scale, backend), strict=True):
             assert torch.equal(a, b)
 
 
-def test_cpu_tensors_without_the_interpreter():
-    code = (
-        "import torch; from tests.support.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
-        "ota_assign(*make_scene(PointGrid((8,), ((4, 4),)), (1,), 2), backend='triton')"
-    )
-    result = run_python(code)
-    assert result.returncode and "backend='triton' needs tensors on a GPU, they are on cpu" in result.stderr
+def test_cpu_tensors_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(kernels.assign, "COMPILED", True)
+    with pytest.raises(
+        ValueError, match="backend='triton' needs tensors on a GPU, they are on cpu; TRITON_INTERPRET=1"
+    ):
+        ota_assign(*scene_of([ORDINARY]), backend="triton")
 
 
 def test_kernels_without_triton():
     """The other backends work, and are the default; asking for this one says what is missing."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from tests.support.scenes import make_scene; from kernels import PointGrid, ota_assign\n"
-        "scene = make_scene(PointGrid((8,), ((4, 4),)), (1,), 2)\n"
-        "assert int(ota_assign(*scene).k) > 0\n"
-        "ota_assign(*scene, backend='triton')"
+        "import torch; from kernels import PointGrid, ota_assign\n"
+        "box = torch.tensor([[4.0, 4, 28, 28]])\n"
+        "inputs = torch.zeros(1, 16, 2), box.expand(1, 16, 4), box, torch.tensor([1]), torch.tensor([0, 1])\n"
+        "inputs = *inputs, PointGrid((8,), ((4, 4),))\n"
+        "assert int(ota_assign(*inputs).k) > 0\n"
+        "ota_assign(*inputs, backend='triton')"
     )
-    result = run_python(code)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "ModuleNotFoundError: backend='triton' needs the package triton" in result.stderr
 
 
 @gpu
 @pytest.mark.parametrize("name", ["coco", "crowd"])
-def test_parity_at_full_size(name):
+def test_full_size(name):
+    """Parity, half precision as it is, and the same bits ten times."""
     scene = make_workload(WORKLOADS[name]).to(DEVICE)
-    result = parity(scene, OTAConfig(), "triton")
-    assert not result.failures, "\n".join(result.failures)
-    assert result.excluded_share < EXCLUDED_SHARE
+    assert assert_parity(scene, OTAConfig(), "triton").excluded_share < EXCLUDED_SHARE
+    first = ota_assign(*scene)
+    for _ in range(9):
+        assert_equal(ota_assign(*scene), first)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = scene._replace(logits=scene.logits.to(dtype), boxes=scene.boxes.to(dtype))
+        rounded = half._replace(logits=half.logits.float(), boxes=half.boxes.float())
+        assert_equal(ota_assign(*half), ota_assign(*rounded))
 
 
 @gpu
@@ -173,15 +125,6 @@ def test_parity_of_aerial_images():
     assert result.excluded_share < EXCLUDED_SHARE
     torch_match, match = (ota_assign(*scene, backend=backend) for backend in ("torch", "triton"))
     assert (match.gt_index[0] != torch_match.gt_index[0]).float().mean() < EXCLUDED_SHARE
-
-
-@gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_at_full_size(dtype):
-    scene = make_workload(WORKLOADS["coco"]).to(DEVICE)
-    half = scene._replace(logits=scene.logits.to(dtype), boxes=scene.boxes.to(dtype))
-    rounded = half._replace(logits=half.logits.float(), boxes=half.boxes.float())
-    assert_equal(ota_assign(*half), ota_assign(*rounded))
 
 
 @gpu
@@ -200,27 +143,14 @@ def test_no_synchronisation(center_prior):
 
 
 @gpu
-@pytest.mark.parametrize("name", ["coco", "crowd"])
-def test_same_bits_ten_times(name):
-    scene = make_workload(WORKLOADS[name]).to(DEVICE)
-    first = ota_assign(*scene)
-    for _ in range(9):
-        assert_equal(ota_assign(*scene), first)
-
-
-@gpu
 @pytest.mark.parametrize("center_prior", ["closest", "radius", "none"])
 def test_cuda_graph_with_changed_inputs(center_prior):
-    """Ground truths are padded to a capacity; a replay sees whatever has been copied into the inputs."""
-    config, capacity = OTAConfig(center_prior=center_prior), 64
-    scenes = [make_scene(GRID, counts, 3, seed=seed) for seed, counts in enumerate([(7, 0, 23), (1, 2, 3), (0, 0, 0)])]
-    padded = []
-    for scene in scenes:
-        rows = capacity - len(scene.gt_boxes)
-        gt_boxes = torch.cat([scene.gt_boxes, torch.zeros(rows, 4)])
-        gt_labels = torch.cat([scene.gt_labels, torch.full((rows,), -1)])
-        padded.append(scene._replace(gt_boxes=gt_boxes, gt_labels=gt_labels).to(DEVICE))
-    static = Scene(*(tensor.clone() for tensor in padded[0][:5]), GRID)
+    """A replay sees whatever has been copied into the inputs, rows after the last offset included."""
+    config = OTAConfig(center_prior=center_prior)
+    scenes = [make_scene(GRID, counts, 3, seed=seed).to(DEVICE) for seed, counts in enumerate([(7, 0, 23), (1, 20, 9)])]
+    for offsets in ([0, 2, 2, 5], [0, 0, 0, 0]):
+        scenes.append(scenes[0]._replace(gt_offsets=torch.tensor(offsets, device=DEVICE)))
+    static = Scene(*(tensor.clone() for tensor in scenes[0][:5]), GRID)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         ota_assign(*static, config)
@@ -228,24 +158,11 @@ def test_cuda_graph_with_changed_inputs(center_prior):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         match = ota_assign(*static, config)
-    for scene in (*padded, *reversed(padded)):
+    for scene in (*scenes, *reversed(scenes)):
         for target, source in zip(static[:5], scene[:5], strict=True):
             target.copy_(source)
         graph.replay()
         assert_equal(match, ota_assign(*scene, config))
-
-
-@gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
-def test_no_address_out_of_bounds():
-    code = (
-        "from tests.support.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
-        "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
-        "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
-    )
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @gpu
@@ -259,3 +176,16 @@ def test_memory_follows_the_pairs(name, limit_mib):
     match = ota_assign(*scene)
     outputs = sum(tensor.numel() * tensor.element_size() for tensor in match)
     assert torch.cuda.max_memory_allocated() - before - outputs <= limit_mib * 2**20
+
+
+@gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_no_address_out_of_bounds():
+    code = (
+        "from tests.support.scenes import make_scene; from kernels import OTAConfig, PointGrid, ota_assign\n"
+        "scene = make_scene(PointGrid.for_image((104, 136), (8, 16, 32)), (7, 0, 70), 3).to('cuda')\n"
+        "for prior in ('closest', 'radius', 'none'): ota_assign(*scene, OTAConfig(center_prior=prior))"
+    )
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

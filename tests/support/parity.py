@@ -5,7 +5,6 @@ B images, N anchor points over all levels, G ground truths of a batch, P candida
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,13 +54,8 @@ def ambiguous_points(log_plan: Tensor, config: OTAConfig) -> Tensor:
     return first - second <= SCORE_MARGIN
 
 
-def parity(
-    scene: Scene, config: OTAConfig, backend: str | Callable[[], Assignment], images: list[int] | None = None
-) -> Parity:
-    """Compare a result on the whole batch with the reference on each of `images`; None is all.
-
-    `backend` is a backend of ota_assign, or a call that gives its result for this scene.
-    """
+def parity(scene: Scene, config: OTAConfig, backend: str, images: list[int] | None = None) -> Parity:
+    """Compare a result on the whole batch with the reference on each of `images`; None is all."""
     match, plan = _result(scene, config, backend)
     image, valid = valid_rows(scene.gt_boxes, scene.gt_labels, scene.gt_offsets, scene.logits.shape[-1])
     result = Parity()
@@ -76,10 +70,8 @@ def parity(
     return result
 
 
-def _result(scene: Scene, config: OTAConfig, backend: str | Callable[[], Assignment]) -> tuple[Assignment, Plan | None]:
+def _result(scene: Scene, config: OTAConfig, backend: str) -> tuple[Assignment, Plan | None]:
     """The assignment, and the plan where a backend lets it be looked at."""
-    if callable(backend):
-        return backend(), None
     if backend == "torch":
         return solve_torch(scene, config)
     if backend == "triton":
