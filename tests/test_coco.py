@@ -1,0 +1,177 @@
+"""Checks of a COCO file: every odd value and every problem is one clear message, missing files are searched for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data import CocoDataset, DatasetError, Split, check_annotations
+from data.layouts import COCO
+from tests.support.sets import box_record, grey, image_record, write_coco
+
+
+def spoiled(**values) -> str:
+    """Return the text of a sound annotation file, some fields of its one annotation changed."""
+    categories = [{"id": 3, "name": "é"}]
+    content = {"images": [image_record()], "annotations": [box_record() | values], "categories": categories}
+    return json.dumps(content, ensure_ascii=False)
+
+
+NESTED = "[" * 900 + "]" * 900
+REFUSED = {
+    "bad-json": ('{"images": [\n  1,,', r"not valid JSON at line 2, column 5.*has 18 bytes; is it whole\?"),
+    "list": ("[]", "the top level is a list"),
+    "no-keys": ("{}", "missing top-level lists: 3"),
+    "no-images": ('{"images": [], "annotations": [], "categories": []}', "'images' has no"),
+    "empty": ("", "the file is empty: 0 bytes"),
+    "deep": ("[" * 100_000, "lists or objects are nested too deeply"),
+    "deep-box": (spoiled(bbox=[]).replace("[]", NESTED), r"bbox is \[\[\[.*not four"),
+    "5000-digits": (spoiled(id=0).replace('"id": 0', '"id": ' + "9" * 5000), "a number has thousands of digits"),
+    "key-twice": (spoiled(id=7).replace('"id": 7', '"id": 7, "id": 8'), r"'id' is given twice in \{"),
+    "latin-1": (spoiled().encode("latin-1"), r"not text in UTF-8: byte 0xe9 in line 1.*Latin-1"),
+    "gbk": (spoiled().replace("é", "自行车").encode("gbk"), "not text in UTF-8.*GBK"),
+    "bbox-401-digits": (spoiled(bbox=[10**400, 1, 5, 5]), r"bbox is \[1000.*\.\.\..*most 64 bits"),
+    "bbox-overflows": (spoiled(bbox=[1e308, 1, 1e308, 5]), "more than 1 px outside"),
+    "bbox-true": (spoiled(bbox=[True, 1, 5, 5]), r"bbox is \[True, 1, 5, 5\], not four numbers"),
+    "id-2^63": (spoiled(id=2**63), "id is 9223372036854775808, not an integer of at most"),
+    "id-true": (spoiled(id=True), "id is True, not an integer"),
+    "id-list": (spoiled(id=[1]), r"id is \[1\], not an integer"),
+    "category-3.0": (spoiled(category_id=3.0), "category_id is 3.0, not an integer"),
+    "iscrowd-null": (spoiled(iscrowd=None), "iscrowd is None, not 0 or 1"),
+    "iscrowd-list": (spoiled(iscrowd=[[1]]), r"iscrowd is \[\[1\]\], not 0 or 1"),
+    "width-inf": (spoiled().replace('"width": 40', '"width": 1e400'), "width is inf, not a number of pixels"),
+    "width-digits": (spoiled().replace('"width": 40', f'"width": {10**400}'), "width is 1000.*not a number"),
+    "fractions": (spoiled(bbox=[0.1, 0.2, 0.5, 0.5]), r"a pixel at most, 100% of all \(normalised, fractions of"),
+    "name-5000": (spoiled().replace("a.jpg", "a" * 5000), r"file_name is 'aaa.*\.\.\..*, not the name of a file"),
+    "name-300": (spoiled().replace("a.jpg", "a" * 300), r"image files that cannot be read: 1\n.*File name too long"),
+    "name-nul": (spoiled().replace("a.jpg", r"a\u0000"), r"file_name is 'a\\x00', not the name of a file"),
+    "name-surrogate": (spoiled().replace("a.jpg", r"a\ud800"), r"cannot be read: 1\n.*surrogates not allowed"),
+}
+TAKEN = {
+    "deep-extra": spoiled(extra=[]).replace("[]", NESTED),
+    "utf-16": spoiled().encode("utf-16"),
+    "bom": spoiled().encode("utf-8-sig"),
+    "id-largest": spoiled(id=2**63 - 1),
+    "id-smallest": spoiled(id=-(2**63)),
+    "iscrowd-true": spoiled(iscrowd=True),
+    "width-40.0": spoiled().replace('"width": 40', '"width": 40.0'),
+    "half-a-pixel-outside": spoiled(bbox=[-0.5, 20, 41, 10.5]),
+}
+
+
+def encoded(content: str | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.encode()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_odd_content_is_one_clear_message(tmp_path, case):
+    content, story = REFUSED[case]
+    split = write_coco(tmp_path)
+    split.annotations.write_bytes(encoded(content))
+    with pytest.raises(DatasetError, match=story) as error:
+        CocoDataset(split)
+    assert str(split.annotations) in str(error.value) and len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_odd_content_that_is_taken(tmp_path, case):
+    split = write_coco(tmp_path)
+    split.annotations.write_bytes(encoded(TAKEN[case]))
+    dataset = CocoDataset(split)
+    assert (dataset.num_boxes, dataset.crowd_boxes) == ((0, 1) if case == "iscrowd-true" else (1, 0))
+    assert dataset.class_names == ["é"] and dataset[0][0].shape == (3, 30, 40)
+
+
+def test_every_problem_in_one_error(tmp_path):
+    images = [image_record(1), image_record(1, "b.jpg"), image_record(2), image_record(3, "gone.jpg")]
+    images += [image_record(4, "c.jpg", 10, 10), image_record(5, "d.jpg"), {"id": 6, "width": 3, "height": 3}]
+    boxes = [box_record(i, (30, 0, 20, 5)) for i in range(1, 9)]
+    boxes += [box_record(8), box_record(9, image_id=77), box_record(10, category_id=66), {"id": 11}]
+    boxes += [box_record(12, (1, 2, 3)), box_record(13, image_id="1"), box_record(14, iscrowd=2)]
+    boxes += [box_record(15, image_id=6)]  # whose image is malformed, not unknown
+    categories = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4}, {"id": 5, "name": "cat"}]
+    split = write_coco(tmp_path, images, boxes, categories, pixels=False)
+    grey(split.images / "a.jpg")
+    grey(split.images / "c.jpg")
+    (split.images / "d.jpg").write_bytes(b"no image")
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    for part in (
+        f"{split.annotations}: 24 problem(s)",
+        "ids that occur twice in 'images': 1\n    record 1, id 1, file_name 'b.jpg'",
+        "malformed records in 'images': 1\n    record 6, id 6: file_name is missing",
+        "file names that occur twice: 1\n    a.jpg: images 1 and 2",
+        f"image files missing in {split.images}: 1\n    image 3 (gone.jpg)",
+        "image 4 (c.jpg): 10 x 10 in the record, 40 x 30 in the file",
+        "image files that cannot be read: 1\n    image 5 (d.jpg)",
+        "ids that occur twice in 'annotations': 1",
+        "annotations of unknown images: 1\n    annotation 9, image 77",
+        "annotations of unknown categories: 1\n    annotation 10, image 1 (a.jpg): category_id 66",
+        "malformed records in 'annotations': 4\n    record 11, id 11: image_id is missing",
+        "bbox is [1, 2, 3], not four numbers",
+        "image_id is '1', not an integer",
+        "iscrowd is 2, not 0 or 1",
+        "px?): 8\n    annotation 1, image 1 (a.jpg): [30, 0, 20, 5] in 40 x 30",
+        "and 3 more",
+        "ids that occur twice in 'categories': 1",
+        "malformed records in 'categories': 1\n    record 2, id 4: name is missing",
+        "category names that occur twice: 1\n    'cat'",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(DatasetError, match="annotations of unknown categories"):
+        CocoDataset(split, bad_images="skip")  # which excuses the images alone
+
+
+def test_large_sets_are_sampled(tmp_path):
+    images = [image_record(i, f"{i}.jpg") for i in range(5001)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    with pytest.raises(DatasetError, match=r"\(in 2000 of 5001 files looked at\): 2000"):
+        check_annotations(content, Split("train", tmp_path / "file.json", tmp_path, COCO))
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk", "way"),
+    [
+        pytest.param("images\\{}.jpg", "images/{}.jpg", "with / for \\", id="backslash"),
+        pytest.param("a%20{}.jpg", "a {}.jpg", "with %20 and the like decoded", id="url"),
+        pytest.param("a {}.jpg", "a%20{}.jpg", "with %20 and the like decoded", id="url-on-disk"),
+        pytest.param("é{}.jpg", "e\u0301{}.jpg", "in another Unicode form (NFC, NFD)", id="nfd"),
+        pytest.param("{}.JPG", "{}.jpg", "with upper and lower case changed", id="case"),
+        pytest.param("{}", "{}.jpg", "with another extension", id="no-extension"),
+        pytest.param("{}.png", "{}.jpeg", "with another extension", id="other-extension"),
+        pytest.param("train/{}.jpg", "{}.jpg", "without the folder train", id="folder-dropped"),
+        pytest.param("train/a/{}.jpg", "a/{}.jpg", "without the folder train", id="first-folder-dropped"),
+        pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
+        pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
+        pytest.param("x/a/{}.jpg", "y/a/{}.jpg", "in the folder {root}/train/y in place of x", id="other-folder"),
+        pytest.param("{}.jpg", "../pictures/{}.jpg", "in the folder {root}/pictures", id="beside"),
+        pytest.param("C:\\Data\\A%20{}.JPG", "sub/a {}.png", "with %20 and the like decoded and with / for \\ and with"
+                     " upper and lower case changed and with another extension and in the folder {root}/train/sub in"
+                     " place of C:/Data", id="all"),
+    ],
+)  # fmt: skip
+def test_names_that_are_nearly_those_on_disk(tmp_path, name, on_disk, way):
+    """The error has the number, the fewest changes and an example; nothing is loaded under another name."""
+    split = write_coco(tmp_path, [image_record(i, name.format(i)) for i in (1, 2, 3)], pixels=False)
+    beside = [] if on_disk.startswith("../") else [tmp_path / "val" / on_disk]  # where a file is the last guess
+    for path in (str(path).format(i) for path in [split.images / on_disk, *beside] for i in (1, 2)):
+        grey(Path(path))
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    found = f"{way.format(root=tmp_path)}: {on_disk.format(1)} for {name.format(1)}"
+    assert str(error.value).splitlines()[-1] == f"  2 of the 3 missing files would be found {found}"
+
+
+def test_files_of_one_name_in_many_folders(tmp_path):
+    """The one with the most folders in common counts, and many ways are cut short."""
+    names = [f"old/cam{i}/01.jpg" for i in range(30)]
+    split = write_coco(tmp_path, [image_record(i, name) for i, name in enumerate([*names, *"abcdefg"])], pixels=False)
+    for file in [f"new/cam{i}/01.jpg" for i in range(30)] + [f"{letter * 2}/{letter}" for letter in "abcdefg"]:
+        (split.images / file).parent.mkdir(parents=True)
+        (split.images / file).touch()
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(split)
+    lines = str(error.value).splitlines()[-6:]
+    assert lines[0].startswith("  30 of the 37 missing files would be found in the folder")
+    assert "train/new in place of old: new/cam0/01.jpg for old/cam0/01.jpg" in lines[0]
+    assert lines[5] == "  and 3 more in other ways"

@@ -1,0 +1,157 @@
+"""Generated shapes and drawn pictures: what they show, and where."""
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torchvision.ops import box_iou
+
+from data import CocoDataset, find_splits, generate_shapes
+from data.draw import draw_curves, draw_detections, save_contact_sheet
+from data.shapes import CLASSES, CROWD_OBJECTS, SPARSE_OBJECTS, Scene, Shape
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes") / "set"
+    generate_shapes(root, train_images=60, val_images=3)
+    return root
+
+
+def test_shapes_are_deterministic(shapes, tmp_path):
+    """An image depends on the seed, its split and its number, not on the number of images."""
+    generate_shapes(tmp_path / "again", train_images=4, val_images=3)
+    files = sorted(path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file())
+    assert len(files) == 9
+    same = [(shapes / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files]
+    assert [name.name for name, is_same in zip(files, same, strict=True) if not is_same] == ["instances_train.json"]
+    generate_shapes(tmp_path / "other", seed=1, train_images=4, val_images=3)
+    assert not any((tmp_path / "other" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in files)
+
+
+def test_shapes_are_valid_and_crowded(shapes):
+    train = CocoDataset(find_splits(str(shapes))[0])
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(train.split.annotations).getAnnIds()) == len(train.annotations["annotations"])
+    boxes = [torch.as_tensor(target["boxes"]) for _, target in train]
+    overlap = torch.tensor([box_iou(b, b).triu(1).max().item() if len(b) else 0.0 for b in boxes])
+    counts = torch.tensor([len(b) for b in boxes])
+    assert (overlap > 0.3).float().mean() > 0.25 and overlap.max() < 0.75
+    assert (counts == 0).any() and (counts > SPARSE_OBJECTS[1]).float().mean() > 0.2
+    assert counts.max() <= CROWD_OBJECTS[1]
+    sides = torch.cat(boxes)[:, 2:] - torch.cat(boxes)[:, :2]
+    assert sides.min() > 8 and sides.max() <= 101
+    assert train.dropped_boxes == 0 and train.class_names == sorted(CLASSES, key=CLASSES.index)
+
+
+def test_boxes_hold_their_shapes(shapes):
+    """Pixels change at most 1 px outside of a box; a single shape reaches all four sides of its box."""
+    content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    singles = 0
+    for i in range(30):
+        scene = Scene(160, np.random.default_rng([0, 0, i]))
+        background = scene.canvas.copy()
+        scene.fill()
+        picture = pixels(shapes / "train" / f"{i + 1:06d}.jpg")
+        assert np.abs(picture - scene.canvas.clip(0, 255)).mean() < 8  # JPEG
+        records = [a for a in content["annotations"] if a["image_id"] == i + 1]
+        boxes = np.array([a["bbox"] for a in records]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        drawn, inside = (scene.canvas != background).any(2), np.zeros((160, 160), bool)
+        for x1, y1, x2, y2 in boxes:
+            inside[max(0, int(y1) - 1) : int(y2) + 2, max(0, int(x1) - 1) : int(x2) + 2] = True
+        assert not (drawn & ~inside).any()
+        if len(boxes) == 1:
+            singles += 1
+            rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+            extent = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            assert np.abs(boxes[0] - extent).max() < 1.6
+            assert np.abs(scene.canvas - background)[drawn].mean() > 25  # stands out
+    assert singles > 2
+
+
+OUTLINES = {  # of a shape of radius 16, turned by 0: points relative to its centre that it covers, and does not
+    "circle": ([(0, 0), (11, 11), (-15, 0)], [(12, 12)]),
+    "square": ([(0, 0), (0, 14), (-14, 0)], [(10, 10), (-10, 10)]),  # on a corner
+    "triangle": ([(0, 0), (13, 0), (-6, 8)], [(-10, 0), (8, 8)]),
+    "star": ([(0, 0), (13, 0), (4, 12)], [(8, 6), (-10, 0)]),
+    "ring": ([(12, 0), (0, -12)], [(0, 0), (5, 0), (12, 12)]),
+}
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+def test_outline_of_each_class(name):
+    coverage = Shape(CLASSES.index(name), np.array([20.5, 20.5]), 16.0, 0.0).coverage(0, 0, 41)
+    for points, wanted in zip(OUTLINES[name], (1, 0), strict=True):
+        assert [coverage[20 + y, 20 + x] for x, y in points] == [wanted] * len(points)
+
+
+def write_set(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, "argv", ["data", *map(str, args)])
+    runpy.run_module("data", run_name="__main__")
+
+
+def test_command_writes_a_set(tmp_path, monkeypatch, capsys):
+    sizes = ["--train-images", 3, "--val-images", 1, "--size", 64]
+    write_set(monkeypatch, tmp_path / "crowds", *sizes, "--crowded-share", 1, "--one-class")
+    assert f"python train.py --data {tmp_path / 'crowds'}" in capsys.readouterr().out
+    train, val = (CocoDataset(split) for split in find_splits(str(tmp_path / "crowds")))
+    assert (len(train), len(val), train.class_names) == (3, 1, ["shape"]) and train[0][0].shape == (3, 64, 64)
+    for args, story in (
+        ([tmp_path / "crowds"], "exists; name another folder"),
+        ([tmp_path / "new", "--crowded-share", 1.5], "lies between 0 and 1"),
+        ([tmp_path / "new", "--size", 31], "--size between 32 and"),
+        ([tmp_path / "new", "--val-images", 0], "each part has an image"),
+    ):
+        with pytest.raises(SystemExit):
+            write_set(monkeypatch, *args)
+        assert story in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_true_boxes_are_white_and_the_best_detection_is_on_top():
+    image = torch.zeros(3, 400, 500, dtype=torch.uint8)
+    truth = torch.tensor([[50.0, 250, 150, 350]])
+    boxes = torch.tensor([[200.0, 100, 300, 200], [200, 100, 300, 200], [350, 100, 450, 200]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 1])
+    picture = draw_detections(image, truth, boxes, scores, labels, ["cat", "dog"])
+    assert picture[:, 300, 50].tolist() == [255] * 3 and picture[:, 300, 100].tolist() == [0] * 3
+    cat, dog = picture[:, 150, 200].tolist(), picture[:, 150, 350].tolist()
+    assert cat[0] == 255 > 100 > max(cat[1:]) and dog != cat and max(dog) == 255 and max(picture[:, 150, 250]) == 0
+
+
+def test_small_images_are_enlarged_with_their_boxes():
+    image, nothing = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.empty(0)
+    picture = draw_detections(image, torch.tensor([[10.0, 10, 30, 30]]), nothing.view(0, 4), nothing, nothing, [])
+    assert picture.shape == (3, 400, 500) and picture[:, 200, 100].tolist() == [255] * 3
+    assert picture[:, 200, 200].tolist() == [0] * 3
+
+
+def test_contact_sheet_has_the_pictures_row_by_row(tmp_path):
+    pictures = [torch.full((3, 20 + i, 30), 50 * (i + 1), dtype=torch.uint8) for i in range(3)]
+    save_contact_sheet(pictures, tmp_path / "sheet.png", columns=2)
+    sheet = pixels(tmp_path / "sheet.png")
+    assert [sheet[y, x, 0] for y, x in ((10, 10), (10, 45), (35, 10), (35, 45))] == [50, 100, 150, 0]
+
+
+def test_curves_are_in_their_panels(tmp_path):
+    """Loss on the left, average precision in the middle, supplies on the right: another AP changes the middle alone."""
+    line = dict.fromkeys(("loss", "cls", "box", "iou", "positives_per_gt", "mean_k"), 0.5)
+    log = [line | {"step": step} for step in (1, 2)] + [{"step": 2, "AP": 0.5, "AP50": 0.5, "AP75": 0.5}]
+    draw_curves(log, tmp_path / "one.png")
+    log[-1]["AP50"] = 0.8
+    draw_curves(log, tmp_path / "other.png")
+    one, other = (pixels(tmp_path / f"{name}.png") for name in ("one", "other"))
+    columns = np.flatnonzero((one != other).any((0, 2)))
+    assert len(columns) and (3 * columns // one.shape[1] == 1).all()
