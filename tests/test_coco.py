@@ -1,13 +1,14 @@
 """Checks of a COCO file: every odd value and every problem is one clear message, missing files are searched for."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from data import CocoDataset, DatasetError, Split, check_annotations
 from data.layouts import COCO
-from tests.support.sets import box_record, grey, image_record, write_coco
+from tests.support.sets import box_record, grey, image_record, refusal, write_coco
 
 
 def spoiled(**values) -> str:
@@ -59,27 +60,24 @@ TAKEN = {
 }
 
 
-def encoded(content: str | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.encode()
+def write_text(root: Path, content: str | bytes) -> Split:
+    split = write_coco(root)
+    split.annotations.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return split
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_odd_content_is_one_clear_message(tmp_path, case):
     content, story = REFUSED[case]
-    split = write_coco(tmp_path)
-    split.annotations.write_bytes(encoded(content))
-    with pytest.raises(DatasetError, match=story) as error:
-        CocoDataset(split)
-    assert str(split.annotations) in str(error.value) and len(str(error.value)) < 1500
+    said = refusal(write_text(tmp_path, content))
+    assert re.search(story, said) and f"{tmp_path}/annotations/instances_train.json" in said and len(said) < 1500
 
 
-@pytest.mark.parametrize("case", TAKEN)
-def test_odd_content_that_is_taken(tmp_path, case):
-    split = write_coco(tmp_path)
-    split.annotations.write_bytes(encoded(TAKEN[case]))
-    dataset = CocoDataset(split)
-    assert (dataset.num_boxes, dataset.crowd_boxes) == ((0, 1) if case == "iscrowd-true" else (1, 0))
-    assert dataset.class_names == ["é"] and dataset[0][0].shape == (3, 30, 40)
+def test_odd_content_that_is_taken(tmp_path):
+    for case, content in TAKEN.items():
+        dataset = CocoDataset(write_text(tmp_path, content))
+        assert (dataset.num_boxes, dataset.crowd_boxes) == ((0, 1) if case == "iscrowd-true" else (1, 0)), case
+        assert dataset.class_names == ["é"] and dataset[0][0].shape == (3, 30, 40)
 
 
 def test_every_problem_in_one_error(tmp_path):
@@ -94,8 +92,7 @@ def test_every_problem_in_one_error(tmp_path):
     grey(split.images / "a.jpg")
     grey(split.images / "c.jpg")
     (split.images / "d.jpg").write_bytes(b"no image")
-    with pytest.raises(DatasetError) as error:
-        CocoDataset(split)
+    said = refusal(split)
     for part in (
         f"{split.annotations}: 24 problem(s)",
         "ids that occur twice in 'images': 1\n    record 1, id 1, file_name 'b.jpg'",
@@ -117,9 +114,8 @@ def test_every_problem_in_one_error(tmp_path):
         "malformed records in 'categories': 1\n    record 2, id 4: name is missing",
         "category names that occur twice: 1\n    'cat'",
     ):
-        assert part in str(error.value)
-    with pytest.raises(DatasetError, match="annotations of unknown categories"):
-        CocoDataset(split, bad_images="skip")  # which excuses the images alone
+        assert part in said
+    assert "annotations of unknown categories" in refusal(split, bad_images="skip")  # which excuses images alone
 
 
 def test_large_sets_are_sampled(tmp_path):
@@ -134,13 +130,10 @@ def test_large_sets_are_sampled(tmp_path):
     [
         pytest.param("images\\{}.jpg", "images/{}.jpg", "with / for \\", id="backslash"),
         pytest.param("a%20{}.jpg", "a {}.jpg", "with %20 and the like decoded", id="url"),
-        pytest.param("a {}.jpg", "a%20{}.jpg", "with %20 and the like decoded", id="url-on-disk"),
         pytest.param("é{}.jpg", "e\u0301{}.jpg", "in another Unicode form (NFC, NFD)", id="nfd"),
         pytest.param("{}.JPG", "{}.jpg", "with upper and lower case changed", id="case"),
-        pytest.param("{}", "{}.jpg", "with another extension", id="no-extension"),
         pytest.param("{}.png", "{}.jpeg", "with another extension", id="other-extension"),
         pytest.param("train/{}.jpg", "{}.jpg", "without the folder train", id="folder-dropped"),
-        pytest.param("train/a/{}.jpg", "a/{}.jpg", "without the folder train", id="first-folder-dropped"),
         pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
         pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
         pytest.param("x/a/{}.jpg", "y/a/{}.jpg", "in the folder {root}/train/y in place of x", id="other-folder"),
@@ -156,10 +149,8 @@ def test_names_that_are_nearly_those_on_disk(tmp_path, name, on_disk, way):
     beside = [] if on_disk.startswith("../") else [tmp_path / "val" / on_disk]  # where a file is the last guess
     for path in (str(path).format(i) for path in [split.images / on_disk, *beside] for i in (1, 2)):
         grey(Path(path))
-    with pytest.raises(DatasetError) as error:
-        CocoDataset(split)
     found = f"{way.format(root=tmp_path)}: {on_disk.format(1)} for {name.format(1)}"
-    assert str(error.value).splitlines()[-1] == f"  2 of the 3 missing files would be found {found}"
+    assert refusal(split).splitlines()[-1] == f"  2 of the 3 missing files would be found {found}"
 
 
 def test_files_of_one_name_in_many_folders(tmp_path):
@@ -169,9 +160,7 @@ def test_files_of_one_name_in_many_folders(tmp_path):
     for file in [f"new/cam{i}/01.jpg" for i in range(30)] + [f"{letter * 2}/{letter}" for letter in "abcdefg"]:
         (split.images / file).parent.mkdir(parents=True)
         (split.images / file).touch()
-    with pytest.raises(DatasetError) as error:
-        CocoDataset(split)
-    lines = str(error.value).splitlines()[-6:]
+    lines = refusal(split).splitlines()[-6:]
     assert lines[0].startswith("  30 of the 37 missing files would be found in the folder")
     assert "train/new in place of old: new/cam0/01.jpg for old/cam0/01.jpg" in lines[0]
     assert lines[5] == "  and 3 more in other ways"

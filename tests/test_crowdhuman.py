@@ -11,14 +11,14 @@ import torch
 
 import eval as eval_script
 import train
-from data import CocoDataset, DatasetError, collate, generate_shapes
+from data import CocoDataset, collate, generate_shapes
 from data.crowd_metrics import crowd_metrics
 from data.layouts import CROWDHUMAN, find_form
 from errors import UserError
 from kernels import PointGrid
 from model import load_weights
 from model.losses import points_inside
-from tests.support.sets import dataset_of, person, write_crowdhuman, write_scenes
+from tests.support.sets import dataset_of, person, refusal, write_crowdhuman, write_scenes
 from tests.test_train import TINY
 from training.settings import detector_config, parse_args
 
@@ -91,37 +91,19 @@ def test_every_malformed_line_is_named(tmp_path):
     """One by one, and five of them in one message."""
     lines = [line if isinstance(line, str) else json.dumps(line) for line, _ in REFUSED.values()]
     for line, (_, story) in zip(lines, REFUSED.values(), strict=True):
-        split = write_crowdhuman(tmp_path, [{"ID": "good", "gtboxes": [BOX]}, line])
-        with pytest.raises(DatasetError, match=r"annotation_train.odgt: 1 problem\(s\)") as error:
-            CocoDataset(split)
-        assert "malformed lines: 1\n    line 2: " in str(error.value) and story in str(error.value)
-        assert len(str(error.value)) < 1500
-    with pytest.raises(DatasetError, match=r"12 problem\(s\)(.|\n)*line 5: ID a: gtboxes(.|\n)*and 7 more"):
-        CocoDataset(write_crowdhuman(tmp_path, lines))
+        said = refusal(write_crowdhuman(tmp_path, [{"ID": "good", "gtboxes": [BOX]}, line]))
+        assert "annotation_train.odgt: 1 problem(s)" in said and len(said) < 1500
+        assert "malformed lines: 1\n    line 2: " in said and story in said
+    said = refusal(write_crowdhuman(tmp_path, lines))
+    assert "12 problem(s)" in said and "\n    line 5: ID a: gtboxes" in said and "and 7 more" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "story"),
-    [
-        (r"a\u0000", r"line 1 .*embedded null"),
-        ("a" * 5000, r"line 1 .*File name too long"),
-        ("B", "file names that occur twice(.|\n)*B.jpg: images 1 and 2"),
-    ],
-    ids=["nul", "long", "twice"],
-)
-def test_odd_names_are_one_clear_message(tmp_path, name, story):
-    split = write_crowdhuman(tmp_path, [{"ID": "B", "gtboxes": []}])
-    split.annotations.write_text(f'{{"ID": "{name}", "gtboxes": []}}\n' * 2)
-    with pytest.raises(DatasetError, match=story) as error:
-        CocoDataset(split)
-    assert len(str(error.value)) < 2500
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_encodings_with_a_mark(tmp_path, encoding):
-    split = write_crowdhuman(tmp_path, [{"ID": "a", "gtboxes": []}, {"ID": "b", "gtboxes": []}])
-    split.annotations.write_text(split.annotations.read_text(), encoding=encoding)
-    assert len(CocoDataset(split)) == 2
+def test_odd_names_are_one_clear_message(tmp_path):
+    stories = {r"a\u0000": "embedded null", "a" * 5000: "File name too long", "B": "B.jpg: images 1 and 2"}
+    for name, story in stories.items():
+        line = f'{{"ID": "{name}", "gtboxes": []}}'
+        said = refusal(write_crowdhuman(tmp_path, [{"ID": "B", "gtboxes": []}, line]))
+        assert story in said and "1 problem(s)" in said and len(said) < 1500
 
 
 def test_bad_images_are_skipped(tmp_path, capfd):
@@ -145,7 +127,7 @@ def settings(monkeypatch, *args):
 def test_recipe(tmp_path, monkeypatch, by):
     write_crowdhuman(tmp_path, [])
     args = settings(monkeypatch, "--data", "crowdhuman" if by == "name" else tmp_path)
-    assert {name: getattr(args, name) for name in CROWD_RECIPE} == CROWD_RECIPE
+    assert CROWD_RECIPE.items() <= vars(args).items()
     assert find_form(args.data) is CROWDHUMAN
     assert detector_config(args, 1).max_detections == 500
     args = settings(monkeypatch, "--data", tmp_path, "--box", "hbox", "--epochs", 3)
@@ -187,9 +169,9 @@ def generate_crowds(root: Path, size_px: int) -> Path:
 
 def test_training_and_evaluation(tmp_path, call):
     """One run: its metrics, what its weights know, other boxes, and other annotations, which are another run."""
-    data, out, again = generate_crowds(tmp_path / "crowds", 96), tmp_path / "out", tmp_path / "again"
-    flags = ["--data", data, *TINY, "--image-size", 96, "--ota", "radius=3", "top_q=10", "--eval-every", 1000,
-             "--steps", 36, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 10,
+    data, out, again = generate_crowds(tmp_path / "crowds", 64), tmp_path / "out", tmp_path / "again"
+    flags = ["--data", data, *TINY, "--image-size", 64, "--ota", "radius=3", "top_q=10", "--eval-every", 1000,
+             "--steps", 16, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 10,
              "--schedule", "cosine", "--out", out]  # fmt: skip
     said = call(train, *flags)
     metrics = json.loads((out / "metrics.json").read_text())

@@ -1,5 +1,6 @@
 """Pascal VOC's form: coordinates from 1, difficult objects, lists and names, encodings, every mistake named."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 
 import eval as eval_script
 import train
-from data import CocoDataset, DatasetError, find_splits
-from tests.support.sets import dataset_of, grey, scene, write_scenes, write_voc
+from data import DatasetError
+from tests.support.sets import dataset_of, grey, refusal, scene, write_scenes, write_voc
 from tests.test_train import TINY
 
 CAT = ("cat", 3, 3, 12, 12, 0)
@@ -21,14 +22,10 @@ def test_corners_are_inclusive_and_start_at_1(tmp_path):
     assert [a["bbox"] for a in dataset.annotations["annotations"]] == [[0, 0, 40, 30], [4, 5, 1, 1]]
 
 
-@pytest.mark.parametrize(
-    ("text", "ignored"),
-    [("", 0), ("0", 0), ("0.0", 0), ("false", 0), ("Unspecified", 0), (" 1 ", 1), ("1.0", 1), ("True", 1)],
-)
-def test_forms_of_difficult(tmp_path, text, ignored):
-    write_voc(tmp_path, {"a": scene("a", ("cat", 3, 3, 12, 12, text))}, train=["a"])
-    dataset = dataset_of(tmp_path)
-    assert (dataset.crowd_boxes, dataset.num_boxes) == (ignored, 1 - ignored)
+def test_forms_of_difficult(tmp_path):
+    texts = {"": 0, "0": 0, "0.0": 0, "false": 0, "Unspecified": 0, " 1 ": 1, "1.0": 1, "True": 1}
+    write_voc(tmp_path, {"a": scene("a", *(("cat", 3, 3, 12, 12, text) for text in texts))}, train=["a"])
+    assert [a["iscrowd"] for a in dataset_of(tmp_path).annotations["annotations"]] == list(texts.values())
 
 
 def test_classes_are_those_of_all_lists(tmp_path):
@@ -39,26 +36,6 @@ def test_classes_are_those_of_all_lists(tmp_path):
     train, val = dataset_of(tmp_path, 0), dataset_of(tmp_path, 1)
     assert train.class_names == val.class_names == ["ant", "zebra"]
     assert train.category_ids == [1, 2] and train[0][1]["labels"].tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    ("lists", "wanted"),
-    [
-        (["train", "val", "trainval", "test"], ["trainval", "test"]),
-        (["train", "val", "trainval"], ["train", "val"]),
-        (["trainval"], ["trainval", None]),
-    ],
-    ids=["voc2007", "voc2012", "trainval-alone"],
-)
-def test_lists_that_are_taken(tmp_path, lists, wanted):
-    write_voc(tmp_path, {"a": scene("a")}, **{name: ["a"] for name in lists})
-    assert [split and split.annotations.stem for split in find_splits(str(tmp_path))] == wanted
-
-
-def with_a_class(root: Path) -> CocoDataset:
-    """The training half, after an object in a further list has given it a class."""
-    write_voc(root, {"class": scene("class", CAT)}, val=["class"])
-    return dataset_of(root)
 
 
 @pytest.mark.parametrize(
@@ -74,36 +51,31 @@ def with_a_class(root: Path) -> CocoDataset:
     ],
 )
 def test_lines_of_a_list(tmp_path, names, text, ids):
-    write_voc(tmp_path, {name: scene(name) for name in names}, train=[])
+    write_voc(tmp_path, {name: scene(name) for name in names} | {"c": scene("c", CAT)}, train=[], val=["c"])
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(text.encode())
-    images = [(image["id"], image["file_name"]) for image in with_a_class(tmp_path).images]
+    images = [(image["id"], image["file_name"]) for image in dataset_of(tmp_path).images]
     assert images == [(number, f"{name}.jpg") for number, name in zip(ids, names, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("file_name", "on_disk", "wanted"),
-    [
-        pytest.param("a", "a.jpg", "a.jpg", id="no-extension"),
-        pytest.param("old.jpg", "a.png", "a.png", id="stale"),
-        pytest.param("../images/a.jpg", "a.JPG", "a.JPG", id="path"),
-        pytest.param("/home/me/a.jpg", "a.jpeg", "a.jpeg", id="absolute"),
-        pytest.param("b.jpg", "b.jpg", "b.jpg", id="as-it-says"),
-    ],
-)
-def test_image_is_the_filename_or_called_like_the_line(tmp_path, file_name, on_disk, wanted):
-    write_voc(tmp_path, {"a": scene("a").replace("a.jpg", file_name)}, pixels=False, train=["a"])
-    grey(tmp_path / "JPEGImages" / on_disk)
-    assert with_a_class(tmp_path).images[0]["file_name"] == wanted
+def test_image_is_the_filename_or_called_like_the_line(tmp_path):
+    said = {"a": "a", "b": "old.jpg", "c": "../images/c.jpg", "d": "/home/me/d.jpg", "e": "other.jpg"}
+    found = ["a.jpg", "b.png", "c.JPG", "d.jpeg", "other.jpg"]
+    scenes = {name: scene(name, CAT).replace(f"{name}.jpg", file_name) for name, file_name in said.items()}
+    write_voc(tmp_path, scenes, None, train=said)
+    for file in found:
+        grey(tmp_path / "JPEGImages" / file)
+    assert [image["file_name"] for image in dataset_of(tmp_path).images] == found
 
 
-@pytest.mark.parametrize(("declared", "used"), [("GB2312", "gbk"), ("big5", "big5"), ("EUC-JP", "euc_jp"),
-                                                ("UTF-16", "utf-16"), ("windows-1251", "windows-1251")])  # fmt: skip
-def test_encodings_of_annotation_files(tmp_path, declared, used):
-    name = {"gbk": "汽車镕", "big5": "汽車", "windows-1251": "кот"}.get(used, "猫")
-    write_voc(tmp_path, {"a": ""}, train=["a"])
-    xml = f'<?xml version="1.0" encoding="{declared}"?>' + scene("a", (name, 3, 3, 12, 12, 0))
-    (tmp_path / "Annotations" / "a.xml").write_bytes(xml.encode(used))
-    assert dataset_of(tmp_path).class_names == [name]
+def test_encodings_of_annotation_files(tmp_path):
+    """Files that declare GB2312 have characters of its larger relatives."""
+    names = {"gb2312": "汽車镕", "big5": "汽車", "euc-jp": "猫", "utf-16": "猫2", "windows-1251": "кот"}
+    write_voc(tmp_path, dict.fromkeys(names, ""), train=names)
+    for encoding, name in names.items():
+        xml = f'<?xml version="1.0" encoding="{encoding.upper()}"?>' + scene(encoding, (name, 3, 3, 12, 12, 0))
+        content = xml.encode("gbk" if encoding == "gb2312" else encoding)
+        (tmp_path / "Annotations" / f"{encoding}.xml").write_bytes(content)
+    assert dataset_of(tmp_path).class_names == sorted(names.values())
 
 
 GOOD = scene("bad", CAT)
@@ -117,7 +89,6 @@ REFUSED = {
     "difficult": (GOOD.replace("<difficult>0", "<difficult>yes"), "difficult is 'yes', not 0 or 1"),
     "size": (GOOD.replace("<width>40", "<width>inf"), "<size/width> of <annotation> is 'inf', not a number"),
     "file": (GOOD.replace("<filename>bad.jpg</filename>", ""), "<annotation> has no <filename>"),
-    "missing": (None, "No such file"),
     "encoding": ('<?xml version="1.0" encoding="nonsense"?>' + GOOD, "encoding 'nonsense' is unknown or"),
     "no-text": ('<?xml version="1.0" encoding="base64"?>' + GOOD, "encoding 'base64' is unknown or"),
     "wrong": ('<?xml version="1.0" encoding="euc-jp"?><!--\xff-->' + GOOD, "'euc-jp' is unknown or not that of"),
@@ -132,23 +103,16 @@ def test_bad_annotation_file_is_named(tmp_path, case):
     content, story = REFUSED[case]
     write_voc(tmp_path, {"good": scene("good", CAT)}, train=["good", "bad"])
     xml = tmp_path / "Annotations" / "bad.xml"
-    if content is not None:
-        xml.write_bytes(content.encode("latin-1"))
-    with pytest.raises(DatasetError, match=r"train.txt: 1 problem\(s\)") as error:
-        dataset_of(tmp_path)
-    assert f"{xml} (train.txt): " in str(error.value) and story in str(error.value)
+    xml.write_bytes(content.encode("latin-1"))
+    said = refusal(tmp_path)
+    assert "train.txt: 1 problem(s)" in said and f"{xml} (train.txt): " in said and story in said
 
 
-def test_annotation_file_in_other_case_is_found(tmp_path):
-    write_voc(tmp_path, {"A": scene("A")}, train=["a"])
-    with pytest.raises(DatasetError, match="1 of the 1 missing files would be found with upper.*: A.xml for a.xml"):
-        dataset_of(tmp_path)
-
-
-def test_box_outside_its_image_is_named(tmp_path):
-    write_voc(tmp_path, {"d": scene("d", ("cat", 3, 3, 60, 12, 0))}, train=["d"])
-    with pytest.raises(DatasetError, match=r"annotation 1, image 1 \(d.jpg\): \[2.0, 2.0, 58.0, 10.0\] in 40 x 30"):
-        dataset_of(tmp_path)
+def test_missing_annotation_file_is_searched_for(tmp_path):
+    write_voc(tmp_path, {"A": scene("A", CAT)}, train=["a", "b"])
+    said = refusal(tmp_path)
+    assert f"{tmp_path}/Annotations/b.xml (train.txt): [Errno 2] No such file" in said
+    assert "1 of the 2 missing files would be found with upper and lower case changed: A.xml for a.xml" in said
 
 
 @pytest.mark.parametrize("line", ["../../outside", "/outside", "link"])
@@ -160,13 +124,11 @@ def test_annotations_outside_the_set_are_not_read(tmp_path, line):
     if line == "link":
         (root / "Annotations" / "link.xml").symlink_to(outside)
         grey(root / "JPEGImages" / "link.jpg")
-    for follow_links in (False, True):
-        if follow_links and line == "link":
-            assert dataset_of(root, follow_links=True).class_names == ["cat", "secret"]
-            continue
-        with pytest.raises(DatasetError, match=rf"1 problem(.|\n)*{line}.xml' leaves the folder {root}/Anno") as error:
-            dataset_of(root, follow_links=follow_links)
-        assert ("--follow-links" in str(error.value)) == (line == "link") and "secret" not in str(error.value)
+        assert dataset_of(root, follow_links=True).class_names == ["cat", "secret"]
+    for follow_links in {False, line != "link"}:
+        said = refusal(root, follow_links=follow_links)
+        assert re.search(rf"1 problem(.|\n)*{line}.xml' leaves the folder {root}/Annotations", said)
+        assert ("--follow-links" in said) == (line == "link") and "secret" not in said
 
 
 def test_training_and_evaluation(tmp_path, call):
@@ -174,8 +136,6 @@ def test_training_and_evaluation(tmp_path, call):
     data, out = tmp_path / "voc", tmp_path / "out"
     for half in ("train", "val"):
         write_scenes(data, "voc", {f"{half}{i}": [([5, 5, 20, 20], False)] for i in range(4)}, half, size=(96, 96))
-        for i in range(4):
-            grey(data / "JPEGImages" / f"{half}{i}.jpg", (96, 96))
     files = ("JPEGImages/train1.jpg", "Annotations/val1.xml", "JPEGImages/val1.jpg")
     for file in files:
         (data / file).rename(tmp_path / Path(file).name)

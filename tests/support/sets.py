@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from data import CocoDataset, Split, find_splits
+from data import CocoDataset, DatasetError, Split, find_splits
 from data.layouts import COCO, CROWDHUMAN, VOC
 
 SIZE = (40, 30)  # width and height of a picture in px
@@ -21,6 +22,13 @@ def grey(path: Path, size: tuple[int, int] = SIZE) -> None:
 def dataset_of(root: Path, half: int = 0, **options) -> CocoDataset:
     """Return the training half (0) or the validation half (1) of the data set in a folder."""
     return CocoDataset(find_splits(str(root), **options)[half])
+
+
+def refusal(source: Split | Path, **options) -> str:
+    """Return the message of the DatasetError that a split, or the training half of a folder, ends in."""
+    with pytest.raises(DatasetError) as error:
+        CocoDataset(source, **options) if isinstance(source, Split) else dataset_of(source, **options)
+    return str(error.value)
 
 
 def image_record(image_id=1, file_name="a.jpg", width=SIZE[0], height=SIZE[1]) -> dict:
@@ -72,14 +80,14 @@ def scene(name: str, *objects: tuple, size: tuple[int, int] = SIZE) -> str:
     return f"<annotation><filename>{name}.jpg</filename>{size}{''.join(parts)}</annotation>"
 
 
-def write_voc(root: Path, scenes: dict[str, str], pixels: bool = True, **lists: list[str]) -> Path:
-    """Write XML files by name of image, and lists of names such as train=["a", "b"]."""
+def write_voc(root: Path, scenes: dict[str, str], size: tuple[int, int] | None = SIZE, **lists: Iterable[str]) -> Path:
+    """Write XML files by name of image, with `size` their pictures, and lists of names such as train=["a", "b"]."""
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name, xml in scenes.items():
         (root / "Annotations" / f"{name}.xml").write_text(xml)
-        if pixels:
-            grey(root / "JPEGImages" / f"{name}.jpg")
+        if size:
+            grey(root / "JPEGImages" / f"{name}.jpg", size)
     for name, images in lists.items():
         (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{image}\n" for image in images))
     return root
@@ -96,5 +104,5 @@ def write_scenes(root: Path, form: str, scenes: Scenes, half: str = "train", siz
         entries = {n: [person(box, extra={"ignore": int(ignored)}) for box, ignored in b] for n, b in scenes.items()}
         return write_crowdhuman(root, [{"ID": n, "gtboxes": boxes} for n, boxes in entries.items()], half, size)
     corners = {n: [("person", x + 1, y + 1, x + w, y + h, int(i)) for (x, y, w, h), i in b] for n, b in scenes.items()}
-    write_voc(root, {n: scene(n, *objects, size=size) for n, objects in corners.items()}, **{half: list(scenes)})
+    write_voc(root, {n: scene(n, *objects, size=size) for n, objects in corners.items()}, size, **{half: scenes})
     return Split(half, root / "ImageSets" / "Main" / f"{half}.txt", root / "JPEGImages", VOC)
