@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,73 +56,47 @@ def write_sound(root: Path) -> tuple[Split, dict]:
     return split, {"info": {"year": 2024}} | json.loads(split.annotations.read_text())
 
 
+def places(value: object) -> Iterator[tuple[dict | list, object]]:
+    """Yield the container and the key of everything inside of a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
 def spoil(content: dict, rng: random.Random) -> bytes:
-    """Return the annotation file with a fault or more, of its records and fields, of all ids, or of its bytes."""
+    """Return the annotation file with a fault or more, of its ids, of anything in it, or of its bytes."""
     content = copy.deepcopy(content)
+    if rng.random() < 0.1:  # other ids, of all records that have them
+        key, reference = rng.choice([("images", "image_id"), ("categories", "category_id"), ("annotations", None)])
+        shift, fields = rng.choice(SHIFTS), [(record, "id") for record in content[key]]
+        for record, field in fields + [(record, reference) for record in content["annotations"] if reference]:
+            record[field] += shift
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        spoil_records(content, rng)
+        container, key = rng.choice([*places(content)])
+        way, likely = rng.random(), rng.random() < 0.6
+        value = rng.choice(PLAUSIBLE.get(key, VALUES) if likely else VALUES)
+        if way < 0.1:
+            del container[key]
+        elif way < 0.2 and isinstance(container, list):
+            container.append(container[key])
+        else:  # here, or in all records, as a faulty export does
+            alike = [c for c, k in places(content) if k == key and isinstance(c, dict)] if way > 0.85 else [container]
+            for container in alike:
+                container[key] = copy.deepcopy(value)
     text = json.dumps(content, ensure_ascii=rng.random() < 0.5)
     for depth in (50, 100_000):
         text = text.replace(f'"NESTED-{depth}"', "[" * depth + "]" * depth)
     data, fault = bytearray(text.encode("utf-8", "surrogatepass")), rng.randrange(25)
+    place = rng.randrange(len(data))
     if fault == 0:
-        del data[rng.randrange(len(data)) :]
-    elif fault in (1, 2):
-        for _ in range(rng.randint(1, 4)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-    elif fault == 3:
-        place = rng.randrange(len(data))
+        del data[place:]
+    elif fault == 1:
+        data[place : place + rng.randint(1, 4)] = rng.randbytes(2)
+    elif fault == 2:
         data[place:place] = rng.choice(INSERTS)
-    elif fault == 4:
+    elif fault == 3:
         return text.encode(rng.choice(ENCODINGS), "replace")
     return bytes(data)
-
-
-def spoil_records(content: dict, rng: random.Random) -> None:
-    key = rng.choice(["images", "annotations", "annotations", "categories"])
-    records = content.get(key)
-    if not isinstance(records, list) or not records or rng.random() < 0.05:
-        content[rng.choice([*content, "licenses"])] = any_of(VALUES, rng)
-        return
-    row, fault = rng.randrange(len(records)), rng.choice(["drop", "twice", "record", "shift", *["field"] * 9])
-    if fault == "drop":
-        records.pop(row)
-    elif fault == "twice":
-        records.append(records[row])
-    elif fault == "shift":
-        shift_ids(content, key, rng.choice(SHIFTS))
-    elif fault == "record" or not isinstance(records[row], dict) or not records[row]:
-        records[row] = any_of(VALUES, rng)
-    else:
-        spoil_field(records, row, rng)
-
-
-def any_of(values: list, rng: random.Random) -> object:
-    return copy.deepcopy(rng.choice(values))  # what is spoiled twice is changed in place
-
-
-def shift_ids(content: dict, key: str, shift: int) -> None:
-    """Shift the ids of all records under a key, and the references to them."""
-    reference = {"images": "image_id", "categories": "category_id"}.get(key)
-    for name, field in ((key, "id"), ("annotations", reference)):
-        for record in content[name] if isinstance(content.get(name), list) else ():
-            if isinstance(record, dict) and type(record.get(field)) is int:
-                record[field] += shift
-
-
-def spoil_field(records: list, row: int, rng: random.Random) -> None:
-    """Spoil a field of one record, or of all that have it, as a faulty export does."""
-    field, way = rng.choice(list(records[row])), rng.random()
-    value = any_of(PLAUSIBLE.get(field, VALUES) if rng.random() < 0.6 else VALUES, rng)
-    for record in records if way < 0.15 else records[row : row + 1]:
-        if not isinstance(record, dict) or field not in record:
-            continue
-        if 0.15 < way < 0.4 and isinstance(record[field], list) and len(record[field]) > 1:
-            record[field] = [value, *record[field][1:]]
-        elif 0.4 <= way < 0.5:
-            del record[field]
-        else:
-            record[field] = value
 
 
 def use(split: Split) -> None:
