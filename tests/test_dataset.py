@@ -44,11 +44,12 @@ def test_classes_and_targets_in_file_order(tmp_path):
 def test_crowd_and_degenerate_boxes_are_no_targets(tmp_path):
     bad = [(5, 5, 0, 9), (5, 5, 9, -1), (5, 5, float("nan"), 9), (5, 5, float("inf"), 9), (40, 5, 0.5, 9)]
     boxes = [box_record(i, box) for i, box in enumerate(bad, 1)]
-    boxes += [box_record(10, iscrowd=1), box_record(11, (1, 1, 2, 2), iscrowd=0)]
+    boxes += [box_record(10, iscrowd=1), box_record(11, (1, 1, 2, 2), iscrowd=0), box_record(12, (9, 9, 1, 1))]
     dataset = CocoDataset(write_coco(tmp_path, boxes=boxes))
-    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (1, 5, 1)
-    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3]] and dataset[0][1]["ignore"].tolist() == [[5, 6, 15, 18]]
-    assert [record["id"] for record in dataset.annotations["annotations"]] == [10, 11]  # the same objects in AP
+    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 5, 1)
+    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3], [9, 9, 10, 10]]
+    assert dataset[0][1]["ignore"].tolist() == [[5, 6, 15, 18]]
+    assert [record["id"] for record in dataset.annotations["annotations"]] == [10, 11, 12]  # the same objects in AP
 
 
 def test_ground_truth_fit_for_evaluators(tmp_path):

@@ -90,8 +90,9 @@ def test_name_that_leaves_the_folder_is_refused(tmp_path, form):
         for follow_links in (False, True):
             said = refusal(replace(split, follow_links=follow_links))
             assert re.search(r"names that leave the image folder: 1\n.*secret.jpg", said)
-            with pytest.raises(DatasetError, match="leaves the folder"):
-                path_inside(split.images, f"{name}.jpg", follow_links)
+            for path in (f"{name}.jpg", "a/../../secret.jpg"):
+                with pytest.raises(DatasetError, match="leaves the folder"):
+                    path_inside(split.images, path, follow_links)
 
 
 @each_form
