@@ -110,6 +110,13 @@ def test_fppi_points():
     assert np.allclose(FPPI_POINTS, np.logspace(-2, 0, 9), atol=1e-4)
 
 
+def test_more_boxes_than_coco_counts():
+    """Which takes the best 100 detections of an image."""
+    boxes = [[20 * x, 20 * y, 18, 18] for x in range(15) for y in range(15)]
+    metrics = crowd_metrics(content((boxes, []), size=300), detected([(box, 0.9) for box in boxes]))
+    assert metrics["crowd_AP"] == pytest.approx(224 / 225) and metrics["crowd_MR"] == 0 and metrics["crowd_JI"] == 1
+
+
 @pytest.mark.parametrize("images", [[], [([], [])], [([], [A])]], ids=["no-images", "empty", "region"])
 def test_without_real_boxes_there_is_no_number(images):
     for detections in ([], [[(A, 0.5)]]):

@@ -141,17 +141,6 @@ def test_other_data_has_one_kind_of_boxes(monkeypatch, capsys):
     assert "--box vbox is for CrowdHuman; --data coco has one kind of boxes" in capsys.readouterr().err
 
 
-def test_crowd_of_hundreds_is_found_whole(tmp_path):
-    """More real boxes in an image than COCO's 100 detections."""
-    boxes = [[20 * x, 20 * y, 18, 18] for x in range(20) for y in range(20)]
-    scenes = {"a": [(box, False) for box in boxes]}
-    dataset = CocoDataset(write_scenes(tmp_path, "crowdhuman", scenes, size=(400, 400)))
-    results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9} for box in boxes]
-    metrics = crowd_metrics(dataset.annotations, results)
-    assert metrics["crowd_AP"] == pytest.approx(399 / 400) and metrics["crowd_JI"] == 1 and metrics["crowd_MR"] == 0
-    assert eval_script.coco_metrics(dataset.annotations, results)["AR100"] == pytest.approx(0.25)
-
-
 def generate_crowds(root: Path, size_px: int) -> Path:
     """Generated shapes as people, every twelfth to be ignored, full boxes 2 px larger on each side than the shapes."""
     generate_shapes(root / "shapes", train_images=16, val_images=8, size_px=size_px, one_class=True)

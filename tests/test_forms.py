@@ -113,6 +113,10 @@ def test_file_that_a_crash_or_a_wrong_encoding_left(tmp_path, form):
     assert CocoDataset(split).digest == digest and len(digest) == 64
     path.write_bytes(content + b"\n")
     assert CocoDataset(split).digest != digest
+    split.annotations.write_bytes(b"\xe9\n")
+    assert re.search("cannot be read: 'utf-8' codec|not text in UTF-8: byte 0xe9", refusal(split))
+    split.annotations.unlink()
+    assert f"{split.annotations}: cannot be read: [Errno 2]" in refusal(split)
 
 
 def test_image_folder_may_be_a_link_and_must_exist(tmp_path):

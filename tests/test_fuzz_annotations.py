@@ -16,7 +16,7 @@ from eval import coco_metrics
 from model.batch import pack
 from tests.support.sets import box_record, image_record, write_coco
 
-COUNT = 300
+COUNT = 200
 TEXTS = [
     "",
     " ",
