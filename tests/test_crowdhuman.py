@@ -157,7 +157,7 @@ def generate_crowds(root: Path, size_px: int) -> Path:
 
 
 def test_training_and_evaluation(tmp_path, call):
-    """One run: its metrics, what its weights know, other boxes, and other annotations, which are another run."""
+    """One run: its metrics, what its weights know, and other boxes, which are another run."""
     data, out, again = generate_crowds(tmp_path / "crowds", 64), tmp_path / "out", tmp_path / "again"
     flags = ["--data", data, *TINY, "--image-size", 64, "--ota", "radius=3", "top_q=10", "--eval-every", 1000,
              "--steps", 24, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 10,
@@ -185,10 +185,5 @@ def test_training_and_evaluation(tmp_path, call):
     with pytest.raises(UserError, match="--box vbox is for CrowdHuman"):
         call(eval_script, *evaluation, "--box", "vbox", "--data", data / "shapes")
 
-    assert "is complete" in call(train, *flags)
     with pytest.raises(Exception, match="--box: was fbox, is vbox now"):
         call(train, *flags, "--box", "vbox")
-    with open(data / "annotation_train.odgt", "a") as file:
-        file.write("\n")
-    with pytest.raises(Exception, match=r"annotation file \(SHA-256\)"):
-        call(train, *flags)
