@@ -1,25 +1,20 @@
 """CrowdHuman's form: what is read, what is said about mistakes, the recipe, and a run with its metrics."""
 
 import json
-import shutil
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import eval as eval_script
 import train
-from data import CocoDataset, collate, generate_shapes
+from data import CocoDataset, collate
 from data.crowd_metrics import crowd_metrics
 from data.layouts import CROWDHUMAN, find_form
-from errors import UserError
 from kernels import PointGrid
 from model import load_weights
 from model.losses import points_inside
-from tests.support.sets import dataset_of, person, refusal, write_crowdhuman, write_scenes
-from tests.test_train import TINY
+from tests.support.sets import CPU, TINY, dataset_of, generate_crowds, person, refusal, write_crowdhuman
 from training.settings import detector_config, parse_args
 
 CROWD_RECIPE = {
@@ -29,7 +24,7 @@ CROWD_RECIPE = {
 
 
 def test_boxes_and_regions(tmp_path):
-    """Boxes are cut at the image; three ways to be ignored; ids are the numbers of the lines."""
+    """Boxes are cut at the image; ids are the numbers of the lines; head_attr.ignore is for `hbox` alone."""
     boxes = [
         person([-4, 5, 14, 50]),
         person([20, 5, 10, 10], "mask"),
@@ -41,7 +36,6 @@ def test_boxes_and_regions(tmp_path):
     lines = [{"ID": "273271,c9db000d5146c15", "gtboxes": boxes}, "", {"ID": "b", "gtboxes": []}]
     dataset = CocoDataset(write_crowdhuman(tmp_path, lines))
     assert [(i["id"], i["file_name"]) for i in dataset.images] == [(1, "273271,c9db000d5146c15.jpg"), (3, "b.jpg")]
-    assert (dataset.class_names, dataset.category_ids) == (["person"], [1])
     assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 2, 2)
     target = dataset[0][1]
     assert target["boxes"].tolist() == [[0, 5, 10, 30], [7, 7, 13, 13]] and target["orig_size"] == (30, 40)
@@ -52,7 +46,6 @@ def test_boxes_and_regions(tmp_path):
 
 @pytest.mark.parametrize(("box", "name", "corner"), [("fbox", "person", 1), ("vbox", "person", 2), ("hbox", "head", 3)])
 def test_kind_of_box(tmp_path, box, name, corner):
-    """Where the head is to be ignored, only `hbox` does so."""
     one = person([1, 1, 9, 9], vbox=[2, 2, 9, 9], hbox=[3, 3, 9, 9])
     write_crowdhuman(tmp_path, [{"ID": "a", "gtboxes": [one, one | {"head_attr": {"ignore": 1}}]}])
     dataset = dataset_of(tmp_path, box=box)
@@ -73,17 +66,11 @@ def test_points_of_regions_are_no_negatives(tmp_path):
 BOX = person([1, 1, 5, 5])
 REFUSED = {
     "cut": ('{"ID": "cut off", "gtboxes": [', "not valid JSON at line 1, column 31"),
-    "list": ([1, 2], "ID is None, not a name"),
     "no-id": ({"gtboxes": []}, "ID is None, not a name"),
-    "id-list": ({"ID": ["a"], "gtboxes": []}, "ID is ['a'], not a name"),
     "no-boxes": ({"ID": "a"}, "ID a: gtboxes is no list of objects"),
     "tag": ({"ID": "a", "gtboxes": [BOX, BOX | {"tag": "dog"}]}, "ID a, gtboxes[1]: tag is 'dog', not 'person' or"),
     "three": ({"ID": "a", "gtboxes": [BOX | {"fbox": [1, 2, 3]}]}, "ID a, gtboxes[0]: fbox is [1, 2, 3], not four"),
-    "401-digits": ({"ID": "a", "gtboxes": [BOX | {"fbox": [10**400, 1, 5, 5]}]}, "of at most 64 bits"),
     "extra": ({"ID": "a", "gtboxes": [BOX | {"extra": [1]}]}, "ID a, gtboxes[0]: extra and head_attr have to be"),
-    "deep": ("[" * 100_000, "nested too deeply"),
-    "5000-digits": ('{"ID": ' + "9" * 5000 + "}", "a number has thousands of digits"),
-    "twice": ('{"ID": "a", "ID": "b", "gtboxes": []}', "'ID' is given twice"),
 }
 
 
@@ -92,68 +79,40 @@ def test_every_malformed_line_is_named(tmp_path):
     lines = [line if isinstance(line, str) else json.dumps(line) for line, _ in REFUSED.values()]
     for line, (_, story) in zip(lines, REFUSED.values(), strict=True):
         said = refusal(write_crowdhuman(tmp_path, [{"ID": "good", "gtboxes": [BOX]}, line]))
-        assert "annotation_train.odgt: 1 problem(s)" in said and len(said) < 1500
+        assert "annotation_train.odgt: 1 problem(s)" in said
         assert "malformed lines: 1\n    line 2: " in said and story in said
     said = refusal(write_crowdhuman(tmp_path, lines))
-    assert "12 problem(s)" in said and "\n    line 5: ID a: gtboxes" in said and "and 7 more" in said
-
-
-def test_odd_names_are_one_clear_message(tmp_path):
-    stories = {r"a\u0000": "embedded null", "a" * 5000: "File name too long", "B": "B.jpg: images 1 and 2"}
-    for name, story in stories.items():
-        line = f'{{"ID": "{name}", "gtboxes": []}}'
-        said = refusal(write_crowdhuman(tmp_path, [{"ID": "B", "gtboxes": []}, line]))
-        assert story in said and "1 problem(s)" in said and len(said) < 1500
+    assert "6 problem(s)" in said and "\n    line 5: ID a, gtboxes" in said and "and 1 more" in said
 
 
 def test_bad_images_are_skipped(tmp_path, capfd):
     """An image that cannot be read keeps its place, with the size that its boxes need."""
-    lines = [{"ID": name, "gtboxes": [person([1, 1, 5, 50])]} for name in ("missing", "broken", "good")]
+    lines = [{"ID": name, "gtboxes": [person([1, 1, 5, 50])]} for name in ("broken", "good")]
     split = write_crowdhuman(tmp_path, lines)
-    (split.images / "missing.jpg").unlink()
     (split.images / "broken.jpg").write_bytes(b"no picture")
     dataset = CocoDataset(split, bad_images="skip")
-    assert [dataset[i][1]["image_id"] for i in range(3)] == [3, 3, 3]
+    assert [dataset[i][1]["image_id"] for i in range(2)] == [2, 2]
     assert (dataset.images[0]["width"], dataset.images[0]["height"]) == (6, 51)
     assert "skipped bad image 1 (at most 10)" in capfd.readouterr().err
 
 
-def settings(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-    return parse_args()
+def test_recipe(tmp_path, monkeypatch, capsys):
+    """By name or folder; other data has one kind of boxes."""
 
+    def settings(*args):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        return parse_args()
 
-@pytest.mark.parametrize("by", ["name", "path"])
-def test_recipe(tmp_path, monkeypatch, by):
     write_crowdhuman(tmp_path, [])
-    args = settings(monkeypatch, "--data", "crowdhuman" if by == "name" else tmp_path)
-    assert CROWD_RECIPE.items() <= vars(args).items()
-    assert find_form(args.data) is CROWDHUMAN
-    assert detector_config(args, 1).max_detections == 500
-    args = settings(monkeypatch, "--data", tmp_path, "--box", "hbox", "--epochs", 3)
+    for data in ("crowdhuman", tmp_path):
+        args = settings("--data", data)
+        assert CROWD_RECIPE.items() <= vars(args).items() and find_form(args.data) is CROWDHUMAN
+    args = settings("--data", tmp_path, "--box", "hbox", "--epochs", 3)
     assert (args.box, args.steps, detector_config(args, 1).max_detections) == ("hbox", None, 500)
-
-
-def test_other_data_has_one_kind_of_boxes(monkeypatch, capsys):
-    assert find_form("coco").recipe is None and settings(monkeypatch, "--data", "coco").max_detections == 100
+    assert settings("--data", "coco").max_detections == 100
     with pytest.raises(SystemExit):
-        settings(monkeypatch, "--data", "coco", "--box", "vbox")
+        settings("--data", "coco", "--box", "vbox")
     assert "--box vbox is for CrowdHuman; --data coco has one kind of boxes" in capsys.readouterr().err
-
-
-def generate_crowds(root: Path, size_px: int) -> Path:
-    """Generated shapes as people, every twelfth to be ignored, full boxes 2 px larger on each side than the shapes."""
-    generate_shapes(root / "shapes", train_images=16, val_images=8, size_px=size_px, one_class=True)
-    for half in ("train", "val"):
-        dataset, scenes = dataset_of(root / "shapes", half == "val"), {}
-        for image in dataset.images:
-            shapes = [a for a in dataset.annotations["annotations"] if a["image_id"] == image["id"]]
-            boxes = [(np.add(shape["bbox"], (-2, -2, 4, 4)).tolist(), shape["id"] % 12 == 0) for shape in shapes]
-            scenes[f"{half},{image['id']:04d}"] = boxes
-        split = write_scenes(root, "crowdhuman", scenes, half)
-        for name, image in zip(scenes, dataset.images, strict=True):
-            shutil.copy(dataset.split.images / image["file_name"], split.images / f"{name}.jpg")
-    return root
 
 
 def test_training_and_evaluation(tmp_path, call):
@@ -164,26 +123,22 @@ def test_training_and_evaluation(tmp_path, call):
              "--schedule", "cosine", "--out", out]  # fmt: skip
     said = call(train, *flags)
     metrics = json.loads((out / "metrics.json").read_text())
-    evaluation = ["--weights", out / "ota.safetensors", "--out", again, *TINY[-4:]]
+    evaluation = ["--weights", out / "ota.safetensors", "--out", again, *CPU]
     call(eval_script, *evaluation)
     evaluated, results = (json.loads((again / name).read_text()) for name in ("metrics.json", "detections.json"))
     dataset = dataset_of(data, 1)
-    assert dataset.crowd_boxes > 0 and evaluated["images"] == 8
     wanted = crowd_metrics(dataset.annotations, results)
-    assert 0 < wanted["crowd_AP"] < 1 and 0 < wanted["crowd_JI"] < 1  # it has learned something
+    assert dataset.crowd_boxes > 0 and 0 < wanted["crowd_AP"] < 1 and 0 < wanted["crowd_JI"] < 1
     assert wanted.items() <= evaluated.items()
     assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
     assert "  ".join(f"crowd_{name} {wanted['crowd_' + name]:.3f}" for name in ("AP", "MR", "JI")) in said
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["crowd_MR"] == metrics["crowd_MR"]
 
     detector, metadata = load_weights(out / "ota.safetensors")
-    assert detector.config.max_detections == 500 and metadata["box"] == "fbox"
-    assert metadata["data"] == str(data) and metadata["class_names"] == ["person"]
+    assert detector.config.max_detections == 500
+    assert metadata.items() >= {"box": "fbox", "data": str(data), "class_names": ["person"]}.items()
     call(eval_script, *evaluation, "--box", "vbox")
     with pytest.raises(Exception, match="classes do not fit: only in .*1 person; only in .*1 head"):
         call(eval_script, *evaluation, "--box", "hbox")
-    with pytest.raises(UserError, match="--box vbox is for CrowdHuman"):
-        call(eval_script, *evaluation, "--box", "vbox", "--data", data / "shapes")
-
     with pytest.raises(Exception, match="--box: was fbox, is vbox now"):
         call(train, *flags, "--box", "vbox")

@@ -8,12 +8,11 @@ import pytest
 
 import data.layouts
 from data import CocoDataset, DatasetError, collate, find_splits, generate_shapes
-from data.files import path_inside
 from eval import coco_metrics
 from tests.support.sets import dataset_of, grey, refusal, write_coco, write_scenes
 
-FORMS = ("coco", "crowdhuman", "voc")
-each_form = pytest.mark.parametrize("form", FORMS)
+BOX = ([1, 1, 9, 9], False)
+each_form = pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
 
 
 @each_form
@@ -30,72 +29,67 @@ def test_targets_regions_and_counts(tmp_path, form):
     assert [empty[name].shape for name in ("boxes", "ignore", "labels")] == [(0, 4), (0, 4), (0,)]
     truth = dataset.annotations
     assert [(a["bbox"], a["iscrowd"]) for a in truth["annotations"]] == [([30, 20, 10, 10], 0), ([5, 5, 9, 6], 1)]
-    # In evaluation, what lies in the region is neither found nor false.
+    # In evaluation, a detection inside the region is neither found nor false.
     found = {"image_id": 1, "category_id": dataset.category_ids[0], "bbox": [30, 20, 10, 10], "score": 0.8}
     in_region = found | {"bbox": [5, 5, 8, 6], "score": 0.9}
     assert coco_metrics(truth, [found, in_region])["AP"] == pytest.approx(1)
 
 
 @each_form
-@pytest.mark.parametrize(
-    ("fault", "story"),
-    [
-        ("missing", r"image files missing in {folder}: 1\n    \S+ 2 \(b.jpg\)$"),
-        ("broken", r"image files that cannot be read: 1\n    \S+ 2 \(b.jpg\): cannot identify"),
-        ("case", "1 of the 1 missing files would be found with upper and lower case changed: B.jpg for b.jpg"),
-        ("link", r"names that leave the image folder: 1\n    \S+ 2 \(b.jpg\): .*--follow-links reads it"),
-    ],
-    ids=["missing", "broken", "case", "link"],
-)
-def test_bad_image_file_is_named_with_its_record(tmp_path, form, fault, story):
-    split = write_scenes(tmp_path / "set", form, {"a": [([1, 1, 9, 9], False)], "b": []})
-    image = split.images / "b.jpg"
-    image.rename(split.images / "B.jpg" if fault == "case" else tmp_path / "blob")
-    if fault == "broken":
-        image.write_bytes(b"no picture")
-    elif fault == "link":
-        image.symlink_to(tmp_path / "blob")
+def test_bad_image_files_are_named_with_their_records(tmp_path, form):
+    names = ("good", "case", "broken", "link", "nothing", "size")
+    split = write_scenes(tmp_path / "set", form, {name: [BOX] for name in names})
+    images = {name: split.images / f"{name}.jpg" for name in names}
+    images["case"].rename(split.images / "CASE.jpg")
+    images["broken"].write_bytes(b"no picture")
+    images["link"].rename(tmp_path / "blob")
+    images["link"].symlink_to(tmp_path / "blob")
+    images["nothing"].unlink()
+    images["nothing"].symlink_to("gone.jpg")
+    grey(images["size"], (41, 30))
     said = refusal(split)
-    assert re.search("(?m)" + story.format(folder=split.images), said) and f"{split.annotations}: 1 problem(s)" in said
-    if fault == "link":
-        dataset = dataset_of(tmp_path / "set", follow_links=True)
-        assert dataset[1][0].shape == (3, 30, 40)
-        dataset.split = split  # each image is looked at again when it is loaded
-        with pytest.raises(DatasetError, match="--follow-links reads it"):
-            dataset[1]
+    for story in (
+        rf"{split.annotations}: {4 if form == 'crowdhuman' else 5} problem\(s\)",
+        rf"image files missing in {split.images}: 2\n    \S+ 2 \(case.jpg\)",
+        r"\S+ 5 \(nothing.jpg\): .* is a link to \S+/gone.jpg, which is not there",
+        r"image files that cannot be read: 1\n    \S+ 3 \(broken.jpg\): cannot identify",
+        r"names that leave the image folder: 1\n    \S+ 4 \(link.jpg\): .*--follow-links reads it",
+        "1 of the 1 missing files would be found with upper and lower case changed: CASE.jpg for case.jpg",
+        "" if form == "crowdhuman" else r"image 6 \(size.jpg\): 40 x 30 in the record, 41 x 30 in the file",
+    ):
+        assert re.search(story, said), story
 
 
-@pytest.mark.parametrize("form", ["coco", "voc"])
-def test_size_that_disagrees_with_the_image_is_named(tmp_path, form):
-    """CrowdHuman records no sizes."""
-    split = write_scenes(tmp_path, form, {"a": [([1, 1, 9, 9], False)], "b": []}, size=(41, 30))
-    grey(split.images / "a.jpg", (40, 30))
-    assert "1\n    image 1 (a.jpg): 41 x 30 in the record, 40 x 30 in the file" in refusal(split)
+@each_form
+def test_links_out_of_the_image_folder_need_leave(tmp_path, form):
+    split = write_scenes(tmp_path / "set", form, {"a": [BOX]})
+    (split.images / "a.jpg").rename(tmp_path / "blob")
+    (split.images / "a.jpg").symlink_to(tmp_path / "blob")
+    dataset = dataset_of(tmp_path / "set", follow_links=True)
+    assert dataset[0][0].shape == (3, 30, 40)
+    dataset.split = split  # each image is looked at again when it is loaded
+    with pytest.raises(DatasetError, match="--follow-links reads it"):
+        dataset[0]
 
 
 @each_form
 def test_name_that_leaves_the_folder_is_refused(tmp_path, form):
     """Also where the file is there, and links are followed."""
-    grey(tmp_path / "secret.jpg")
-    for name in ("../../secret", str(tmp_path / "secret")):
+    for name in ("../../secret", "a/../../../secret", str(tmp_path / "secret")):
+        split = write_scenes(tmp_path / "set", form, {"a" if form == "voc" else name: []})
+        grey(tmp_path / "secret.jpg")
         if form == "voc":
-            split = write_scenes(tmp_path / "set", form, {"a": [([1, 1, 9, 9], False)]})
             xml = tmp_path / "set" / "Annotations" / "a.xml"
             xml.write_text(xml.read_text().replace("a.jpg", f"{name}.jpg"))
             (split.images / "a.jpg").unlink()
-        else:
-            split = write_scenes(tmp_path / "set", form, {name: []})
         for follow_links in (False, True):
             said = refusal(replace(split, follow_links=follow_links))
             assert re.search(r"names that leave the image folder: 1\n.*secret.jpg", said)
-            for path in (f"{name}.jpg", "a/../../secret.jpg"):
-                with pytest.raises(DatasetError, match="leaves the folder"):
-                    path_inside(split.images, path, follow_links)
 
 
 @each_form
 def test_file_that_a_crash_or_a_wrong_encoding_left(tmp_path, form):
-    split = write_scenes(tmp_path, form, {"a": [([1, 1, 9, 9], False)]})
+    split = write_scenes(tmp_path, form, {"a": [BOX]})
     path = tmp_path / "Annotations" / "a.xml" if form == "voc" else split.annotations
     content = path.read_bytes()
     for spoiled, story in (
@@ -106,21 +100,19 @@ def test_file_that_a_crash_or_a_wrong_encoding_left(tmp_path, form):
         path.write_bytes(spoiled)
         said = refusal(split)
         assert re.search(story, said) and str(path) in said
-    split.annotations.write_bytes(b"\xe9\n")
-    assert re.search("cannot be read: 'utf-8' codec|not text in UTF-8: byte 0xe9", refusal(split))
     split.annotations.unlink()
     assert f"{split.annotations}: cannot be read: [Errno 2]" in refusal(split)
 
 
 @each_form
 def test_digest_is_that_of_all_annotation_files(tmp_path, form):
-    split = write_scenes(tmp_path, form, {"a": [([1, 1, 9, 9], False)]})
+    split = write_scenes(tmp_path, form, {"a": [BOX]})
     path = tmp_path / "Annotations" / "a.xml" if form == "voc" else split.annotations
-    digest = CocoDataset(split).digest
-    path.write_bytes(path.read_bytes() + b"\n")
+    content, digest = path.read_bytes(), CocoDataset(split).digest
+    path.write_bytes(content + b"\n")
     assert CocoDataset(split).digest != digest
-    path.write_bytes(path.read_bytes()[:-1])
-    assert CocoDataset(split).digest == digest and len(digest) == 64
+    path.write_bytes(content)
+    assert CocoDataset(split).digest == digest
 
 
 def test_image_folder_may_be_a_link_and_must_exist(tmp_path):
@@ -129,18 +121,6 @@ def test_image_folder_may_be_a_link_and_must_exist(tmp_path):
     assert f"{split.annotations} is there, but its image folder {split.images} is not" in refusal(split)
     split.images.symlink_to(tmp_path / "elsewhere")
     assert CocoDataset(split)[0][0].shape == (3, 30, 40)
-
-
-@pytest.mark.parametrize("target", ["gone", "a.jpg"], ids=["broken", "loop"])
-def test_link_to_nothing_is_named(tmp_path, target):
-    split = write_coco(tmp_path, pixels=False)
-    (split.images / "a.jpg").symlink_to(target)
-    story = r"is a link to \S+/gone, which is not there" if target == "gone" else r"a\.jpg.*[Ss]ymbolic link"
-    for follow_links in (False, True):
-        split = replace(split, follow_links=follow_links)
-        assert re.search(story, refusal(split))
-        with pytest.raises(DatasetError, match="instances_train.json: not one image can be used"):
-            CocoDataset(split, bad_images="skip")[0]
 
 
 @pytest.mark.parametrize(
@@ -155,42 +135,34 @@ def test_link_to_nothing_is_named(tmp_path, target):
     ],
 )
 def test_layout_is_found(tmp_path, file, folder, halves):
-    """With both halves, beside a half of another layout that would come first, and with each half alone."""
+    """With both halves, beside a half of another layout that would come first, and with either half alone."""
     paths = [tmp_path / file.format(half) for half in halves]
     for path in (*paths, tmp_path / "annotations" / "instances_train2017.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     splits = find_splits(str(tmp_path))
-    assert [split.name for split in splits] == ["train", "val"]
-    assert [split.annotations for split in splits] == paths
+    assert [(s.name, s.annotations) for s in splits] == [("train", paths[0]), ("val", paths[1])]
     assert [split.images for split in splits] == [tmp_path / folder.format(half) for half in halves]
     (tmp_path / "annotations" / "instances_train2017.json").unlink()
-    for half in (0, 1):
-        paths[half].unlink(missing_ok=True)
-        assert [split and split.annotations for split in find_splits(str(tmp_path))] == [
-            None if i == half else path for i, path in enumerate(paths)
-        ]
-        paths[half].touch()
+    paths[0].touch()
+    paths[1].unlink()
+    assert find_splits(str(tmp_path)) == (splits[0], None)
+    paths[0].rename(paths[1])
+    assert find_splits(str(tmp_path)) == (None, splits[1])
 
 
 def test_missing_set_says_where_and_how(tmp_path, monkeypatch):
     monkeypatch.setenv("OTA_DATA", str(tmp_path))
-    zips = ["{}/coco", "train2017.zip", "val2017.zip", "annotations_trainval2017.zip"]
-    files = ["{}/crowdhuman/Images", "CrowdHuman_train03.zip", "annotation_val.odgt", "crowdhuman.org"]
-    for name, parts in (("coco", zips), ("crowdhuman", files)):
-        with pytest.raises(DatasetError) as error:
+    for name, file in (("coco", "annotations_trainval2017.zip"), ("crowdhuman", "CrowdHuman_train03.zip")):
+        with pytest.raises(DatasetError, match=rf"{tmp_path}/{name}(.|\n)*{file}"):
             find_splits(name)
-        assert all(part.format(tmp_path) in str(error.value) for part in parts)
 
 
 @pytest.mark.parametrize(
     ("files", "data", "story"),
     [
         pytest.param({"data.yaml": "train: ../images\nnames: ['a']"}, ".", "form of YOLO, which is not", id="yolo"),
-        pytest.param({"data.yaml": "names:\n  0: a"}, "data.yaml", "form of YOLO", id="yolo-yaml"),
-        pytest.param({"images/a.jpg": "", "labels/a.txt": "0 .5 .5 .1 .1"}, ".", "form of YOLO", id="yolo-labels"),
-        pytest.param({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO", id="yolo-halves"),
-        pytest.param({"a.json": "{}"}, "a.json", "a.json is a file; --data takes the folder of a data", id="json"),
+        pytest.param({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO", id="yolo-labels"),
         pytest.param({"annotations/instances_val.json": ""}, "annotations/instances_val.json",
                      r"is a file; --data takes the folder of a data set, here \S+, with", id="json-in-a-set"),
         pytest.param({"a.yaml": "x: 1"}, ".", r"has none of(.|\n)*2017.json(.|\n)*_annotations", id="other-yaml"),
@@ -213,5 +185,4 @@ def test_shapes_are_generated_once(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")}
     assert find_splits("shapes") == (train, val) and val is not None
     small(train.annotations.parents[1], seed=5)  # as a second process that came too late
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert [path.name for path in (tmp_path / "home").iterdir()] == [data.shapes.shapes_folder()]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")} == before

@@ -1,15 +1,19 @@
 """Small data sets in COCO layout, CrowdHuman's form and Pascal VOC's, with grey pictures of 40 x 30 px."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from data import CocoDataset, DatasetError, Split, find_splits
+from data import CocoDataset, DatasetError, Split, find_splits, generate_shapes
 from data.layouts import COCO, CROWDHUMAN, VOC
 
+CPU = ["--device", "cpu", "--workers", "0"]
+TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]
 SIZE = (40, 30)  # width and height of a picture in px
 Scenes = dict[str, list[tuple[list[float], bool]]]  # name of an image -> boxes x, y, w, h, each to be ignored or not
 
@@ -106,3 +110,18 @@ def write_scenes(root: Path, form: str, scenes: Scenes, half: str = "train", siz
     corners = {n: [("person", x + 1, y + 1, x + w, y + h, int(i)) for (x, y, w, h), i in b] for n, b in scenes.items()}
     write_voc(root, {n: scene(n, *objects, size=size) for n, objects in corners.items()}, size, **{half: scenes})
     return Split(half, root / "ImageSets" / "Main" / f"{half}.txt", root / "JPEGImages", VOC)
+
+
+def generate_crowds(root: Path, size_px: int) -> Path:
+    """Generated shapes as people, every twelfth to be ignored, full boxes 2 px larger on each side than the shapes."""
+    generate_shapes(root / "shapes", train_images=16, val_images=8, size_px=size_px, one_class=True)
+    for half in ("train", "val"):
+        dataset, scenes = dataset_of(root / "shapes", half == "val"), {}
+        for image in dataset.images:
+            shapes = [a for a in dataset.annotations["annotations"] if a["image_id"] == image["id"]]
+            boxes = [(np.add(shape["bbox"], (-2, -2, 4, 4)).tolist(), shape["id"] % 12 == 0) for shape in shapes]
+            scenes[f"{half},{image['id']:04d}"] = boxes
+        split = write_scenes(root, "crowdhuman", scenes, half)
+        for name, image in zip(scenes, dataset.images, strict=True):
+            shutil.copy(dataset.split.images / image["file_name"], split.images / f"{name}.jpg")
+    return root
