@@ -35,56 +35,29 @@ def test_classes_and_targets_in_file_order(tmp_path):
     assert [target["image_id"] for target in targets] == [9, 4, 5]
     assert [target["orig_size"] for target in targets] == [(30, 40), (20, 50), (30, 40)]
     assert targets[0]["boxes"].tolist() == [[0, 20, 40, 30]]  # clipped
-    assert targets[1]["boxes"].shape == (0, 4) and targets[1]["labels"].shape == (0,)
     assert targets[2]["boxes"].tolist() == [[1, 2, 4, 6], [5, 6, 15, 18]] and targets[2]["labels"].tolist() == [2, 1]
     assert all(type(x) is torch.Tensor for x in [*pictures, *(t[k] for t in targets for k in ("boxes", "ignore"))])
     assert pictures[1].shape == (3, 20, 50) and pictures[1].dtype == torch.uint8
 
 
-def test_crowd_and_degenerate_boxes_are_no_targets(tmp_path):
+def test_degenerate_boxes_are_neither_targets_nor_truth(tmp_path):
+    """Without area and iscrowd, and with an annotation 0, a perfect detector has AP 1."""
     bad = [(5, 5, 0, 9), (5, 5, 9, -1), (5, 5, float("nan"), 9), (5, 5, float("inf"), 9), (40, 5, 0.5, 9)]
-    boxes = [box_record(i, box) for i, box in enumerate(bad, 1)]
-    boxes += [box_record(10, iscrowd=1), box_record(11, (1, 1, 2, 2), iscrowd=0), box_record(12, (9, 9, 1, 1))]
-    dataset = CocoDataset(write_coco(tmp_path, boxes=boxes))
-    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 5, 1)
-    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3], [9, 9, 10, 10]]
-    assert dataset[0][1]["ignore"].tolist() == [[5, 6, 15, 18]]
-    assert [record["id"] for record in dataset.annotations["annotations"]] == [10, 11, 12]  # the same objects in AP
+    good = [box_record(0, (1, 1, 2, 2)), box_record(1, (20, 2, 9, 9)) | {"area": None}]
+    dataset = CocoDataset(write_coco(tmp_path, boxes=[*good, *(box_record(i, box) for i, box in enumerate(bad, 2))]))
+    assert (dataset.num_boxes, dataset.dropped_boxes) == (2, 5)
+    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3], [20, 2, 29, 11]]
+    assert [record["id"] for record in dataset.annotations["annotations"]] == [0, 1]
+    assert coco_metrics(dataset.annotations, [r | {"score": 0.9} for r in good])["AP"] == pytest.approx(1.0)
 
 
-def test_ground_truth_fit_for_evaluators(tmp_path):
-    """Without area and iscrowd, and with an annotation 0, a perfect detector still has AP 1."""
-    boxes = [box_record(0), box_record(1, (20, 2, 9, 9)) | {"area": None}]
-    truth = CocoDataset(write_coco(tmp_path, boxes=boxes)).annotations
-    assert coco_metrics(truth, [{**record, "score": 0.9} for record in boxes])["AP"] == pytest.approx(1.0)
-
-
-COLOURS = {  # file -> mode, colour in it, RGB that is read
-    "grey.jpg": ("L", 90, (90, 90, 90)),
-    "bilevel.png": ("1", 1, (255, 255, 255)),
-    "cmyk.jpg": ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
-    "transparent.png": ("RGBA", (10, 200, 30, 128), (10, 200, 30)),
-    "palette.png": ("P", 0, (0, 0, 0)),
-}
-
-
-def test_images_of_any_mode_are_rgb(tmp_path):
-    split = write_coco(tmp_path, [image_record(i, name) for i, name in enumerate(COLOURS)], pixels=False)
-    for name, (mode, colour, _) in COLOURS.items():
-        Image.new(mode, (40, 30), colour).save(split.images / name)
-    for (image, _), (*_, wanted) in zip(CocoDataset(split), COLOURS.values(), strict=True):
-        assert image.shape == (3, 30, 40)
-        assert (image[:, 15, 20].int() - torch.tensor(wanted)).abs().max() <= 2
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_exif_rotation(tmp_path, suffix):
+def test_exif_rotation(tmp_path):
     """What is stored on the left is shown on top, and the record has the size that is shown."""
-    split = write_coco(tmp_path, [image_record(1, f"a.{suffix}", 30, 40)], pixels=False)
+    split = write_coco(tmp_path, [image_record(1, "a.jpg", 30, 40)], pixels=False)
     stored, exif = np.zeros((30, 40, 3), np.uint8), Image.Exif()
     stored[:, :20] = 255
     exif[0x0112] = 6
-    Image.fromarray(stored).save(split.images / f"a.{suffix}", exif=exif)
+    Image.fromarray(stored).save(split.images / "a.jpg", exif=exif)
     image, _ = CocoDataset(split)[0]
     assert image.shape == (3, 40, 30) and image[:, :18].min() > 200 and image[:, 22:].max() < 50
 
@@ -108,14 +81,10 @@ def claim_size(path: Path, side: int) -> None:
 
 BREAKS = {  # name of an image -> what breaks it, and what is said then
     "no-image.jpg": (lambda path: path.write_bytes(b"no image"), "cannot be read"),
-    "empty.jpg": (lambda path: path.write_bytes(b""), "cannot be read"),
     "cut-off.jpg": (cut_off, "cannot be read"),
-    "cut-off.png": (cut_off, "cannot be read"),
     "missing.jpg": (Path.unlink, "there is no image file"),
     "size.jpg": (lambda path: Image.new("RGB", (30, 40)).save(path), "40 x 30 .*30 x 40"),
-    "16-bit.png": (lambda path: Image.new("I;16", (40, 30)).save(path), "cannot be read: .*more than 8 bits"),
-    "over-pillows-limit.jpg": (lambda path: claim_size(path, 50_000), "cannot be read: .*2500000000 pixels"),
-    "over-our-limit.jpg": (lambda path: claim_size(path, 12_000), "cannot be read: .*12000 x 12000 px"),
+    "huge.jpg": (lambda path: claim_size(path, 12_000), "cannot be read: .*12000 x 12000 px"),
 }
 
 
@@ -128,22 +97,21 @@ def test_broken_image_is_named_and_a_huge_one_is_not_decoded(tmp_path):
         with pytest.raises(DatasetError, match=rf"instances_train.json, image {i}\b.*{story}") as error:
             dataset[i]
         assert name in str(error.value)
-    said = refusal(split)
-    assert "image 7 (over-pillows-limit.jpg): " in said and "image 8 (over-our-limit.jpg): " in said
+    assert "image 4 (huge.jpg): " in refusal(split)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
 def set_with_bad_images(root: Path, count: int, bad) -> Split:
-    """A data set of `count` images; those in `bad` are broken, in every way of a JPEG in turn."""
+    """A data set of `count` images; those in `bad` are broken, in every way in turn."""
     split = write_coco(root, [image_record(i, f"{i}.jpg") for i in range(count)])
-    ways = itertools.cycle(break_image for name, (break_image, _) in BREAKS.items() if name.endswith("jpg"))
-    for i, break_image in zip(bad, ways, strict=False):
+    for i, (break_image, _) in zip(bad, itertools.cycle(BREAKS.values()), strict=False):
         break_image(split.images / f"{i}.jpg")
     return split
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_skipped_named_once_and_replaced(tmp_path, capfd, workers):
+    """Loader processes count together."""
     bad = (0, 3, 4, 7, 8, 9, 14)
     dataset = CocoDataset(set_with_bad_images(tmp_path, 15, bad), bad_images="skip")
     loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
@@ -155,18 +123,14 @@ def test_bad_images_are_skipped_named_once_and_replaced(tmp_path, capfd, workers
     assert all(sum(f"image {i}" in line and f"{i}.jpg" in line for line in said) == 1 for i in bad)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_images_are_an_error_over_all_workers(tmp_path, workers):
-    """No worker alone meets eleven."""
-    dataset = CocoDataset(set_with_bad_images(tmp_path, 34, range(0, 33, 3)), bad_images="skip")
-    loader = DataLoader(dataset, 1, num_workers=workers, collate_fn=collate)
-    with pytest.raises(DatasetError, match=r"11 images cannot be used, and --bad-images skip takes 10 at most"):
-        list(loader)
-
-
-def test_cap_is_a_hundredth_of_a_large_set(tmp_path):
-    split = write_coco(tmp_path, [image_record(i, f"{i}.jpg") for i in range(1200)], pixels=False)
-    with pytest.raises(DatasetError, match="13 images cannot be used, and --bad-images skip takes 12 at most"):
+@pytest.mark.parametrize(
+    ("images", "story"),
+    [(1, "instances_train.json: not one image can be used"), (11, "11 images.* skip takes 10 at most"),
+     (1200, "13 images cannot be used, and --bad-images skip takes 12 at most")],
+)  # fmt: skip
+def test_too_many_bad_images_are_an_error(tmp_path, images, story):
+    split = write_coco(tmp_path, [image_record(i, f"{i}.jpg") for i in range(images)], pixels=False)
+    with pytest.raises(DatasetError, match=story):
         CocoDataset(split, bad_images="skip")[0]
 
 
@@ -175,22 +139,19 @@ def test_cap_is_a_hundredth_of_a_large_set(tmp_path):
 
 def test_flip_and_resizing_take_boxes_and_regions_along(tmp_path):
     """Each is clipped, and left out under 1 px, before and after the transform."""
-    crowds = [(30, 20, 10.5, 10.5), (0, 6, 10, 12), (5, 5, 0, 9), (5, 5, float("nan"), 9), (20, 20, 0.4, 9)]
+    crowds = [(30, 20, 10.5, 10.5), (0, 6, 10, 12), (5, 5, 0, 9), (20, 20, 0.4, 9)]
     boxes = [box_record(i, box, iscrowd=1) for i, box in enumerate(crowds, 1)]
-    boxes += [box_record(10, (0, 6, 10, 12)), box_record(11, (20, 20, 0.4, 9)), box_record(12, (1, 1, 2, 2), 2)]
-    split = write_coco(tmp_path, [image_record(), image_record(2, "b.jpg")], boxes)
+    boxes += [box_record(10, (0, 6, 10, 12)), box_record(11, (20, 20, 0.4, 9))]
+    split = write_coco(tmp_path, boxes=boxes)
     half = np.repeat(np.uint8([[0] * 20 + [255] * 20]), 30, 0)
     Image.fromarray(half).save(split.images / "a.jpg")
     dataset = CocoDataset(split, train_transform((60, 100), flip=1.0))
-    (image, _), (target, other) = collate([dataset[0], dataset[1]])
-    assert image.shape == (3, 60, 80) and target["orig_size"] == (30, 40) and target["image_id"] == 1
+    image, target = dataset[0]
+    assert image.shape == (3, 60, 80) and target["orig_size"] == (30, 40)
     assert image[:, :, :38].min() > 200 and image[:, :, 42:].max() < 50
     assert target["boxes"].tolist() == [[60, 12, 80, 36]] and target["labels"].tolist() == [0]
     assert target["ignore"].tolist() == [[0, 40, 20, 60], [60, 12, 80, 36]]
-    assert other["ignore"].shape == (0, 4) and other["labels"].tolist() == [0]
-    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (3, 0, 5)
-    assert len(dataset.annotations["annotations"]) == 8  # pycocotools knows what to do with crowds
-    assert isinstance(dataset[0][1]["ignore"], tv_tensors.BoundingBoxes)
+    assert (dataset.num_boxes, dataset.dropped_boxes, dataset.crowd_boxes) == (2, 0, 4)
 
 
 def test_eval_transform_keeps_every_box(tmp_path):
@@ -200,32 +161,26 @@ def test_eval_transform_keeps_every_box(tmp_path):
     torch.testing.assert_close(torch.as_tensor(target["boxes"]), torch.tensor([[0, 3, 5, 9], [10, 10, 10.2, 14.5]]))
 
 
-@pytest.mark.parametrize("image_size", [(800, 1333), (97, 131), (128, 128)], ids=["coco", "odd", "square"])
-def test_resized_size_is_that_of_torchvision_and_within_the_limits(image_size):
-    sizes = [(37, 91), (91, 37), (50, 50), (123, 45), *np.random.default_rng(0).integers(20, 400, (10, 2)).tolist()]
-    for height, width in sizes:
+def test_resized_size_is_that_of_torchvision_and_within_the_limits():
+    sizes = [(37, 91), (91, 37), (50, 50), (123, 45), *np.random.default_rng(0).integers(20, 400, (6, 2)).tolist()]
+    for image_size, (height, width) in itertools.product([(200, 333), (97, 131), (128, 128)], sizes):
         image = eval_transform(image_size)(tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8)))
         assert (size := tuple(image.shape[-2:])) == resized_size(height, width, image_size)
         assert min(size) == image_size[0] or max(size) == image_size[1] >= max(size)
-
-
-@pytest.mark.parametrize("image_size", [(800, 600), (0, 10)], ids=str)
-def test_image_size_is_checked(image_size):
     with pytest.raises(ValueError, match="image_size"):
-        train_transform(image_size)
+        train_transform((800, 600))
 
 
 # Order in training
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path, workers):
+def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path):
     """Not the number of loader processes, nor what was drawn before."""
     images = [image_record(i, f"{i}.jpg") for i in range(24)]
     split = write_coco(tmp_path, images, [box_record(i + 1, (0, 6, 10, 12), i) for i in range(24)])
     dataset = CocoDataset(split, train_transform((30, 80), sides=[15, 30, 60]))
 
-    def drawn(seed: int, keys: list[tuple[int, int]]) -> list[tuple[int, bool]]:
+    def drawn(seed: int, keys: list[tuple[int, int]], workers: int = 0) -> list[tuple[int, bool]]:
         loader = DataLoader(SeededDataset(dataset, seed), 4, sampler=keys, num_workers=workers, collate_fn=collate)
         samples = [pair for images, targets in loader for pair in zip(images, targets, strict=True)]
         return [(image.shape[1], bool(target["boxes"][0, 0] > 0)) for image, target in samples]
@@ -234,10 +189,8 @@ def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path, workers):
     first = drawn(3, keys)
     assert {side for side, _ in first} == {15, 30, 60} and 12 < sum(flipped for _, flipped in first) < 36
     torch.manual_seed(99)
-    assert drawn(3, keys[::-1]) == first[::-1]
+    assert drawn(3, keys[::-1], workers=2) == first[::-1]
     assert first[:24] != first[24:] and drawn(4, keys) != first
-    single = SeededDataset(dataset, 3)
-    assert [(image.shape[1], bool(t["boxes"][0, 0] > 0)) for image, t in (single[key] for key in keys[:8])] == first[:8]
 
 
 def test_ranks_share_each_batch_of_an_order_by_seed_and_step():
