@@ -1,65 +1,41 @@
-"""Checks of a COCO file: every odd value and every problem is one clear message, missing files are searched for."""
+"""Checks of a COCO file: every problem is one clear message, missing files are searched for."""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from data import CocoDataset, DatasetError, Split, check_annotations
+from data import DatasetError, Split, check_annotations
 from data.layouts import COCO
 from tests.support.sets import box_record, grey, image_record, refusal, write_coco
 
 
 def spoiled(**values) -> str:
     """Return the text of a sound annotation file, some fields of its one annotation changed."""
-    categories = [{"id": 3, "name": "é"}]
-    content = {"images": [image_record()], "annotations": [box_record() | values], "categories": categories}
-    return json.dumps(content, ensure_ascii=False)
+    categories = [{"id": 3, "name": "cat"}]
+    return json.dumps({"images": [image_record()], "annotations": [box_record() | values], "categories": categories})
 
 
 REFUSED = {
     "bad-json": ('{"images": [\n  1,,', r"not valid JSON at line 2, column 5.*has 18 bytes; is it whole\?"),
-    "list": ("[]", "the top level is a list"),
     "no-keys": ("{}", "missing top-level lists: 3"),
-    "no-images": ('{"images": [], "annotations": [], "categories": []}', "'images' has no"),
     "deep": ("[" * 100_000, "lists or objects are nested too deeply"),
     "5000-digits": (spoiled(id=0).replace('"id": 0', '"id": ' + "9" * 5000), "a number has thousands of digits"),
     "key-twice": (spoiled(id=7).replace('"id": 7', '"id": 7, "id": 8'), r"'id' is given twice in \{"),
-    "latin-1": (spoiled().encode("latin-1"), r"not text in UTF-8: byte 0xe9 in line 1.*Latin-1"),
     "bbox-401-digits": (spoiled(bbox=[10**400, 1, 5, 5]), r"bbox is \[1000.*\.\.\..*most 64 bits"),
-    "id-true": (spoiled(id=True), "id is True, not an integer"),
     "width-inf": (spoiled().replace('"width": 40', '"width": 1e400'), "width is inf, not a number of pixels"),
     "fractions": (spoiled(bbox=[0.1, 0.2, 0.5, 0.5]), r"a pixel at most, 100% of all \(normalised, fractions of"),
     "fractions-outside": (spoiled(bbox=[-0.3, -0.2, 1.25, 1.1]), r"a pixel at most, 100% of all \(normalised"),
-    "name-5000": (spoiled().replace("a.jpg", "a" * 5000), r"file_name is 'aaa.*\.\.\..*, not the name of a file"),
 }
-TAKEN = {
-    "utf-16": spoiled().encode("utf-16"),
-    "bom": spoiled().encode("utf-8-sig"),
-    "width-40.0": spoiled().replace('"width": 40', '"width": 40.0'),
-    "half-a-pixel-outside": spoiled(bbox=[-0.5, 20, 41, 10.5]),
-}
-
-
-def write_text(root: Path, content: str | bytes) -> Split:
-    split = write_coco(root)
-    split.annotations.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return split
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_odd_content_is_one_clear_message(tmp_path, case):
     content, story = REFUSED[case]
-    said = refusal(write_text(tmp_path, content))
-    assert re.search(story, said) and f"{tmp_path}/annotations/instances_train.json" in said and len(said) < 1500
-
-
-def test_odd_content_that_is_taken(tmp_path):
-    for case, content in TAKEN.items():
-        dataset = CocoDataset(write_text(tmp_path, content))
-        assert (dataset.num_boxes, dataset.class_names) == (1, ["é"]), case
-        assert dataset[0][0].shape == (3, 30, 40)
+    split = write_coco(tmp_path)
+    split.annotations.write_text(content)
+    said = refusal(split)
+    assert re.search(story, said) and str(split.annotations) in said and len(said) < 1500
 
 
 def test_every_problem_in_one_error(tmp_path):
@@ -110,8 +86,6 @@ def test_large_sets_are_sampled(tmp_path):
 @pytest.mark.parametrize(
     ("name", "on_disk", "way"),
     [
-        pytest.param("{}.JPG", "{}.jpg", "with upper and lower case changed", id="case"),
-        pytest.param("é{}.jpg", "e\u0301{}.jpg", "in another Unicode form (NFC, NFD)", id="nfd"),
         pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
         pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
         pytest.param("{}.jpg", "../pictures/{}.jpg", "in the folder {root}/pictures", id="beside"),

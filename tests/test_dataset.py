@@ -14,14 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from data import CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, resized_size, train_transform
+from data import CocoDataset, DatasetError, Split, collate, eval_transform, resized_size, train_transform
 from data.dataset import SeededDataset, batches_from
 from data.layouts import COCO
 from eval import coco_metrics
 from tests.support.sets import box_record, image_record, refusal, write_coco
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 
 
 def test_classes_and_targets_in_file_order(tmp_path):
@@ -161,14 +160,12 @@ def test_eval_transform_keeps_every_box(tmp_path):
     torch.testing.assert_close(torch.as_tensor(target["boxes"]), torch.tensor([[0, 3, 5, 9], [10, 10, 10.2, 14.5]]))
 
 
-def test_resized_size_is_that_of_torchvision_and_within_the_limits():
-    sizes = [(37, 91), (91, 37), (50, 50), (123, 45), *np.random.default_rng(0).integers(20, 400, (6, 2)).tolist()]
+def test_resized_size_is_that_of_the_transform_and_within_the_limits():
+    sizes = [(37, 91), (91, 37), (50, 50), (123, 45), (222, 223), (399, 20)]
     for image_size, (height, width) in itertools.product([(200, 333), (97, 131), (128, 128)], sizes):
         image = eval_transform(image_size)(tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8)))
         assert (size := tuple(image.shape[-2:])) == resized_size(height, width, image_size)
         assert min(size) == image_size[0] or max(size) == image_size[1] >= max(size)
-    with pytest.raises(ValueError, match="image_size"):
-        train_transform((800, 600))
 
 
 # Order in training
@@ -231,8 +228,8 @@ def write_large(root: Path, images: int, boxes: int) -> Split:
 
 
 def test_bytes_per_image_and_box(tmp_path):
-    """A fortieth of COCO. The arrays alone stay: no dict or list of a record, which would be 500 bytes and more."""
-    images, boxes = 2_957, 21_500
+    """The arrays alone stay: no dict or list of a record, which would be 500 bytes and more."""
+    images, boxes = 1_500, 10_000
     split = write_large(tmp_path, images, boxes)
     CocoDataset(write_coco(tmp_path / "first"), bad_images="skip")  # loads modules
     gc.collect()
@@ -255,15 +252,3 @@ def test_start_with_a_set_of_the_size_of_coco(tmp_path):
     seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert (len(dataset), dataset.num_boxes, dataset.crowd_boxes) == (118_287, 849_883, 10_118)
     assert seconds < 60 and grown < 2_000_000  # KiB
-
-
-@pytest.mark.parametrize("name", ["bccd", "coco128"])
-def test_real_set(name):
-    if not (REAL_SETS / name).is_dir():
-        pytest.skip(f"{REAL_SETS / name} is not on this machine")
-    for split in filter(None, find_splits(str(REAL_SETS / name))):
-        dataset = CocoDataset(split, train_transform((320, 480)))
-        assert dataset.dropped_boxes == 0
-        for i in range(0, len(dataset), 25):
-            image, target = dataset[i]
-            assert tuple(image.shape[-2:]) == resized_size(*target["orig_size"], (320, 480))

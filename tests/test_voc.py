@@ -1,15 +1,10 @@
 """Pascal VOC's form: coordinates from 1, lists and names, encodings, every mistake named."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
-import eval as eval_script
-import train
-from data import DatasetError
-from tests.support.sets import CPU, TINY, dataset_of, grey, refusal, scene, write_scenes, write_voc
+from tests.support.sets import dataset_of, grey, refusal, scene, write_voc
 
 CAT = ("cat", 3, 3, 12, 12, 0)
 
@@ -106,26 +101,3 @@ def test_annotations_outside_the_set_are_not_read(tmp_path, line):
     said = refusal(root, follow_links=line != "link")
     assert re.search(rf"1 problem(.|\n)*{line}.xml' leaves the folder {root}/Annotations", said)
     assert ("--follow-links" in said) == (line == "link") and "secret" not in said
-
-
-def test_training_and_evaluation_of_linked_files(tmp_path, call):
-    """Links need --follow-links at every start: a weights file cannot choose it."""
-    data, out = tmp_path / "voc", tmp_path / "out"
-    for half in ("train", "val"):
-        write_scenes(data, "voc", {f"{half}{i}": [([5, 5, 20, 20], False)] for i in range(2)}, half, size=(96, 96))
-    files = ("JPEGImages/train1.jpg", "Annotations/val1.xml", "JPEGImages/val1.jpg")
-    for file in files:
-        (data / file).rename(tmp_path / Path(file).name)
-        (data / file).symlink_to(tmp_path / Path(file).name)
-    flags = ["--data", data, *TINY, "--image-size", 96, "--batch-size", 2, "--steps", 1, "--out", out]
-    with pytest.raises(DatasetError, match="--follow-links"):
-        call(train, *flags)
-    said = call(train, *flags, "--follow-links")
-    assert "crowd_AP" not in said and "person" in said  # the class in the table of the evaluation
-    evaluation = ["--weights", out / "ota.safetensors", *CPU, "--out", tmp_path / "again"]
-    with pytest.raises(DatasetError, match="val1.xml' leaves the folder .*--follow-links"):
-        call(eval_script, *evaluation)
-    assert str(data / "ImageSets" / "Main" / "val.txt") in call(eval_script, *evaluation, "--follow-links")
-    for file in files:
-        shutil.move(tmp_path / Path(file).name, data / file)
-    assert "is complete" in call(train, *flags)
