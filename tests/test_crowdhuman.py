@@ -4,16 +4,12 @@ import json
 import sys
 
 import pytest
-import torch
 
 import eval as eval_script
 import train
-from data import CocoDataset, DatasetError, collate
+from data import CocoDataset, DatasetError
 from data.crowd_metrics import crowd_metrics
-from data.layouts import CROWDHUMAN, find_form
-from kernels import PointGrid
 from model import load_weights
-from model.losses import points_inside
 from tests.support.sets import CPU, TINY, dataset_of, generate_crowds, person, refusal, write_crowdhuman
 from training.settings import detector_config, parse_args
 
@@ -50,16 +46,6 @@ def test_kind_of_box(tmp_path, box, name, corner):
     dataset = dataset_of(tmp_path, box=box)
     assert dataset.class_names == [name] and dataset.crowd_boxes == (box == "hbox")
     assert dataset[0][1]["boxes"][0].tolist() == [corner, corner, corner + 9, corner + 9]
-
-
-def test_points_of_regions_are_no_negatives(tmp_path):
-    """All points inside of a mask or of an ignored person are left out, beside those of people."""
-    boxes = [person([0, 0, 16, 30]), person([16, 0, 8, 30], "mask"), person([24, 0, 8, 30], extra={"ignore": 1})]
-    split = write_crowdhuman(tmp_path, [{"ID": "a", "gtboxes": boxes}])
-    _, (target,) = collate([CocoDataset(split)[0]])
-    points = PointGrid.for_image((32, 40), (8,)).points(torch.device("cpu"))
-    ignored = points_inside(points, target["ignore"], torch.zeros(2, dtype=torch.int64), 1)[0]
-    assert sorted(set(points[ignored][:, 0].tolist())) == [20, 28]
 
 
 BOX = person([1, 1, 5, 5])
@@ -100,11 +86,9 @@ def test_recipe(tmp_path, monkeypatch, capsys):
 
     write_crowdhuman(tmp_path, [])
     for data in ("crowdhuman", tmp_path):
-        args = settings("--data", data)
-        assert CROWD_RECIPE.items() <= vars(args).items() and find_form(args.data) is CROWDHUMAN
+        assert CROWD_RECIPE.items() <= vars(settings("--data", data)).items()
     args = settings("--data", tmp_path, "--box", "hbox", "--epochs", 3)
     assert (args.box, args.steps, detector_config(args, 1).max_detections) == ("hbox", None, 500)
-    assert settings("--data", "coco").max_detections == 100
     with pytest.raises(SystemExit):
         settings("--data", "coco", "--box", "vbox")
     assert "--box vbox is for CrowdHuman; --data coco has one kind of boxes" in capsys.readouterr().err

@@ -10,8 +10,8 @@ CAT = ("cat", 3, 3, 12, 12, 0)
 
 
 def test_corners_are_inclusive_and_start_at_1(tmp_path):
-    write_voc(tmp_path, {"a": scene("a", ("cat", 1, 1, 40, 30, 0), ("cat", 5, 6, 5, 6, 0))}, val=["a"])
-    assert dataset_of(tmp_path, 1)[0][1]["boxes"].tolist() == [[0, 0, 40, 30], [4, 5, 5, 6]]
+    write_voc(tmp_path, {"a": scene("a", ("cat", 1, 1, 40, 30, 0), ("cat", 5, 6, 5, 6, 0))}, train=["a"])
+    assert dataset_of(tmp_path)[0][1]["boxes"].tolist() == [[0, 0, 40, 30], [4, 5, 5, 6]]
 
 
 def test_classes_are_those_of_all_lists(tmp_path):
@@ -20,8 +20,7 @@ def test_classes_are_those_of_all_lists(tmp_path):
     scenes = {name: scene(name, (kind, 3, 3, 12, 12, difficult)) for name, (kind, difficult) in kinds.items()}
     write_voc(tmp_path, scenes, train=["a"], val=["b"])
     train, val = dataset_of(tmp_path, 0), dataset_of(tmp_path, 1)
-    assert train.class_names == val.class_names == ["ant", "zebra"]
-    assert train.category_ids == [1, 2] and train[0][1]["labels"].tolist() == [1]
+    assert train.class_names == val.class_names == ["ant", "zebra"] and train[0][1]["labels"].tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -52,12 +51,12 @@ def test_image_is_the_filename_or_called_like_the_line(tmp_path):
 
 def test_encodings_of_annotation_files(tmp_path):
     """Files that declare GB2312 have characters of its larger relatives."""
-    names = {"gb2312": "汽車镕", "euc-jp": "猫", "utf-16": "猫2", "windows-1251": "кот"}
+    names = {"gb2312": "汽車镕", "euc-jp": "猫", "utf-16": "猫2"}
     write_voc(tmp_path, dict.fromkeys(names, ""), train=names)
     for encoding, name in names.items():
-        xml = f'<?xml version="1.0" encoding="{encoding.upper()}"?>' + scene(encoding, (name, 3, 3, 12, 12, 0))
-        content = xml.encode("gbk" if encoding == "gb2312" else encoding)
-        (tmp_path / "Annotations" / f"{encoding}.xml").write_bytes(content)
+        xml = f'<?xml version="1.0" encoding="{encoding}"?>' + scene(encoding, (name, 3, 3, 12, 12, 0))
+        path = tmp_path / "Annotations" / f"{encoding}.xml"
+        path.write_bytes(xml.encode("gbk" if encoding == "gb2312" else encoding))
     assert dataset_of(tmp_path).class_names == sorted(names.values())
 
 
