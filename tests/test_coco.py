@@ -18,6 +18,8 @@ def spoiled(**values) -> str:
 
 REFUSED = {
     "bad-json": ('{"images": [\n  1,,', r"not valid JSON at line 2, column 5.*has 18 bytes; is it whole\?"),
+    "list": ("[]", "the top level is a list"),
+    "number": ('{"images": [7], "annotations": [], "categories": []}', "record 0: not an object"),
     "no-keys": ("{}", "missing top-level lists: 3"),
     "deep": ("[" * 100_000, "lists or objects are nested too deeply"),
     "5000-digits": (spoiled(id=0).replace('"id": 0', '"id": ' + "9" * 5000), "a number has thousands of digits"),
