@@ -22,7 +22,7 @@ import predict
 import train
 from data import generate_shapes
 from kernels import OTAConfig, PointGrid, ota_assign
-from tests.test_crowdhuman import generate_crowds
+from tests.support.sets import generate_crowds
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
