@@ -14,12 +14,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from data import CocoDataset, DatasetError, Split, collate, eval_transform, resized_size, train_transform
+from data import CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, resized_size, train_transform
 from data.dataset import SeededDataset, batches_from
 from data.layouts import COCO
 from eval import coco_metrics
 from tests.support.sets import box_record, image_record, refusal, write_coco
 
+REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
@@ -219,3 +220,15 @@ def test_start_with_a_set_of_the_size_of_coco(tmp_path):
     seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert (len(dataset), dataset.num_boxes, dataset.crowd_boxes) == (118_287, 849_883, 10_118)
     assert seconds < 60 and grown < 2_000_000  # KiB
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), {"bccd": [(205, 2804, 3), (87, 1137, 3)], "coco128": [(128, 929, 80)]}.items()
+)
+def test_real_set(name, counts):
+    """Images, boxes and classes are those of the set's own description, and every box is usable."""
+    if not (REAL_SETS / name).is_dir():
+        pytest.skip(f"{REAL_SETS / name} is not on this machine")
+    datasets = [CocoDataset(split) for split in find_splits(str(REAL_SETS / name)) if split]
+    assert [(len(d), d.num_boxes, len(d.class_names)) for d in datasets] == counts
+    assert not any(d.dropped_boxes for d in datasets) and datasets[0][0][0].dtype == torch.uint8
