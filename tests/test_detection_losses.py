@@ -1,0 +1,109 @@
+"""The three losses of a batch, worked by hand, and the regions that are no negatives."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from kernels import Assignment, PointGrid
+from model.head import Predictions
+from model.losses import detection_losses, points_inside
+from tests.support.detectors import random_batch, tiny_detector
+
+NO_TRUTH = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+
+
+def assignment_of(gt_index: list[list[int]], iou: list[list[float]]) -> Assignment:
+    gt_index = torch.tensor(gt_index)
+    return Assignment(gt_index, torch.tensor(iou), torch.bincount(gt_index[gt_index >= 0], minlength=1))
+
+
+def test_losses_worked_by_hand(monkeypatch):
+    """Two of three points are matched. The first box has IoU 1/3 with its ground truth, and fills their hull with it;
+    the second does not meet its ground truth: IoU 0, union 32 and hull 48."""
+    gt_boxes, gt_labels = torch.tensor([[0.0, 0, 8, 8], [0, 16, 4, 20]]), torch.tensor([1, 0])
+    boxes = torch.tensor([[[4.0, 0, 12, 8], [8, 16, 12, 20], [0, 0, 1, 1]]])
+    logits, iou_logits = torch.zeros(1, 3, 2), torch.tensor([[1.0, -2.0, 5.0]])
+    assignment = assignment_of([[0, 1, -1]], [[1 / 3, 0, 0]])
+    losses = detection_losses(Predictions(logits, boxes, iou_logits), assignment, gt_boxes, gt_labels)
+    log_2 = torch.tensor(2.0).log()
+    focal = (0.25 * 2 + 0.75 * 4) * 0.25 * log_2  # two logits of the target's class and four others, all 0
+    giou = (1 - 1 / 3) + (1 - 0 + (48 - 32) / 48)
+    entropy = F.softplus(torch.tensor(1.0)) - 1 / 3 + F.softplus(torch.tensor(-2.0))
+    torch.testing.assert_close(losses["cls"], focal / 2)
+    torch.testing.assert_close(losses["box"], torch.tensor(2 * giou / 2))
+    torch.testing.assert_close(losses["iou"], 0.5 * entropy / 2)
+
+    # On two ranks, of which the other one has no match, the sums are divided by one positive a rank.
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda count: count.add_(0))
+    of_two_ranks = detection_losses(Predictions(logits, boxes, iou_logits), assignment, gt_boxes, gt_labels)
+    assert all(of_two_ranks[name] == 2 * losses[name] for name in losses)
+
+
+def test_losses_without_a_match_are_divided_by_one():
+    predictions = Predictions(torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), torch.ones(1, 3))
+    losses = detection_losses(predictions, assignment_of([[-1] * 3], [[0.0] * 3]), *NO_TRUTH)
+    torch.testing.assert_close(losses["cls"], 6 * 0.75 * 0.25 * torch.tensor(2.0).log())
+    assert losses["box"] == losses["iou"] == 0
+
+
+def test_losses_of_perfect_predictions_vanish():
+    gt_boxes, gt_labels = torch.tensor([[2.0, 3, 20, 30], [5, 5, 9, 9]]), torch.tensor([2, 0])
+    logits = torch.full((1, 5, 3), -30.0)
+    logits[0, [1, 2, 4], [0, 2, 2]] = 30.0
+    predictions = Predictions(logits, gt_boxes[torch.tensor([[0, 1, 0, 0, 0]])], torch.full((1, 5), 30.0))
+    assignment = assignment_of([[-1, 1, 0, -1, 0]], [[0.0, 1, 1, 0, 1]])
+    losses = detection_losses(predictions, assignment, gt_boxes, gt_labels)
+    assert all(value < 1e-6 for value in losses.values())
+
+
+def test_ignored_points_add_no_classification_loss():
+    """Focal loss by hand: 0.75 sigmoid(x)^2 softplus(x) a negative, 0.25 sigmoid(-x)^2 softplus(-x) a positive."""
+    ignored = torch.tensor([[True, True, False, False]])
+    logits = torch.tensor([[[1.0, 2.0], [0.5, -0.5], [-1.0, 0.0], [3.0, -2.0]]], requires_grad=True)
+    predictions = Predictions(logits, torch.tensor([0.0, 0, 8, 8]).expand(1, 4, 4), torch.zeros(1, 4))
+    assignment = assignment_of([[-1, 0, -1, -1]], [[0.0, 1, 0, 0]])
+    truth = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([1])
+    losses = detection_losses(predictions, assignment, *truth, ignored)
+    negatives = torch.tensor([0.5, -1.0, 0.0, 3.0, -2.0])
+    matched = 0.25 * torch.tensor(0.5).sigmoid() ** 2 * F.softplus(torch.tensor(0.5))
+    by_hand = (0.75 * negatives.sigmoid() ** 2 * F.softplus(negatives)).sum() + matched
+    torch.testing.assert_close(losses["cls"], by_hand)
+    losses["cls"].backward()
+    assert not logits.grad[0, 0].any()
+    assert logits.grad[0, 1:].all()  # a point that is matched learns, inside the region or not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ignored_points_take_no_part_in_any_float_type(dtype):
+    predictions = Predictions(torch.randn(2, 5, 3).to(dtype), torch.zeros(2, 5, 4), torch.zeros(2, 5))
+    assignment, everywhere = assignment_of([[-1] * 5] * 2, [[0.0] * 5] * 2), torch.ones(2, 5, dtype=torch.bool)
+    assert detection_losses(predictions, assignment, *NO_TRUTH, everywhere)["cls"] == 0
+    nowhere = detection_losses(predictions, assignment, *NO_TRUTH, ~everywhere)
+    assert nowhere == detection_losses(predictions, assignment, *NO_TRUTH)
+
+
+def test_points_inside_are_those_of_the_image_itself():
+    grid = PointGrid((8,), ((2, 2),))  # points at 4 and 12 px
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 16, 8], [4, 4, 12, 12], [0, 0, 16, 16]])
+    inside = points_inside(grid.points(), boxes, torch.tensor([0, 0, 1, 3]), 4)
+    top_row = [True, True, False, False]
+    # The box of image 1 has the points on its corners only; image 2 has no box.
+    assert inside.tolist() == [top_row, [False] * 4, [False] * 4, [True] * 4]
+
+
+def test_regions_to_ignore_change_the_negatives_only():
+    """Regions of one image; a batch without any gives the losses of targets that never heard of them."""
+    detector = tiny_detector().train()
+    images, targets = random_batch([(90, 130), (64, 100)])
+    for norm in detector.modules():  # the same statistics in every call
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.eval()
+    plain = detector(images, targets)[0]
+    assert detector(images, [t | {"ignore": torch.zeros(0, 4)} for t in targets])[0] == plain
+    whole = [targets[0] | {"ignore": torch.tensor([[0.0, 0, 130, 90], [5, 5, 6, 6]])}, targets[1]]
+    ignoring = detector(images, whole)[0]
+    assert ignoring["cls"] < plain["cls"]
+    assert ignoring["box"] == plain["box"] and ignoring["iou"] == plain["iou"]

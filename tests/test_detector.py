@@ -1,0 +1,254 @@
+"""The network and its file of weights, without any data set."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from errors import UserError
+from kernels import OTAConfig, PointGrid
+from model import load_weights, save_weights
+from model.backbone import STRIDES, Backbone, FrozenNorm, freeze_norms
+from model.batch import pad_images
+from model.head import Head, Predictions
+from tests.support.detectors import random_batch, tiny_detector
+
+NORMS = pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"], ids=["norm-then-act", "norm-act"])
+
+
+# Backbone
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("test_resnet", (224, 352)), ("test_efficientnet", (96, 160)), ("test_mambaout", (96, 160)),
+        ("swin_tiny_patch4_window7_224", (96, 160)),
+    ],
+    ids=["cnn", "cnn-without-format", "channels-last", "channels-last-transformer"],
+)  # fmt: skip
+def test_backbone_gives_the_five_levels_of_the_grid(name, size):
+    """At odd multiples of 32 px too."""
+    features = Backbone(name, 32)(torch.zeros(2, 3, *size))
+    assert [tuple(f.shape) for f in features] == [(2, 32, *hw) for hw in PointGrid.for_image(size, STRIDES).sizes]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("resnet18x", "no backbone 'resnet18x'.*--backbone"), ("test_vit", r"strides \[16.*not at \[8, 32\]")],
+)
+def test_unfit_backbone_is_refused_by_name(name, message):
+    with pytest.raises(UserError, match=message):
+        Backbone(name, 32)
+
+
+def test_pretrained_weights_come_from_timm_or_the_flag_is_named(monkeypatch):
+    full = timm.create_model("test_resnet")
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(full.state_dict()))
+    body = Backbone("test_resnet", 32, pretrained=True).body
+    torch.testing.assert_close(body.state_dict()["conv1.0.weight"], full.state_dict()["conv1.0.weight"])
+
+    def unreachable(*_, **__):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(UserError, match="cannot reach the hub(.|\n)*--no-pretrained"):
+        Backbone("test_resnet", 32, pretrained=True)
+
+
+@NORMS
+def test_frozen_norms_are_batch_norms_in_evaluation(name):
+    """Values and gradients, and nothing of the size of the activations is kept beside what the activation keeps."""
+    torch.manual_seed(0)
+    body = timm.create_model(name, features_only=True).eval()
+    norms = [m for m in body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 1.5)
+    frozen = copy.deepcopy(body)
+    freeze_norms(frozen)
+    assert sum(isinstance(m, FrozenNorm) for m in frozen.modules()) == len(norms) > 5
+    kept, outputs = [], []
+    for network in (body, frozen):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            outputs.append(network(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))[-1])
+        (outputs[-1] ** 2).sum().backward()
+        kept.append(sum(t.nbytes for t in {t.data_ptr(): t for t in saved}.values()))
+    torch.testing.assert_close(*outputs)
+    parameters = dict(body.named_parameters())
+    for key, parameter in frozen.named_parameters():
+        torch.testing.assert_close(parameter.grad, parameters[key].grad, rtol=1e-3, atol=1e-4)
+    assert kept[1] < kept[0]
+
+
+@NORMS
+def test_frozen_norms_and_the_head_stay_in_bfloat16(name):
+    """A norm that gave float32 would double what everything after it reads and writes."""
+    detector = tiny_detector(name, frozen_norm=True).train()
+    types = set()
+    for module in detector.modules():
+        if isinstance(module, FrozenNorm | torch.nn.GroupNorm):
+            module.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions, _ = detector.predict_raw(detector.normalise(*pad_images(random_batch([(64, 96)])[0])))
+        losses, *_ = detector(*random_batch([(64, 96)]))
+    assert types == {torch.bfloat16}
+    assert predictions.logits.dtype == torch.bfloat16 and predictions.boxes.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    sum(losses.values()).backward()
+    assert not [m for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+
+
+# Head
+
+
+def test_head_starts_at_the_class_prior_and_has_boxes_in_strides_times_the_learned_scale():
+    grid = PointGrid((8, 16), ((2, 3), (1, 2)))
+    head = Head(16, 1, 3, (8, 16))
+    zeros = [torch.zeros(1, 16, *size) for size in grid.sizes]
+    with torch.no_grad():
+        logits, boxes, _ = head(zeros, grid.points())
+        torch.testing.assert_close(logits.sigmoid(), torch.full((1, 8, 3), 0.01))
+        distance = torch.tensor([8.0] * 6 + [16.0] * 2)[:, None]
+        assert torch.equal(boxes[0], torch.cat([grid.points() - distance, grid.points() + distance], 1))
+        head.scales.copy_(torch.tensor([0.5, 3.0]))
+        distance *= torch.tensor([0.5] * 6 + [3.0] * 2)[:, None]
+        assert torch.equal(head(zeros, grid.points()).boxes[0, :, 2:], grid.points() + distance)
+        head.box.bias.copy_(torch.tensor([1.0, -1, 2, -2]))  # left, top, right, bottom: none is negative
+        boxes = head(zeros, grid.points()).boxes[0] - grid.points().repeat(1, 2)
+        assert torch.equal(boxes, distance * torch.tensor([-1.0, 0, 2, 0]))
+
+
+# Training
+
+
+def test_images_are_normalised_with_the_backbones_own_statistics():
+    detector = tiny_detector("resnet10t")
+    mean, std = (torch.tensor(detector.backbone.body.pretrained_cfg[name]) for name in ("mean", "std"))
+    image = torch.full((3, 30, 40), 51, dtype=torch.uint8)
+    batch = detector.normalise(*pad_images([image, image[:, :20, :33]]))
+    assert batch.shape == (2, 3, 32, 64)
+    torch.testing.assert_close(batch[0, :, 29, 39], (0.2 - mean) / std)
+    assert not batch[1, :, 20:].any() and not batch[1, :, :, 33:].any()
+    torch.testing.assert_close(detector.normalise(*pad_images([image.float() / 255])), batch[:1])
+
+
+def test_training_gives_three_losses_and_gradients_everywhere():
+    detector = tiny_detector().train()
+    losses, assignment, predictions = detector(*random_batch([(90, 130), (64, 100)]))
+    assert set(losses) == {"cls", "box", "iou"}
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters())
+    assert (assignment.gt_index >= 0).any() and not any(tensor.requires_grad for tensor in predictions)
+    with pytest.raises(ValueError, match="one target"):
+        detector([torch.zeros(3, 64, 64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_labels_of_any_integer_type(dtype):
+    """Images may differ in it."""
+    images, targets = random_batch([(64, 96)] * 2)
+    narrow = [targets[0] | {"labels": targets[0]["labels"].to(dtype)}, targets[1]]
+    losses = [tiny_detector().train()(images, t)[0] for t in (targets, narrow)]
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError, match="gt_labels is torch.float32, expected torch.int64"):
+        tiny_detector().train()(images, [targets[0] | {"labels": targets[0]["labels"].float()}, targets[1]])
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_mambaout"])
+def test_batch_without_objects_trains_on_negatives(backbone):
+    detector = tiny_detector(backbone).train()
+    losses, *_ = detector(*random_batch([(64, 64), (64, 96)], boxes_per_image=0))
+    assert 0 < losses["cls"] < math.inf and losses["box"] == 0 and losses["iou"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.parameters())
+
+
+def test_compiled_training_gives_the_same_losses(monkeypatch):
+    """On a CPU backbone, neck and head are compiled; here up to the compiler's graphs, which then run as they are."""
+    graphs, compile_with = [], torch.compile
+
+    def record(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def without_code(function, *, dynamic, mode):
+        return compile_with(function, dynamic=dynamic, backend=record)
+
+    monkeypatch.setattr(torch, "compile", without_code)
+    torch._dynamo.reset()
+    batch = random_batch([(64, 96)])
+    expected, detector = tiny_detector(frozen_norm=True).train()(*batch)[0], tiny_detector(frozen_norm=True).train()
+    assert detector.compile_training("default") == "backbone, neck and head"
+    assert not graphs
+    losses = detector(*batch)[0]
+    torch.testing.assert_close(losses, expected)
+    sum(losses.values()).backward()
+    assert len(graphs) == 2 and all(p.grad is not None for p in detector.parameters())
+
+
+# Detection
+
+
+def test_detections_are_in_pixels_of_the_image_as_given(monkeypatch):
+    detector = tiny_detector().eval()
+    grid = PointGrid.for_image((96, 128))
+    logits, boxes = torch.full((1, grid.num_points, 3), -20.0), torch.zeros(1, grid.num_points, 4)
+    logits[0, 5, 1], boxes[0, 5] = 8.0, torch.tensor([12.0, 24, 36, 48])
+    predictions = Predictions(logits, boxes, torch.full((1, grid.num_points), 8.0))
+    monkeypatch.setattr(detector, "predict_raw", lambda batch: (predictions, grid))
+    (found,) = detector([torch.zeros(3, 192, 512, dtype=torch.uint8)])  # resized to 48 x 128, a quarter
+    torch.testing.assert_close(found.boxes, torch.tensor([[48.0, 96, 144, 192]]))
+    assert found.labels.tolist() == [1]
+    torch.testing.assert_close(found.scores, torch.tensor([8.0]).sigmoid())
+
+
+def test_image_of_the_right_size_is_not_resized():
+    detector = tiny_detector(image_size=(96, 128))
+    for size in ((96, 100), (128, 96), (77, 128)):
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        assert torch.equal(detector.resize(image), image)
+
+
+# Weights
+
+
+@torch.no_grad()
+def test_weights_come_back_as_saved(tmp_path):
+    detector = tiny_detector("resnet10t", ota=OTAConfig(center_prior="radius", top_q=7), frozen_norm=True).train()
+    detector.mean.fill_(0.3)
+    before = {name: value.clone() for name, value in detector.named_buffers()}
+    detector(*random_batch([(64, 96)]))
+    assert all(torch.equal(value, before[name]) for name, value in detector.named_buffers())
+    save_weights(tmp_path / "ota.safetensors", detector, {"class_names": ["a", "b", "c"]})
+    assert [p.name for p in tmp_path.iterdir()] == ["ota.safetensors"]
+    loaded, metadata = load_weights(tmp_path / "ota.safetensors")
+    assert loaded.config == detector.config and metadata["class_names"] == loaded.class_names == ["a", "b", "c"]
+    assert loaded.mean.flatten().tolist() == pytest.approx([0.3] * 3)
+    images, _ = random_batch([(96, 128)])
+    raw, loaded_raw = (d.predict_raw(d.normalise(*pad_images(images)))[0] for d in (detector, loaded))
+    assert torch.equal(raw.boxes, loaded_raw.boxes)
+
+
+def test_unusable_weights_are_named(tmp_path):
+    path, no_file = tmp_path / "ota.safetensors", "no safetensors file, or it is truncated"
+    save_weights(path, tiny_detector(), {})
+    content = path.read_bytes()
+    save_file({"x": torch.zeros(2)}, path)
+    contents = {
+        "holds tensors, but no detector": path.read_bytes(),
+        "does not fit": content.replace(b'\\"num_classes\\": 3', b'\\"num_classes\\": 4'),
+        "cannot read.*top_Q": content.replace(b'\\"top_q\\"', b'\\"top_Q\\"'),
+    }
+    for message, changed in [(no_file, b"not tensors at all"), (no_file, content[:-1000]), *contents.items()]:
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=f"{path} .*{message}"):
+            load_weights(path)
+    path.unlink()
+    with pytest.raises(UserError, match=f"no weights file {path}"):
+        load_weights(path)

@@ -1,0 +1,217 @@
+"""Raw predictions to detections: a worked example, torchvision's NMS, ties, NaN and neighbours in a batch."""
+
+import pytest
+import torch
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from benchmarks.measure import host_syncs
+from kernels import PointGrid
+from model import DetectorConfig
+from model.head import Predictions
+from model.postprocess import Detections, postprocess, unpad
+
+SMALL = PointGrid.for_image((96, 128))  # 257 points: 192, 48, 12, 4 and 1
+SIZES = [(96, 128), (90, 100), (61, 127)]
+
+
+def detections_of(predictions: Predictions, sizes: list, grid: PointGrid = SMALL, **settings) -> list[Detections]:
+    config = DetectorConfig(predictions.logits.shape[2], **{"nms_iou": 0.5} | settings)
+    sizes = torch.tensor(sizes, device=predictions.boxes.device)
+    return unpad(*postprocess(predictions, grid, sizes, config), [])
+
+
+def crowded_predictions(images: int, classes: int, seed: int = 0, share: float = 0.7) -> Predictions:
+    """Boxes that overlap around a few places of each image; about `share` of the scores are above 0.05."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, SMALL.num_points)
+    place = torch.rand(images, 6, 2, generator=generator) * torch.tensor([128.0, 96])
+    center = place.gather(1, torch.randint(6, (*shape, 1), generator=generator).expand(-1, -1, 2))
+    center = center + 4 * torch.randn(*shape, 2, generator=generator)
+    half = 12 * (0.3 * torch.randn(*shape, 2, generator=generator)).exp()
+    logits = 2 * torch.randn(*shape, classes, generator=generator)
+    logits = logits.where(torch.rand(logits.shape, generator=generator) < share, -20)
+    return Predictions(logits, torch.cat([center - half, center + half], -1), torch.randn(shape, generator=generator))
+
+
+def equal_predictions(images: int) -> Predictions:
+    """Two classes, all scores 0.5, boxes that do not overlap within a level."""
+    boxes = torch.cat([SMALL.points() - 1, SMALL.points() + 1], 1).repeat(images, 1, 1)
+    shape = (images, SMALL.num_points)
+    return Predictions(torch.zeros(*shape, 2), boxes, torch.zeros(shape))
+
+
+def assert_same(found: list[Detections], expected: list[Detections]) -> None:
+    """Equal, in the same order; on a CPU the last bit of a sigmoid depends on its place in the tensor."""
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.labels, other.labels) and torch.equal(one.boxes, other.boxes)
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-6, atol=0)
+
+
+def test_worked_example():
+    """An image of 28 x 30 px. Scores are sqrt(class * IoU), with an IoU of 1 except where it is given."""
+    grid = PointGrid.for_image((32, 32), (8, 16))
+    logits, boxes, iou_logits = torch.full((1, 20, 2), -20.0), torch.zeros(1, 20, 4), torch.full((1, 20), 20.0)
+    candidates = [  # point, class, its logit, box, and where it ends
+        (0, 0, 4.0, [0, 0, 10, 10], "found"),
+        (1, 0, 3.0, [0, 0, 10, 7], "suppressed: IoU 0.7"),
+        (2, 0, 2.5, [0, 0, 10, 5], "found: IoU 0.5"),
+        (2, 1, 2.0, [0, 0, 10, 5], "found: another class"),
+        (16, 1, 1.5, [0, 20, 8, 30], "found: second level"),
+        (3, 0, 1.0, [20, 20, 60, 60], "found: cut to the image"),
+        (17, 1, -5.5, [20, 0, 30, 8], "below the threshold: sqrt(0.004) = 0.064"),
+        (4, 1, 3.5, [-9, 12, 5, 17], "found: an IoU of 0.5, so that it is the fourth; cut to the image"),
+    ]
+    for point, label, logit, box, _ in candidates:
+        logits[0, point, label], boxes[0, point] = logit, torch.tensor(box, dtype=torch.float32)
+    iou_logits[0, 4] = 0.0
+    predictions = Predictions(logits, boxes, iou_logits)
+    (found,) = detections_of(predictions, [(30, 28)], grid, score_threshold=0.07, nms_iou=0.6)
+    assert found.labels.tolist() == [0, 0, 1, 1, 0, 1]
+    classes = torch.tensor([4.0, 2.5, 2.0, 1.5, 1.0, 3.5]).sigmoid()
+    torch.testing.assert_close(found.scores, (classes * torch.tensor([1, 1, 1, 1, 1, 0.5])).sqrt())
+    expected = [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 5], [0, 20, 8, 30], [20, 20, 28, 30], [0, 12, 5, 17]]
+    assert found.boxes.tolist() == expected
+    (lower,) = detections_of(predictions, [(30, 28)], grid, score_threshold=0.06, nms_iou=0.6)
+    assert len(lower.scores) == 7
+    (first,) = detections_of(predictions, [(30, 28)], grid, topk_per_level=1)
+    assert first.boxes.tolist() == [expected[0], expected[3]]  # one of each level
+    (limited,) = detections_of(predictions, [(30, 28)], grid, max_detections=2)
+    assert_same([limited], [Detections(found.boxes[:2], found.scores[:2], found.labels[:2], [])])
+
+
+def test_limits_unless_set_are_1000_candidates_a_level_and_100_detections():
+    predictions = crowded_predictions(1, 7, share=1.0)
+    config = DetectorConfig(7)
+    (count,) = (postprocess(predictions, SMALL, torch.tensor([[96, 128]]), config, suppress=None)[1] > 0).sum(1)
+    scores = (predictions.logits.sigmoid() * predictions.iou_logits.sigmoid()[..., None]).sqrt()[0]
+    assert (scores[:192] > 0.05).sum() > 1000  # of the 1344 of the first level
+    assert count == 1000 + (scores[192:] > 0.05).sum()
+    assert [len(d.scores) for d in detections_of(predictions, [(96, 128)])] == [100]
+
+
+@pytest.mark.parametrize(
+    "images, classes, share, topk, most",
+    [(3, 1, 0.7, 1000, 100), (3, 5, 0.05, 1000, 100), (3, 5, 0.7, 30, 100), (3, 5, 0.7, 7, 9), (1, 5, 0.7, 1, 1)],
+    ids=["one-class", "few-scores", "topk-of-two-levels", "topk-of-all-levels", "one-of-each"],
+)
+def test_candidates_are_the_best_of_each_level_and_nms_is_torchvisions(images, classes, share, topk, most):
+    predictions, sizes = crowded_predictions(images, classes, share=share), SIZES[:images]
+    config = DetectorConfig(classes, topk_per_level=topk, nms_iou=0.5, max_detections=most)
+    candidates = postprocess(predictions, SMALL, torch.tensor(sizes), config, suppress=None)
+    found = detections_of(predictions, sizes, topk_per_level=topk, max_detections=most)
+    all_scores = (predictions.logits.sigmoid() * predictions.iou_logits.sigmoid()[..., None]).sqrt()
+    for b, size in enumerate(sizes):
+        levels = all_scores[b].split([192, 48, 12, 4, 1])
+        best = torch.cat([level.flatten().sort(descending=True).values[:topk] for level in levels])
+        best = best[best > 0.05].sort(descending=True).values
+        boxes, scores, labels = (column[b][: len(best)] for column in candidates)
+        torch.testing.assert_close(scores, best)
+        assert not candidates[1][b, len(best) :].any()
+        clipped = clip_boxes_to_image(predictions.boxes[b], size)
+        point = (boxes[:, None] == clipped).all(2).int().argmax(1)
+        assert torch.equal(boxes, clipped[point])
+        torch.testing.assert_close(scores, all_scores[b, point, labels])
+        kept = batched_nms(boxes.double(), scores.double(), labels, 0.5)[:most]
+        assert_same([found[b]], [Detections(boxes[kept], scores[kept], labels[kept], [])])
+        assert 0 < len(kept) < len(best)  # something is suppressed or cut off
+
+
+def test_no_candidate_at_all_and_beside_a_full_image():
+    predictions = crowded_predictions(3, 5)
+    predictions.logits[[0, 2]] = -20
+    empty, full, _ = detections_of(predictions, [(96, 128)] * 3)
+    assert_same([full], detections_of(Predictions(*(tensor[1:2] for tensor in predictions)), [(96, 128)]))
+    assert len(full.scores) > 20
+    shapes = [(t.shape, t.dtype) for t in empty[:3]]
+    assert shapes == [((0, 4), torch.float32), ((0,), torch.float32), ((0,), torch.int64)]
+    predictions.logits[1] = -20
+    assert all(len(d.scores) == 0 for d in detections_of(predictions, [(96, 128)] * 3))
+
+
+def test_equal_scores_keep_the_order_of_points_and_classes():
+    predictions = equal_predictions(2)
+    predictions.logits[1, 200, 1] = 1.0
+    boxes = predictions.boxes[0]
+    first, second = detections_of(predictions, [(96, 128)] * 2, max_detections=40)
+    assert torch.equal(first.boxes, boxes[:20].repeat_interleave(2, 0)) and first.labels.tolist() == [0, 1] * 20
+    assert torch.equal(second.boxes, torch.cat([boxes[200:201], first.boxes[:39]]))
+    predictions.boxes[:] = torch.tensor([3.0, 3, 9, 9])
+    one, _ = detections_of(predictions, [(96, 128)] * 2)
+    assert one.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("topk", [7, 30, 100])
+def test_among_equal_scores_the_first_points_and_classes_are_candidates(topk):
+    predictions, ends = equal_predictions(3), zip(SMALL.level_offsets, SMALL.level_offsets[1:], strict=False)
+    places = torch.cat([torch.arange(2 * start, 2 * end)[:topk] for start, end in ends])
+    for found in detections_of(predictions, [(128, 128)] * 3, topk_per_level=topk, max_detections=9999):
+        assert torch.equal(found.boxes, predictions.boxes[0, places // 2]) and torch.equal(found.labels, places % 2)
+
+
+def test_detections_do_not_depend_on_the_batch():
+    predictions = crowded_predictions(3, 5)
+    predictions.logits[1, :150] = -20
+    together = detections_of(predictions, SIZES, topk_per_level=30)
+    for order in ([0], [1], [2], [2, 0, 1]):
+        some = Predictions(*(tensor[order] for tensor in predictions))
+        found = detections_of(some, [SIZES[b] for b in order], topk_per_level=30)
+        assert_same(found, [together[b] for b in order])
+
+
+@pytest.mark.parametrize("topk", [7, 1000])
+@pytest.mark.parametrize("equal", [True, False], ids=["equal-scores", "all-scores-differ"])
+def test_neighbour_full_of_nan_changes_nothing(equal, topk):
+    predictions = crowded_predictions(2, 5, share=0.3)
+    if equal:
+        predictions.logits[:] = predictions.logits.clamp(-20, 0).round()
+        predictions.iou_logits[:] = 0
+    predictions.logits[1] = torch.nan
+    settings = {"topk_per_level": topk, "max_detections": 9999}
+    together, nothing = detections_of(predictions, [(96, 128)] * 2, **settings)
+    assert_same([together], detections_of(Predictions(*(t[:1] for t in predictions)), [(96, 128)], **settings))
+    assert len(together.scores) > 5 and len(nothing.scores) == 0
+
+
+@pytest.mark.parametrize("topk", [1000, 7], ids=["all", "top-7"])
+def test_nan_has_the_effect_of_a_score_of_0(topk):
+    predictions = crowded_predictions(3, 5)
+    logits, boxes, iou_logits = predictions
+    unknown = torch.rand(logits.shape, generator=torch.Generator().manual_seed(1)) < 0.2
+    unknown[0, :, 3] = True
+    points = torch.tensor([17, 30])
+    with_nan_and_without = [
+        ({"logits": logits.masked_fill(unknown, torch.nan)}, logits.masked_fill(unknown, -100)),
+        ({"logits": logits.masked_fill(unknown, -torch.nan)}, logits.masked_fill(unknown, -100)),
+        (
+            {"iou_logits": iou_logits.masked_fill(unknown[..., 0], torch.nan)},
+            logits.masked_fill(unknown[..., :1], -100),
+        ),
+        ({"boxes": boxes.index_fill(1, points, torch.nan)}, logits.index_fill(1, points, -100)),
+    ]
+    for changes, silent in with_nan_and_without:
+        found = detections_of(predictions._replace(**changes), SIZES, topk_per_level=topk, max_detections=9999)
+        expected = detections_of(predictions._replace(logits=silent), SIZES, topk_per_level=topk, max_detections=9999)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_float32_for_any_type_of_predictions(dtype):
+    predictions = Predictions(*(tensor.to(dtype) for tensor in crowded_predictions(3, 5)))
+    found = detections_of(predictions, SIZES)
+    assert_same(found, detections_of(Predictions(*(tensor.float() for tensor in predictions)), SIZES))
+    assert found[0].scores.dtype == found[0].boxes.dtype == torch.float32
+
+
+def test_detections_carry_no_gradient():
+    predictions = Predictions(*(tensor.requires_grad_() for tensor in crowded_predictions(1, 2)))
+    (found,) = detections_of(predictions, [(96, 128)])
+    assert not found.boxes.requires_grad and len(found.boxes) > 0
+
+
+@pytest.mark.gpu
+def test_waits_for_a_gpu_do_not_grow_with_the_images():
+    def waits(images: int) -> int:
+        predictions = Predictions(*(tensor.cuda() for tensor in crowded_predictions(images, 5)))
+        return host_syncs(lambda: detections_of(predictions, [(96, 128)] * images), predictions.boxes.device)
+
+    assert waits(9) == waits(2) <= 6
