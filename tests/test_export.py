@@ -7,6 +7,7 @@ any order is right.
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -17,12 +18,11 @@ import export as export_script
 from errors import UserError
 from export import ExportedDetector
 from images import load_image
-from model import Detector, DetectorConfig, load, save_weights
+from model import Detector, load
 from model.batch import pad_images
 from model.postprocess import Detections, suppressed
+from tests.support.detectors import IDS, NAMES, save_lively_detector
 
-NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
-IMAGE_SIZE = (160, 256)
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 TOLERANCE = 1e-4  # px, and of scores
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporters, about themselves
@@ -31,18 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporters, about
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file with a detector that finds dozens of objects with scores far apart, many of them overlapping."""
-    torch.manual_seed(0)
-    config = DetectorConfig(
-        num_classes=3, backbone="test_resnet", channels=16, head_convs=0, image_size=IMAGE_SIZE, topk_per_level=300
-    )
-    detector = Detector(config)
-    for parameter in detector.head.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    torch.nn.init.normal_(detector.head.box.weight, std=0.03)
-    path = tmp_path_factory.mktemp("weights") / "ota.safetensors"
-    save_weights(path, detector, {"class_names": NAMES, "category_ids": IDS})
-    return path
+    settings = {"channels": 16, "head_convs": 0, "image_size": (160, 256), "topk_per_level": 300}
+    return save_lively_detector(tmp_path_factory.mktemp("weights") / "ota.safetensors", 0.1, 0.03, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -133,37 +123,34 @@ def assert_same_as_detector(detector: Detector, exported: tuple, images: list[to
         assert_same(found, detector.detect(batch, sizes))
 
 
-@pytest.mark.parametrize("size", [(160, 256), (320, 192)], ids=["160x256", "320x192"])
-@pytest.mark.parametrize("batch", [1, 3], ids=["B1", "B3"])
+@pytest.mark.parametrize("batch, size", [(1, (160, 256)), (3, (320, 192))], ids=["B1-160x256", "B3-320x192"])
 def test_detections_of_the_file_are_those_of_the_model(detector, exported, batch, size):
     assert_same_as_detector(detector, exported, scenes(batch, size))
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco128"])
-def test_detections_on_real_images(detector, exported, name):
-    paths = sorted((REAL_SETS / name).rglob("*.jpg"))[:24:8]
+def test_detections_on_real_images(detector, exported):
+    paths = [path for name in ("bccd", "coco128") for path in sorted((REAL_SETS / name).rglob("*.jpg"))[:24:8]]
     if not paths:
-        pytest.skip(f"no images in {REAL_SETS / name}")
+        pytest.skip(f"no images in {REAL_SETS}")
     for path in paths:
         assert_same_as_detector(detector, exported, [detector.resize(load_image(path))])
 
 
-SLOTS = {  # sizes given for two slots of 160 x 256, and those they stand for
-    "over-the-slot": ([[999, 2**40], [161, 200]], [[160, 256], [160, 200]]),
-    "one-empty": ([[0, 0], [139, 235]], [[0, 0], [139, 235]]),
-    "no-width-no-height": ([[100, 0], [0, 256]], [[0, 0], [0, 0]]),
-    "negative": ([[-1, -7], [160, 256]], [[0, 0], [160, 256]]),
-    "one-pixel": ([[1, 1], [0, 0]], [[1, 1], [0, 0]]),
-}
-
-
-@pytest.mark.parametrize("name", SLOTS)
-def test_sizes_that_do_not_fit_the_slot(exported, name):
-    """They are cut to it, and where no pixel is left there is no detection, not even in the whole batch."""
+@pytest.mark.parametrize(
+    "given, meant",  # sizes given for two slots of 160 x 256, and those they stand for
+    [
+        pytest.param([[999, 2**40], [161, 200]], [[160, 256], [160, 200]], id="over-the-slot"),
+        pytest.param([[0, 0], [139, 235]], [[0, 0], [139, 235]], id="one-empty"),
+        pytest.param([[100, 0], [0, 256]], [[0, 0], [0, 0]], id="no-width-no-height"),
+        pytest.param([[-1, -7], [160, 256]], [[0, 0], [160, 256]], id="negative"),
+    ],
+)
+def test_sizes_are_cut_to_the_slot(exported, given, meant):
+    """Where no pixel is left there is no detection, not even in the whole batch."""
     run, _, _ = exported
     batch, _ = pad_images(scenes(2, (160, 256)))
-    given, meant = (torch.tensor(sizes) for sizes in SLOTS[name])
-    outputs = run(batch, given)
+    meant = torch.tensor(meant)
+    outputs = run(batch, torch.tensor(given))
     assert all(torch.equal(one, other) for one, other in zip(outputs, run(batch, meant), strict=True))
     boxes, scores, labels = outputs
     assert torch.equal((scores > 0).any(1), (meant > 0).all(1))
@@ -174,35 +161,31 @@ def test_batch_without_images(exported):
     run, _, _ = exported
     batch, sizes = pad_images(scenes(1, (160, 256)))
     one, none = run(batch, sizes), run(batch[:0], sizes[:0])
-    assert [x.shape for x in none] == [(0, *x.shape[1:]) for x in one]
-    assert [x.dtype for x in none] == [x.dtype for x in one]
+    assert [(x.shape, x.dtype) for x in none] == [((0, *x.shape[1:]), x.dtype) for x in one]
 
 
-def test_metadata_tell_what_a_program_needs(detector, exported):
+def test_metadata_tell_what_a_program_needs(exported):
     _, metadata, nms = exported
     assert metadata.pop("preprocessing").startswith("RGB, upright, uint8 0..255")
     assert metadata == {
-        "class_names": NAMES, "category_ids": IDS, "image_size": list(IMAGE_SIZE), "nms": nms,
+        "class_names": NAMES, "category_ids": IDS, "image_size": [160, 256], "nms": nms,
         "score_threshold": 0.05, "nms_iou": 0.6, "max_detections": 100,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("nms", [True, False], ids=["nms", "candidates"])
-@pytest.mark.parametrize("kind", ["scenes", "equal-scores"])
-def test_graph_gives_what_the_detector_gives(weights, nms, kind):
+@torch.no_grad()
+def test_graph_gives_what_the_detector_gives(weights, nms):
     """Before it is exported; a flat image has the same scores at all points away from its border."""
-    images = scenes(2, (160, 224)) if kind == "scenes" else [torch.zeros(3, 160, 224, dtype=torch.uint8)] * 2
     graph = ExportedDetector(load(weights), suppressed if nms else None).eval()
-    with torch.no_grad():
+    for images in (scenes(2, (160, 224)), [torch.zeros(3, 160, 224, dtype=torch.uint8)] * 2):
         assert_same_as_detector(graph.detector, (graph, {}, nms), images)
+    graph.detector.head.cls.bias.fill_(-30)
+    boxes, scores, labels = graph(*pad_images(scenes(2, (160, 160))))
+    assert not boxes.any() and not scores.any() and (labels == -1).all()  # rows without a detection
 
 
-def test_nothing_found_is_rows_without_a_score(weights):
-    graph = ExportedDetector(load(weights), suppressed).eval()
-    with torch.no_grad():
-        graph.detector.head.cls.bias.fill_(-30)
-        boxes, scores, labels = graph(*pad_images(scenes(2, (160, 160))))
-    assert boxes.shape == (2, 100, 4) and not boxes.any() and not scores.any() and (labels == -1).all()
+# export.py
 
 
 def test_packages_that_are_missing_are_named(call, weights, monkeypatch):
@@ -220,9 +203,16 @@ def test_backbone_that_cannot_be_exported_is_named(call, weights, monkeypatch):
         call(export_script, "--weights", weights, "--format", "torch")
 
 
-@pytest.mark.parametrize("out", [None, "sub/x.pt2"], ids=["beside-the-weights", "out"])
-def test_where_the_file_goes(call, weights, tmp_path, monkeypatch, out):
+def test_where_the_file_goes(call, weights, tmp_path, monkeypatch):
+    """Beside the weights, into the current folder for a file of the hub, or where --out says."""
     monkeypatch.setattr(export_script, "export_torch", lambda detector, nms: b"exported")
-    wanted = tmp_path / out if out else weights.with_suffix(".pt2")
-    said = call(export_script, "--weights", weights, "--format", "torch", *(["--out", wanted] if out else []))
-    assert wanted.read_bytes() == b"exported" and f"wrote {wanted}" in said
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(weights))
+    monkeypatch.chdir(tmp_path)
+    flags, to_sub = ("--format", "torch"), ("--out", "sub/x.pt2")
+    for name, wanted, more in (
+        (weights, weights.with_suffix(".pt2"), ()), ("hf://a/b", Path("ota.pt2"), ()), (weights, "sub/x.pt2", to_sub)
+    ):  # fmt: skip
+        said = call(export_script, "--weights", name, *flags, *more)
+        assert Path(wanted).read_bytes() == b"exported" and f"wrote {wanted}" in said
+    with pytest.raises(UserError, match="cannot write ota.pt2/x.pt2: .*; name another file with --out"):
+        call(export_script, "--weights", weights, *flags, "--out", "ota.pt2/x.pt2")
