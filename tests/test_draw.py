@@ -5,10 +5,10 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from data.draw import draw_curves, draw_detections, fonts_of
 from tests.support.detectors import NAMES
+from tests.support.pictures import record_figures
 
 NONE_TRUE = torch.empty(0, 4)
 
@@ -75,10 +75,7 @@ def test_nothing_found_leaves_the_picture_as_it_is():
 
 
 def test_curves_show_the_numbers_of_the_log(tmp_path, monkeypatch):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **more: figures.append(figure) or save(figure, *args, **more)
-    )
+    figures = record_figures(monkeypatch)
     log = [
         {"step": 10, "loss": 3.0, "cls": 1.5, "box": 1.0, "iou": 0.5, "positives_per_gt": 4.0, "mean_k": 5.0},
         {"step": 20, "AP": 0.25, "AP50": 0.5, "AP75": 0.125},
