@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import OTAConfig, PointGrid, ota_assign
 from kernels.assign import HAS_TRITON
 
 pytest.importorskip("setuptools", "77", reason="setuptools 77 builds the wheel: pip install -e '.[test]'")
@@ -62,6 +61,7 @@ def only_source(folder: str, names: list[str]) -> set[str]:
 
 
 def test_wheel_holds_one_package(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")  # unpacking installs it anywhere
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.name for path in (ROOT / "kernels").glob("*.py")}
     assert names == {f"ota_triton/{name}" for name in {*modules, "py.typed"}}
@@ -69,8 +69,7 @@ def test_wheel_holds_one_package(wheel):
 
 def test_installed_package_assigns_beside_the_folder(wheel, tmp_path):
     """In a process that finds the repository after the wheel, so that both copies register their Triton operators."""
-    installed = [*PIP, "install", wheel, "--no-deps", "--no-index", "--target", tmp_path / "installed"]
-    subprocess.run(installed, check=True)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     backends = ["torch", "triton"] if HAS_TRITON else ["torch"]
     interpreter = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter
@@ -79,8 +78,5 @@ def test_installed_package_assigns_beside_the_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     path, _, found = done.stdout.strip().partition(" ")
     assert Path(path).parent == tmp_path / "installed" / "ota_triton"
-    boxes = torch.tensor([[[0.0, 0, 16, 16]]]).expand(1, 4, 4)
-    truth = torch.tensor([[1.0, 1, 15, 13]]), torch.tensor([1]), torch.tensor([0, 1])
-    grid, config = PointGrid((8,), ((2, 2),)), OTAConfig(iterations=3)
-    match = ota_assign(torch.zeros(1, 4, 2), boxes, *truth, grid, config, backend="reference")
-    assert (match.gt_index == 0).any() and found == str([match.gt_index.tolist()] * len(backends))
+    expected = [[0, 0, 0, 0]]  # the points predict the same, so that the box has all of them
+    assert found == str([expected] * len(backends))
