@@ -49,16 +49,6 @@ def test_losses_without_a_match_are_divided_by_one():
     assert losses["box"] == losses["iou"] == 0
 
 
-def test_losses_of_perfect_predictions_vanish():
-    gt_boxes, gt_labels = torch.tensor([[2.0, 3, 20, 30], [5, 5, 9, 9]]), torch.tensor([2, 0])
-    logits = torch.full((1, 5, 3), -30.0)
-    logits[0, [1, 2, 4], [0, 2, 2]] = 30.0
-    predictions = Predictions(logits, gt_boxes[torch.tensor([[0, 1, 0, 0, 0]])], torch.full((1, 5), 30.0))
-    assignment = assignment_of([[-1, 1, 0, -1, 0]], [[0.0, 1, 1, 0, 1]])
-    losses = detection_losses(predictions, assignment, gt_boxes, gt_labels)
-    assert all(value < 1e-6 for value in losses.values())
-
-
 def test_ignored_points_add_no_classification_loss():
     """Focal loss by hand: 0.75 sigmoid(x)^2 softplus(x) a negative, 0.25 sigmoid(-x)^2 softplus(-x) a positive."""
     ignored = torch.tensor([[True, True, False, False]])

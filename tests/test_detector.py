@@ -149,15 +149,17 @@ def test_training_gives_three_losses_and_gradients_everywhere():
         detector([torch.zeros(3, 64, 64)])
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
-def test_labels_of_any_integer_type(dtype):
+def test_labels_of_any_integer_type():
     """Images may differ in it."""
     images, targets = random_batch([(64, 96)] * 2)
-    narrow = [targets[0] | {"labels": targets[0]["labels"].to(dtype)}, targets[1]]
-    losses = [tiny_detector().train()(images, t)[0] for t in (targets, narrow)]
-    assert losses[0] == losses[1]
+
+    def losses_with(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        first = targets[0] | {"labels": targets[0]["labels"].to(dtype)}
+        return tiny_detector().train()(images, [first, targets[1]])[0]
+
+    assert losses_with(torch.int32) == losses_with(torch.uint8) == losses_with(torch.int64)
     with pytest.raises(TypeError, match="gt_labels is torch.float32, expected torch.int64"):
-        tiny_detector().train()(images, [targets[0] | {"labels": targets[0]["labels"].float()}, targets[1]])
+        losses_with(torch.float32)
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_mambaout"])
@@ -235,20 +237,16 @@ def test_weights_come_back_as_saved(tmp_path):
     assert torch.equal(raw.boxes, loaded_raw.boxes)
 
 
-def test_unusable_weights_are_named(tmp_path):
-    path, no_file = tmp_path / "ota.safetensors", "no safetensors file, or it is truncated"
-    save_weights(path, tiny_detector(), {})
-    content = path.read_bytes()
-    save_file({"x": torch.zeros(2)}, path)
-    contents = {
-        "holds tensors, but no detector": path.read_bytes(),
-        "does not fit": content.replace(b'\\"num_classes\\": 3', b'\\"num_classes\\": 4'),
-        "cannot read.*top_Q": content.replace(b'\\"top_q\\"', b'\\"top_Q\\"'),
-    }
-    for message, changed in [(no_file, b"not tensors at all"), (no_file, content[:-1000]), *contents.items()]:
-        path.write_bytes(changed)
-        with pytest.raises(UserError, match=f"{path} .*{message}"):
-            load_weights(path)
-    path.unlink()
+def test_file_that_holds_no_detector_is_named(tmp_path):
+    path = tmp_path / "ota.safetensors"
     with pytest.raises(UserError, match=f"no weights file {path}"):
         load_weights(path)
+    save_weights(path, tiny_detector(), {})
+    truncated = path.read_bytes()[:-1000]
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=f"{path} holds tensors, but no detector"):
+        load_weights(path)
+    for content in (b"not tensors at all", truncated):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} is no safetensors file, or it is truncated"):
+            load_weights(path)

@@ -17,13 +17,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import export as export_script
 from errors import UserError
 from export import ExportedDetector
-from images import load_image
 from model import Detector, load
 from model.batch import pad_images
 from model.postprocess import Detections, suppressed
 from tests.support.detectors import IDS, NAMES, save_lively_detector
 
-REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 TOLERANCE = 1e-4  # px, and of scores
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporters, about themselves
 
@@ -128,14 +126,6 @@ def test_detections_of_the_file_are_those_of_the_model(detector, exported, batch
     assert_same_as_detector(detector, exported, scenes(batch, size))
 
 
-def test_detections_on_real_images(detector, exported):
-    paths = [path for name in ("bccd", "coco128") for path in sorted((REAL_SETS / name).rglob("*.jpg"))[:24:8]]
-    if not paths:
-        pytest.skip(f"no images in {REAL_SETS}")
-    for path in paths:
-        assert_same_as_detector(detector, exported, [detector.resize(load_image(path))])
-
-
 @pytest.mark.parametrize(
     "given, meant",  # sizes given for two slots of 160 x 256, and those they stand for
     [
@@ -157,15 +147,11 @@ def test_sizes_are_cut_to_the_slot(exported, given, meant):
     assert (boxes <= meant.flip(1).repeat(1, 2)[:, None]).all() and torch.equal(labels == -1, scores == 0)
 
 
-def test_batch_without_images(exported):
-    run, _, _ = exported
+def test_batch_without_images_and_metadata(exported):
+    run, metadata, nms = exported
     batch, sizes = pad_images(scenes(1, (160, 256)))
     one, none = run(batch, sizes), run(batch[:0], sizes[:0])
     assert [(x.shape, x.dtype) for x in none] == [((0, *x.shape[1:]), x.dtype) for x in one]
-
-
-def test_metadata_tell_what_a_program_needs(exported):
-    _, metadata, nms = exported
     assert metadata.pop("preprocessing").startswith("RGB, upright, uint8 0..255")
     assert metadata == {
         "class_names": NAMES, "category_ids": IDS, "image_size": [160, 256], "nms": nms,
@@ -188,19 +174,16 @@ def test_graph_gives_what_the_detector_gives(weights, nms):
 # export.py
 
 
-def test_packages_that_are_missing_are_named(call, weights, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
-        call(export_script, "--weights", weights)
-
-
-def test_backbone_that_cannot_be_exported_is_named(call, weights, monkeypatch):
+def test_what_cannot_be_exported_is_named(call, weights, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("constraints violated")
 
     monkeypatch.setattr(torch.export, "export", fail)
     with pytest.raises(UserError, match="cannot export test_resnet .* any size: constraints violated"):
         call(export_script, "--weights", weights, "--format", "torch")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
+        call(export_script, "--weights", weights)
 
 
 def test_where_the_file_goes(call, weights, tmp_path, monkeypatch):

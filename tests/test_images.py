@@ -50,13 +50,14 @@ def test_size_and_pixels_are_those_displayed(tmp_path, name, orientation):
         assert pixels.shape == wanted.shape and np.abs(pixels - wanted).mean() < 15
 
 
+@pytest.mark.filterwarnings("error")  # Pillow warns of a transparency that it loses
 def test_pil_images_of_any_mode_with_8_bits_keep_their_colour():
     for mode in ("L", "RGB", "RGBA", "P", "1", "LA"):
         tensor = to_tensor(Image.new(mode, (5, 4), "white"))
         assert tensor.shape == (3, 4, 5) and tensor.min() == 255, mode
     assert to_tensor(Image.new("CMYK", (5, 4), (0, 255, 255, 0)))[:, 0, 0].tolist() == [255, 0, 0]
     palette = Image.new("RGB", (5, 4), (255, 0, 0)).convert("P")
-    palette.info["transparency"] = 0  # by an index that is not used
+    palette.info["transparency"] = bytes(256)
     assert to_tensor(palette)[:, 3, 4].tolist() == [255, 0, 0]
 
 

@@ -211,19 +211,16 @@ def test_pictures_and_audit_of_a_detector(weights, dataset, tmp_path, monkeypatc
     assert figures[0].get_suptitle().startswith(f"{name} of shapes, ota.safetensors\n")
     assert len(figures[0].axes[0].patches) == len(dataset[1][1]["boxes"])
 
+    detector, dataset, _ = load_with_data(weights, None)
+    image, scene = predicted_scene(detector, dataset, 1)  # the image as the detector sees it
+    assert image.shape == (3, 96, 96) and int(scene.gt_offsets[-1]) == len(dataset[1][1]["boxes"])
+    assert scene.boxes.shape == (1, scene.grid.num_points, 4) and scene.logits.shape == (1, scene.grid.num_points, 5)
+
     monkeypatch.setattr(audit, "ITERATIONS", (10,))
     audit.main(["--weights", str(weights), "--images", "2", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "audit.json").read_text())
     assert report["source"] == "ota.safetensors on shapes" and report["images"] == 2
     assert report["assigner"]["radius"] == 3 and report["positives"] > 0
-
-
-def test_predictions_are_of_the_image_as_the_detector_sees_it(weights):
-    detector, dataset, _ = load_with_data(weights, None)
-    image, scene = predicted_scene(detector, dataset, 1)
-    assert detector.config.ota.radius == 3 and image.shape == (3, 96, 96)
-    assert scene.boxes.shape == (1, scene.grid.num_points, 4) and scene.logits.shape == (1, scene.grid.num_points, 5)
-    assert len(scene.gt_boxes) == int(scene.gt_offsets[-1]) == len(dataset[1][1]["boxes"])
 
 
 def test_image_is_found_by_index_by_name_and_by_its_objects(dataset):
