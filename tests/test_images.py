@@ -7,7 +7,7 @@ from PIL import Image, PngImagePlugin
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from images import ImageError, header_size, load_image, to_tensor
+from images import ImageError, header_size, to_tensor
 from tests.support.detectors import tiny_detector
 
 TURNS = {  # EXIF orientation: from the pixels (H, W, 3) as stored to those displayed
@@ -15,20 +15,15 @@ TURNS = {  # EXIF orientation: from the pixels (H, W, 3) as stored to those disp
     6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90,
 }  # fmt: skip
 FORMATS = {  # besides JPEG
-    "mpo": {}, "png": {}, "webp": {}, "avif": {}, "tiff": {}, "tiff-lzw": {"compression": "tiff_lzw"},
-    "tiff-jpeg": {"compression": "jpeg"}, "png-xmp": {},
+    "mpo": {}, "png": {}, "webp": {}, "tiff": {}, "tiff-jpeg": {"compression": "jpeg"}, "png-xmp": {},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "orientation"),
-    [*(("jpeg", orientation) for orientation in TURNS), *((name, 6) for name in FORMATS), ("tiff", 3)],
+    ("name", "orientation"), [*(("jpeg", orientation) for orientation in TURNS), *((name, 6) for name in FORMATS)]
 )
 def test_size_and_pixels_are_those_displayed(tmp_path, name, orientation):
     """Nothing is turned twice, whether Pillow turns at loading, which it does with TIFF, or not."""
-    kind = name.partition("-")[0].upper()
-    if kind not in Image.registered_extensions().values() and kind != "MPO":
-        pytest.skip(f"this Pillow writes no {kind}")
     stored = np.zeros((48, 96, 3), np.uint8)
     stored[:24, :48], stored[:24, 48:, 0], stored[24:, :48, 1] = 200, 250, 250
     exif = Image.Exif()
@@ -39,20 +34,19 @@ def test_size_and_pixels_are_those_displayed(tmp_path, name, orientation):
         note.add_itxt("XML:com.adobe.xmp", f'<x:xmpmeta tiff:Orientation="{orientation}"/>')
         options = {"pnginfo": note}
     path = tmp_path / "image"
-    Image.fromarray(stored).save(path, kind, **options)
+    Image.fromarray(stored).save(path, name.partition("-")[0], **options)
+    wanted = TURNS[orientation](stored).astype(int)
+    assert header_size(path) == wanted.shape[1::-1]
     with Image.open(path) as opened, Image.open(path) as loaded:
         loaded.load()
-        tensors = load_image(path), to_tensor(str(path)), to_tensor(opened), to_tensor(loaded)
-    assert header_size(path) == (tensors[0].shape[2], tensors[0].shape[1])
-    wanted = TURNS[orientation](stored).astype(int)
-    for tensor in tensors:
-        pixels = tensor.permute(1, 2, 0).numpy()
-        assert pixels.shape == wanted.shape and np.abs(pixels - wanted).mean() < 15
+        for image in (path, opened, loaded):
+            pixels = to_tensor(image).permute(1, 2, 0).numpy()
+            assert pixels.shape == wanted.shape and np.abs(pixels - wanted).mean() < 15
 
 
 @pytest.mark.filterwarnings("error")  # Pillow warns of a transparency that it loses
 def test_pil_images_of_any_mode_with_8_bits_keep_their_colour():
-    for mode in ("L", "RGB", "RGBA", "P", "1", "LA"):
+    for mode in ("L", "RGBA", "P", "1"):
         tensor = to_tensor(Image.new(mode, (5, 4), "white"))
         assert tensor.shape == (3, 4, 5) and tensor.min() == 255, mode
     assert to_tensor(Image.new("CMYK", (5, 4), (0, 255, 255, 0)))[:, 0, 0].tolist() == [255, 0, 0]
@@ -61,38 +55,32 @@ def test_pil_images_of_any_mode_with_8_bits_keep_their_colour():
     assert to_tensor(palette)[:, 3, 4].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        pytest.param(np.zeros((4, 5), np.uint8), r"image 0 must .* uint8 .*, not \(4, 5\) uint8", id="grey-array"),
-        pytest.param(np.zeros((4, 5, 3)), r"\(4, 5, 3\) float64", id="float-array"),
-        pytest.param(torch.zeros(1, 3, 4, 5), r"list\(batch\)", id="batch"),
-        pytest.param(torch.zeros(4, 5, 3), r"\(3, H, W\)", id="hwc-tensor"),
-        pytest.param(torch.zeros(3, 4, 5).long(), "uint8, or floating point.*int64", id="int64-tensor"),
-        pytest.param(torch.full((3, 4, 5), 255.0), r"in 0\.\.1 .*, not torch.float32 from 255 to 255", id="float-255"),
-        pytest.param(torch.full((3, 4, 5), -1.0), "without the normalisation.* from -1 to -1", id="float-normalised"),
-        pytest.param(torch.full((3, 4, 5), torch.nan), "from nan to nan", id="float-nan"),
-        pytest.param(torch.full((3, 4, 5), -torch.inf), "from -inf to -inf", id="float-inf"),
-        pytest.param(torch.zeros(3, 0, 5), r"\(3, 0, 5\)", id="empty"),
-        pytest.param(torch.zeros(3, 1, 2000, dtype=torch.uint8), "2000 x 1 px is too narrow", id="narrow"),
-        pytest.param(Image.new("I;16", (4, 5)), "size=4x5.* cannot be read.*more than 8 bits", id="16-bit"),
-        pytest.param("nowhere.jpg", "there is no image file nowhere.jpg", id="missing"),
-        pytest.param(None, "image 0 must be a path.* not NoneType", id="none"),
-    ],
-)
-def test_what_is_no_image_is_named(image, message):
-    with pytest.raises(ImageError, match=message):
-        tiny_detector().eval().predict(image)
+NO_IMAGES = [
+    (np.zeros((4, 5), np.uint8), r"image 0 must .* uint8 .*, not \(4, 5\) uint8"),
+    (torch.zeros(1, 3, 4, 5), r"list\(batch\)"),
+    (torch.zeros(3, 4, 5).long(), "uint8, or floating point.*int64"),
+    (torch.full((3, 4, 5), 255.0), r"in 0\.\.1 .*, not torch.float32 from 255 to 255"),
+    (torch.full((3, 4, 5), -1.0), "without the normalisation.* from -1 to -1"),
+    (torch.full((3, 4, 5), torch.nan), "from nan to nan"),
+    (torch.zeros(3, 0, 5), r"\(3, 0, 5\)"),
+    (torch.zeros(3, 1, 2000, dtype=torch.uint8), "2000 x 1 px is too narrow"),
+    (Image.new("I;16", (4, 5)), "size=4x5.* cannot be read.*more than 8 bits"),
+    ("nowhere.jpg", "there is no image file nowhere.jpg"),
+    (None, "image 0 must be a path.* not NoneType"),
+]
+
+
+def test_what_is_no_image_is_named():
+    detector = tiny_detector()
+    for image, message in NO_IMAGES:
+        with pytest.raises(ImageError, match=message):
+            detector.eval().predict(image)
+    for training in (True, False):
+        with pytest.raises(ImageError, match="image 1 must .* from -2 to -2"):
+            detector.train(training)([torch.zeros(3, 96, 96), torch.full((3, 96, 96), -2.0)], [{}, {}])
 
 
 def test_pixels_that_resizing_moves_out_of_0_to_1_are_taken():
     image = (torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     resized = resize(image, [53, 77], InterpolationMode.BICUBIC, antialias=False)
     assert resized.min() < -0.2 and resized.max() > 1.2 and torch.equal(to_tensor(resized), resized)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_tensors_given_to_the_detector_are_in_range(training):
-    targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
-    with pytest.raises(ImageError, match="image 1 must .* from -2 to -2"):
-        tiny_detector().train(training)([torch.zeros(3, 96, 96), torch.full((3, 96, 96), -2.0)], targets)

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 
 import predict as predict_script
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
@@ -41,10 +39,6 @@ def photo(path, size=(80, 60), seed=0, **options):
     return path
 
 
-def same(one: Detections, other: Detections) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one.names == other.names
-
-
 def close(one: Detections, other: Detections) -> bool:
     """Equal except for what a convolution rounds differently in a batch."""
     pairs = zip(one[:2], other[:2], (1e-3, 1e-5), strict=True)
@@ -55,8 +49,6 @@ def close(one: Detections, other: Detections) -> bool:
 
 
 def test_detections_have_names_scores_and_boxes_inside_the_image(detector, tmp_path):
-    assert not detector.training
-    assert detector.class_names == NAMES and detector.category_ids == IDS
     found = detector.predict(str(photo(tmp_path / "a.png")))
     assert len(found.scores) > 5 and found.names == [NAMES[c] for c in found.labels.tolist()]
     assert found.boxes.shape == (len(found.scores), 4) and (found.scores.diff() <= 0).all()
@@ -73,10 +65,9 @@ def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
     path = photo(tmp_path / "a.png", exif=exif)
     pixels = np.rot90(np.asarray(Image.open(path)), -1)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    forms = [path, str(path), Image.open(path), pixels, pixels.copy(), tensor, tensor.contiguous()]
     wanted = detector.predict(path)
     assert pixels.shape == (80, 60, 3) and wanted.boxes[:, 3].max() > 70
-    assert all(same(detector.predict(form), wanted) for form in forms)
+    forms = [path, str(path), Image.open(path), pixels, tensor]
     assert all(close(found, wanted) for found in detector.predict(forms, batch_size=3))
     floats = detector.predict(tensor / 255)
     assert torch.equal(floats.labels[:5], wanted.labels[:5]) and (floats.boxes[:5] - wanted.boxes[:5]).abs().max() < 3
@@ -84,28 +75,21 @@ def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
 
 
 def test_images_beside_an_image_change_nothing(detector, tmp_path):
-    """In a batch, images smaller than the padded size among them."""
-    sizes = [(80, 60), (60, 80), (80, 60), (128, 40), (81, 61)]
+    sizes = [(80, 60), (60, 80), (128, 40), (81, 61)]
     paths = [photo(tmp_path / f"{i}.png", size, seed=i) for i, size in enumerate(sizes)]
     for together, path in zip(detector.predict(paths), paths, strict=True):
         assert close(together, detector.predict(path))
 
 
 def test_settings_and_mode_of_predict_are_checked(detector):
-    settings = [("batch_size", value) for value in (0, -1, 2.5, "8", None)]
-    settings += [("score", value) for value in (float("nan"), "0.5", None)]
-    for (name, value), images in product(settings, ([], torch.zeros(3, 64, 64))):
+    for name, value in (("batch_size", 0), ("batch_size", 2.5), ("score", float("nan")), ("score", "0.5")):
         with pytest.raises(ValueError, match=f"^{name} is {value!r}, it must be an?"):
-            detector.predict(images, **{name: value})
+            detector.predict([], **{name: value})
     with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
         copy.deepcopy(detector).train().predict(torch.zeros(3, 64, 64))
 
 
-@pytest.mark.parametrize(
-    "dtype, frozen",
-    [(torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, True)],
-    ids=["float16", "bfloat16", "bfloat16-frozen-norm", "float64-frozen-norm"],
-)
+@pytest.mark.parametrize("dtype, frozen", [(torch.float16, False), (torch.bfloat16, True)], ids=str)
 def test_detector_of_another_float_type(detector, tmp_path, frozen, dtype):
     """Scores as in float32 up to the rounding of 16 bits; what comes out is float32."""
     other = Detector(replace(detector.config, frozen_norm=frozen)).eval()
@@ -113,24 +97,22 @@ def test_detector_of_another_float_type(detector, tmp_path, frozen, dtype):
     path = photo(tmp_path / "a.png")
     found, wanted = other.to(dtype).predict(path), detector.predict(path)
     assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found.scores) > 5
-    assert (found.scores[:5] - wanted.scores[:5]).abs().max() < (1e-5 if dtype == torch.float64 else 0.02)
+    assert (found.scores[:5] - wanted.scores[:5]).abs().max() < 0.02
 
 
 def test_weights_of_the_hub(weights, monkeypatch):
     def download(*names: str) -> str:
+        if names[0] != "a/b":
+            raise ConnectionError("no route")
         asked.append(names)
         return str(weights)
-
-    def unreachable(*_):
-        raise ConnectionError("no route")
 
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load("hf://a/b").class_names == load("hf://a/b/sub/best.safetensors").class_names == NAMES
     assert asked == [("a/b", "ota.safetensors"), ("a/b", "sub/best.safetensors")]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(UserError, match=r"no ota.safetensors for hf://user/repo .*no route\n.*connection"):
-        load("hf://user/repo")
+    with pytest.raises(UserError, match=r"no ota.safetensors for hf://a/gone .*no route\n.*connection"):
+        load("hf://a/gone")
     with pytest.raises(UserError, match=r"for hf://repo \(hf://user/repo or"):
         load("hf://repo")
 
@@ -139,9 +121,9 @@ def test_weights_of_the_hub(weights, monkeypatch):
 
 
 def test_predict_and_eval_give_the_same_detections(call, detector, tmp_path, weights, one_thread):
-    """Of six generated images, two of them cut to other sizes; the file is a COCO result."""
-    root = tmp_path / "shapes"
-    generate_shapes(root, train_images=1, val_images=6, size_px=128)
+    """Of four generated images, two of them cut to other sizes."""
+    root, out = tmp_path / "shapes", tmp_path / "out"
+    generate_shapes(root, train_images=1, val_images=4, size_px=128)
     path = root / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
     for record, size in zip(content["images"][:2], [(90, 128), (67, 91)], strict=True):
@@ -150,58 +132,43 @@ def test_predict_and_eval_give_the_same_detections(call, detector, tmp_path, wei
         record["width"], record["height"] = size
     content["categories"] = [{"id": i, "name": name} for i, name in zip(IDS, NAMES, strict=True)]
     path.write_text(json.dumps(content | {"annotations": []}))
-
     dataset = CocoDataset(find_splits(str(root))[1], eval_transform(detector.config.image_size))
-    wanted = detect_dataset(detector, dataset, batch_size=6, workers=0)
-    out = tmp_path / "out"
-    call(predict_script, root / "val", "--weights", weights, "--score", 0, "--batch-size", 6, "--out", out, *CPU)
-    found = json.loads((out / "detections.json").read_text())
-    id_of = {image["file_name"]: image["id"] for image in dataset.images}
-    for row in found:
-        row["image_id"] = id_of[row.pop("file_name").rsplit("/", 1)[1]]
-        assert row.pop("category_name") == NAMES[IDS.index(row["category_id"])]
-    assert len(found) > 100 and found == wanted
+    wanted = detect_dataset(detector, dataset, batch_size=4, workers=0)
+    assert min(row["score"] for row in wanted) < 0.3 < max(row["score"] for row in wanted)
 
-    call(predict_script, root / "val", "--weights", weights, "--score", 0.3, "--out", out, *CPU)
-    truth = COCO()
-    truth.dataset = {"images": [{"id": i + 1} for i in range(6)], "categories": [{"id": i} for i in IDS]}
-    truth.dataset |= {"annotations": [], "info": {}}
-    truth.createIndex()
-    rows = truth.loadRes(str(out / "detections.json")).anns.values()
-    assert min(row["score"] for row in rows) >= 0.3 and 0 < len(rows) < len(wanted)
+    for score in (0, 0.3):
+        call(predict_script, root / "val", "--weights", weights, "--score", score, "--out", out, *CPU)
+        found = json.loads((out / "detections.json").read_text())
+        for row in found:
+            place = int(row["file_name"][-10:-4])  # 000001.jpg is the first
+            assert row.pop("file_name") == str(root / "val" / dataset.images[place - 1]["file_name"])
+            assert row["image_id"] == place and row.pop("category_name") == NAMES[IDS.index(row["category_id"])]
+        assert found == [row for row in wanted if row["score"] >= score]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_files_are_named_and_the_others_come_out(call, weights, tmp_path, capsys):
-    folder = tmp_path / "in"
-    for i in range(2):
-        photo(folder / f"{i}.jpg", seed=i)
-    photo(folder / "thin.jpg", (4000, 60))
+    folder, out = tmp_path / "in", tmp_path / "out"
+    photo(folder / "good.jpg")
+    photo(folder / "thin.jpg", (1000, 15))
     (folder / "broken.jpg").write_bytes(b"no image")
     whole = photo(folder / "cut.png", (300, 200)).read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (12_000, 12_000)).save(folder / "huge.png")
     Image.new("RGB", (2000, 1)).save(folder / "narrow.png")
-    with pytest.raises(SystemExit, match="5 of 8 images could not be read") as stopped:
-        call(predict_script, folder, folder / "nothing.jpg", "--weights", weights, "--out", tmp_path / "out", *CPU)
+    with pytest.raises(SystemExit, match="5 of 7 images could not be read") as stopped:
+        call(predict_script, folder, folder / "nothing.jpg", "--weights", weights, "--out", out, *CPU)
     assert isinstance(stopped.value.code, str)  # which is status 1, and the text on stderr
-    said = capsys.readouterr()
+    lines = capsys.readouterr().err.splitlines()
     for name, why in (
         ("broken.jpg", "cannot identify"), ("cut.png", "truncated"), ("huge.png", "12000 x 12000 px is more"),
         ("narrow.png", "too narrow"), ("nothing.jpg", "there is no image file"),
     ):  # fmt: skip
-        assert [line for line in said.err.splitlines() if name in line and why in line], (name, said.err)
-    assert "3 pictures" in said.out
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"0.jpg", "1.jpg", "thin.jpg", "detections.json"}
-    assert Image.open(tmp_path / "out" / "thin.jpg").width == 4000
+        assert [line for line in lines if name in line and why in line], (name, lines)
+    assert {path.name for path in out.iterdir()} == {"good.jpg", "thin.jpg", "detections.json"}
 
-
-def test_folder_that_cannot_be_written_is_named(call, weights, tmp_path):
-    photo(tmp_path / "a.jpg")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to .*file/out: .*; name another folder with --out"):
-        call(predict_script, tmp_path / "a.jpg", "--weights", weights, "--out", tmp_path / "file" / "out", *CPU)
+    with pytest.raises(UserError, match="cannot write to .*good.jpg/out: .*; name another folder with --out"):
+        call(predict_script, out / "thin.jpg", "--weights", weights, "--out", folder / "good.jpg" / "out", *CPU)
 
 
 def test_folders_and_globs(tmp_path, monkeypatch):
