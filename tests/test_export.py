@@ -14,9 +14,8 @@ from torchvision.ops import batched_nms
 
 import export as export_script
 from errors import UserError
-from model import load
+from model import Detections, DetectorConfig, load
 from model.batch import pad_images
-from model.postprocess import Detections
 from tests.support.detectors import IDS, NAMES, random_batch, save_lively_detector
 
 TOLERANCE = 1e-4  # px, and of scores
@@ -28,11 +27,6 @@ def weights(tmp_path_factory):
     """A file with a detector that finds dozens of objects with scores far apart, many of them overlapping."""
     settings = {"channels": 16, "head_convs": 0, "image_size": (160, 256), "topk_per_level": 300}
     return save_lively_detector(tmp_path_factory.mktemp("weights") / "ota.safetensors", 0.1, 0.03, **settings)
-
-
-@pytest.fixture(scope="module")
-def detector(weights):
-    return load(weights)
 
 
 def run_onnx(path: Path) -> tuple:
@@ -53,82 +47,55 @@ def run_torch(path: Path) -> tuple:
     return program.module(), json.loads(files["ota.json"])
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(("onnx", True), id="onnx-nms"),
-        pytest.param(("onnx", False), id="onnx-candidates", marks=pytest.mark.slow),
-        pytest.param(("torch", True), id="torch-nms", marks=pytest.mark.slow),
-        pytest.param(("torch", False), id="torch-candidates", marks=pytest.mark.slow),
-    ],
-)
-def exported(call, request, weights, tmp_path_factory):
-    """Run function, metadata, and whether NMS is inside, of a file that export.py wrote."""
-    kind, nms = request.param
-    if kind == "onnx":
-        pytest.importorskip("onnxscript")
-    path = tmp_path_factory.mktemp("exported") / f"ota.{kind}"
-    call(export_script, "--weights", weights, "--format", kind, "--out", path, *(["--nms"] if nms else []))
-    return *(run_onnx if kind == "onnx" else run_torch)(path), nms
-
-
-def detections_of(outputs: tuple, nms: bool, nms_iou: float, limit: int) -> list[Detections]:
-    """Per image the rows with a score, of candidates those that survive NMS."""
-    detections = []
-    for boxes, scores, labels in zip(*outputs, strict=True):
+def assert_same(outputs: tuple, wanted: list[Detections], nms: bool, config: DetectorConfig) -> None:
+    for boxes, scores, labels, other in zip(*outputs, wanted, strict=True):
         count = int((scores > 0).sum())
         assert (scores[1:] <= scores[:-1]).all() and (labels[count:] == -1).all() and not boxes[count:].any()
         rows = torch.arange(count)
-        if not nms:
-            rows = batched_nms(boxes[:count].double(), scores[:count].double(), labels[:count], nms_iou)[:limit]
-        detections.append(Detections(boxes[rows], scores[rows], labels[rows], NAMES))
-    return detections
-
-
-def assert_same(found: list[Detections], wanted: list[Detections]) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert len(one.scores) == len(other.scores) >= 10
-        apart = (one.boxes[:, None] - other.boxes).abs().amax(-1)
-        apart = apart.maximum((one.scores[:, None] - other.scores).abs())
-        apart = apart.masked_fill(one.labels[:, None] != other.labels, torch.inf)
+        if not nms:  # candidates for it
+            rows = batched_nms(boxes[:count].double(), scores[:count].double(), labels[:count], config.nms_iou)
+        rows = rows[: config.max_detections]
+        assert len(rows) == len(other.scores) >= 10
+        apart = (boxes[rows, None] - other.boxes).abs().amax(-1)
+        apart = apart.maximum((scores[rows, None] - other.scores).abs())
+        apart = apart.masked_fill(labels[rows, None] != other.labels, torch.inf)
         assert apart.amin(0).max() <= TOLERANCE and apart.amin(1).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(
-    "image_sizes", [[(160, 256)], [(320, 192), (320, 192), (299, 171)]], ids=["B1-160x256", "B3-320x192"]
-)
-def test_detections_of_the_file_are_those_of_the_model(detector, exported, image_sizes):
-    run, _, nms = exported
-    batch, sizes = pad_images(random_batch(image_sizes)[0])
-    found = detections_of(run(batch, sizes), nms, detector.config.nms_iou, detector.config.max_detections)
-    with torch.no_grad():
-        assert_same(found, detector.detect(batch, sizes))
-
-
-@pytest.mark.parametrize(
-    "given, meant",  # sizes given for two slots of 160 x 256, and those they stand for
+    "kind, nms",
     [
-        pytest.param([[999, 2**40], [139, 0]], [[160, 256], [0, 0]], id="over-the-slot"),
-        pytest.param([[-1, -7], [0, 256]], [[0, 0], [0, 0]], id="both-empty"),
+        pytest.param("onnx", True, id="onnx-nms"),
+        pytest.param("onnx", False, id="onnx-candidates", marks=pytest.mark.slow),
+        pytest.param("torch", True, id="torch-nms", marks=pytest.mark.slow),
+        pytest.param("torch", False, id="torch-candidates", marks=pytest.mark.slow),
     ],
 )
-def test_sizes_are_cut_to_the_slot(exported, given, meant):
-    """Where no pixel is left there is no detection."""
-    run, _, _ = exported
+@torch.no_grad()
+def test_file_detects_what_the_detector_detects(call, weights, tmp_path, kind, nms):
+    """At any batch and size, and metadata say what it is."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    path, detector = tmp_path / f"ota.{kind}", load(weights)
+    call(export_script, "--weights", weights, "--format", kind, "--out", path, *(["--nms"] if nms else []))
+    run, metadata = (run_onnx if kind == "onnx" else run_torch)(path)
+    for image_sizes in ([(160, 256)], [(320, 192), (320, 192), (299, 171)]):
+        batch, sizes = pad_images(random_batch(image_sizes)[0])
+        one = run(batch, sizes)
+        assert_same(one, detector.detect(batch, sizes), nms, detector.config)
+        none = run(batch[:0], sizes[:0])
+        assert [(x.shape, x.dtype) for x in none] == [((0, *x.shape[1:]), x.dtype) for x in one]
+
+    # Sizes are cut to the slot, and where no pixel is left there is no detection.
     batch, _ = pad_images(random_batch([(160, 256)] * 2)[0])
-    meant = torch.tensor(meant)
-    outputs = run(batch, torch.tensor(given))
-    assert all(torch.equal(one, other) for one, other in zip(outputs, run(batch, meant), strict=True))
-    boxes, scores, labels = outputs
-    assert torch.equal((scores > 0).any(1), (meant > 0).all(1))
-    assert (boxes <= meant.flip(1).repeat(1, 2)[:, None]).all() and torch.equal(labels == -1, scores == 0)
+    for given, meant in (([[999, 2**40], [139, 0]], [[160, 256], [0, 0]]), ([[-1, -7], [0, 256]], [[0, 0], [0, 0]])):
+        meant = torch.tensor(meant)
+        outputs = run(batch, torch.tensor(given))
+        assert all(torch.equal(one, other) for one, other in zip(outputs, run(batch, meant), strict=True))
+        boxes, scores, labels = outputs
+        assert torch.equal((scores > 0).any(1), (meant > 0).all(1)) and torch.equal(labels == -1, scores == 0)
+        assert (boxes <= meant.flip(1).repeat(1, 2)[:, None]).all()
 
-
-def test_batch_without_images_and_metadata(exported):
-    run, metadata, nms = exported
-    batch, sizes = pad_images(random_batch([(160, 256)])[0])
-    one, none = run(batch, sizes), run(batch[:0], sizes[:0])
-    assert [(x.shape, x.dtype) for x in none] == [((0, *x.shape[1:]), x.dtype) for x in one]
     assert metadata.pop("preprocessing").startswith("RGB, upright, uint8 0..255")
     assert metadata == {
         "class_names": NAMES, "category_ids": IDS, "image_size": [160, 256], "nms": nms,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +14,7 @@ import predict as predict_script
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from errors import UserError
 from eval import detect_dataset
-from model import Detections, Detector, load
+from model import Detections, load
 from predict import find_images, picture_paths
 from tests.support.detectors import IDS, NAMES, save_lively_detector
 
@@ -45,9 +44,6 @@ def close(one: Detections, other: Detections) -> bool:
     return one.names == other.names and all(torch.allclose(a, b, atol=atol, rtol=0) for a, b, atol in pairs)
 
 
-# In Python
-
-
 def test_detections_have_names_scores_and_boxes_inside_the_image(detector, tmp_path):
     found = detector.predict(str(photo(tmp_path / "a.png")))
     assert len(found.scores) > 5 and found.names == [NAMES[c] for c in found.labels.tolist()]
@@ -59,26 +55,19 @@ def test_detections_have_names_scores_and_boxes_inside_the_image(detector, tmp_p
 
 
 def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
-    """A file and a PIL image are turned upright by their EXIF orientation."""
+    """A file and a PIL image are turned upright by their EXIF orientation; images beside an image change nothing."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = photo(tmp_path / "a.png", exif=exif)
+    path, others = photo(tmp_path / "a.png", exif=exif), [photo(tmp_path / "b.png", (128, 40), seed=1)]
     pixels = np.rot90(np.asarray(Image.open(path)), -1)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     wanted = detector.predict(path)
     assert pixels.shape == (80, 60, 3) and wanted.boxes[:, 3].max() > 70
-    forms = [path, str(path), Image.open(path), pixels, tensor]
-    assert all(close(found, wanted) for found in detector.predict(forms, batch_size=3))
+    *found, other = detector.predict([path, str(path), Image.open(path), pixels, tensor, *others], batch_size=4)
+    assert all(close(one, wanted) for one in found) and close(other, detector.predict(others[0]))
     floats = detector.predict(tensor / 255)
     assert torch.equal(floats.labels[:5], wanted.labels[:5]) and (floats.boxes[:5] - wanted.boxes[:5]).abs().max() < 3
     assert detector.predict([]) == []
-
-
-def test_images_beside_an_image_change_nothing(detector, tmp_path):
-    sizes = [(80, 60), (60, 80), (128, 40), (81, 61)]
-    paths = [photo(tmp_path / f"{i}.png", size, seed=i) for i, size in enumerate(sizes)]
-    for together, path in zip(detector.predict(paths), paths, strict=True):
-        assert close(together, detector.predict(path))
 
 
 def test_settings_and_mode_of_predict_are_checked(detector):
@@ -89,13 +78,10 @@ def test_settings_and_mode_of_predict_are_checked(detector):
         copy.deepcopy(detector).train().predict(torch.zeros(3, 64, 64))
 
 
-@pytest.mark.parametrize("dtype, frozen", [(torch.float16, False), (torch.bfloat16, True)], ids=str)
-def test_detector_of_another_float_type(detector, tmp_path, frozen, dtype):
+def test_detector_of_another_float_type(detector, tmp_path):
     """Scores as in float32 up to the rounding of 16 bits; what comes out is float32."""
-    other = Detector(replace(detector.config, frozen_norm=frozen)).eval()
-    other.load_state_dict(detector.state_dict(), strict=False)
-    path = photo(tmp_path / "a.png")
-    found, wanted = other.to(dtype).predict(path), detector.predict(path)
+    path, other = photo(tmp_path / "a.png"), copy.deepcopy(detector).bfloat16()
+    found, wanted = other.predict(path), detector.predict(path)
     assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found.scores) > 5
     assert (found.scores[:5] - wanted.scores[:5]).abs().max() < 0.02
 
@@ -115,9 +101,6 @@ def test_weights_of_the_hub(weights, monkeypatch):
         load("hf://a/gone")
     with pytest.raises(UserError, match=r"for hf://repo \(hf://user/repo or"):
         load("hf://repo")
-
-
-# predict.py
 
 
 def test_predict_and_eval_give_the_same_detections(call, detector, tmp_path, weights, one_thread):

@@ -1,12 +1,6 @@
-"""Studies: strategies compared, and pictures of assignments, of a detector that has learned nothing.
-
-Slow: two strategies trained and compared.
-"""
+"""Studies: strategies compared, and pictures of assignments, of a detector that has learned nothing."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -28,7 +22,6 @@ from tests.support.detectors import tiny_detector
 from tests.support.pictures import record_figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +88,6 @@ def test_runs_become_rows_a_table_and_a_plot(weights, tmp_path, monkeypatch, cap
     assert row["per_class"] == {"disk": 0.5} and row["seconds"] == 7 and -1 <= row["AP_crowded"] <= 1
     assert "| fcos | 0.500 ± 0.354 |" in capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_two_strategies_side_by_side(tmp_path):
-    generate_shapes(tmp_path / "shapes", train_images=8, val_images=4, size_px=64)
-    flags = ["--image-size", "64", "--batch-size", "4", "--steps", "3", "--backbone", "test_resnet", "--no-pretrained"]
-    command = [sys.executable, "-m", "studies.compare", "--data", str(tmp_path / "shapes"), "--seeds", "0", "1"]
-    command += ["--assigners", "ota:radius=3", "fcos", "--out", str(tmp_path / "out"), "--", *flags, "--channels", "16"]
-    for _ in range(2):  # the second time nothing is left to be trained
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-        assert result.returncode == 0, result.stderr
-    record = json.loads((tmp_path / "out" / "compare.json").read_text())
-    rows = [row for name in ("ota:radius=3", "fcos") for row in record["rows"][name]]
-    assert len(rows) == 4 and all(row["positives_per_gt"] > 0 and set(COLUMNS) <= row.keys() for row in rows)
 
 
 def test_pictures_of_a_generated_crowd(tmp_path, monkeypatch):
