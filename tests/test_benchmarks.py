@@ -4,13 +4,10 @@ import json
 import math
 import runpy
 from pathlib import Path
-from subprocess import CompletedProcess, TimeoutExpired
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import __main__ as every_benchmark
 from benchmarks import assign, losses, measure, tables, train_step
 from benchmarks.measure import COLUMNS, MIB
 from model import losses as model_losses
@@ -100,22 +97,6 @@ def test_peak_memory_leaves_out_inputs_and_outputs():
 
     row = measure.measure(call, 3, torch.device("cpu"))
     assert row["peak_mib"] == pytest.approx(4, abs=0.01) and row["calls"] == 3
-
-
-def test_the_budget_ends_the_run_and_a_failure_is_reported(tmp_path, monkeypatch, capsys):
-    def process(command, cwd, timeout):
-        assert timeout <= 60
-        calls.append(command[2])
-        if len(calls) == 3:
-            raise TimeoutExpired(command, timeout)
-        return CompletedProcess(command, returncode=len(calls) - 1)
-
-    calls = []
-    monkeypatch.setattr(every_benchmark, "subprocess", SimpleNamespace(run=process, TimeoutExpired=TimeoutExpired))
-    assert every_benchmark.main(["--budget", "60", "--out", str(tmp_path)]) == 1
-    assert calls == ["benchmarks.assign", "benchmarks.losses", "benchmarks.train_step"]
-    printed = capsys.readouterr().out
-    assert "the 60 s of --budget are over" in printed and "failed: losses" in printed
 
 
 def test_tables_of_the_documents_are_those_of_the_results(monkeypatch):

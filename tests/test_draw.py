@@ -36,21 +36,20 @@ def test_boxes_have_the_colour_of_their_class_and_small_images_are_enlarged(size
 
 
 def test_captions_are_in_a_font_that_has_the_name_or_numbers(tmp_path, monkeypatch):
-    """Here the machine has one font more than matplotlib's first, one that is broken and one that is gone."""
+    """Here the machine has one font more than matplotlib's first, and one that is broken."""
     stix = Path(matplotlib.get_data_path(), "fonts", "ttf", "STIXGeneral.ttf")
     (tmp_path / "broken.ttf").write_bytes(b"no font")
-    machine = [str(tmp_path / "broken.ttf"), str(tmp_path / "gone.ttf"), str(stix)]
-    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: machine)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(tmp_path / "broken.ttf"), str(stix)])
     fonts_of.cache_clear()
-    names = ["cat", "\u1d81", "\U0001f6b2", "two\nlines", "\ud800"]  # d with palatal hook: not in DejaVu Sans
+    names = ["cat", "\u1d81", "\U0001f6b2", "two\nlines"]  # d with palatal hook: not in DejaVu Sans
     fonts = {name: Path(file).name for name, file in fonts_of(tuple(names)).items()}
     assert fonts == {"cat": "DejaVuSans.ttf", "\u1d81": "STIXGeneral.ttf"}
-    x = torch.tensor([20.0, 100, 180, 260, 340])
-    boxes = torch.stack([x, torch.full((5,), 60.0), x + 70, torch.full((5,), 90.0)], 1)
-    arguments = torch.zeros(3, 400, 500, dtype=torch.uint8), NONE_TRUE, boxes, torch.full((5,), 0.5), torch.arange(5)
+    x = torch.tensor([20.0, 100, 180, 260])
+    boxes = torch.stack([x, torch.full((4,), 60.0), x + 70, torch.full((4,), 90.0)], 1)
+    arguments = torch.zeros(3, 400, 500, dtype=torch.uint8), NONE_TRUE, boxes, torch.full((4,), 0.5), torch.arange(4)
     drawn = draw_detections(*arguments, names)
-    assert torch.equal(drawn, draw_detections(*arguments, [*names[:2], "#2", r"two\nlines", r"\ud800"]))
-    assert not torch.equal(drawn, draw_detections(*arguments, ["cat", *(f"#{c}" for c in range(1, 5))]))
+    assert torch.equal(drawn, draw_detections(*arguments, [*names[:2], "#2", r"two\nlines"]))
+    assert not torch.equal(drawn, draw_detections(*arguments, ["cat", *(f"#{c}" for c in range(1, 4))]))
     fonts_of.cache_clear()
 
 

@@ -159,26 +159,20 @@ def test_folders_and_globs(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-
-    def found(*inputs):
-        return [str(path) for path in find_images(list(inputs))]
-
-    assert found(".") == ["a.PNG", "b.jpg", "odd[1].jpg"]
-    assert found("**/*") == ["a.PNG", "b.jpg", "odd[1].jpg", "sub/c.jpg"]
-    assert found("odd[1].jpg", "notes.txt", "missing.jpg") == ["odd[1].jpg", "notes.txt", "missing.jpg"]
-    assert found("b.jpg", ".", str(tmp_path / "b.jpg")) == ["b.jpg", "a.PNG", "odd[1].jpg"]
-    for nothing in ("empty", "*.bmp"):
-        with pytest.raises(UserError, match="no images in"):
-            find_images([nothing])
+    for inputs, found in (
+        ([".", "b.jpg"], ["a.PNG", "b.jpg", "odd[1].jpg"]),
+        (["**/*"], ["a.PNG", "b.jpg", "odd[1].jpg", "sub/c.jpg"]),
+        (["odd[1].jpg", "missing.jpg"], ["odd[1].jpg", "missing.jpg"]),
+    ):
+        assert [str(path) for path in find_images(inputs)] == found
+    with pytest.raises(UserError, match="no images in empty, .*bmp"):
+        find_images(["empty", "*.bmp"])
 
 
-def test_pictures_stay_below_out_and_overwrite_nothing(tmp_path, monkeypatch):
-    def pictures(*names: str, out: Path = Path("out")) -> list[str]:
-        return [str(path) for path in picture_paths([Path(name) for name in names], out)]
-
-    names = pictures("x/a.jpg", "y/a.jpg", "y/A.JPG", "a.jpg", "z/b.jpg", "z/c.gif")
-    assert names == ["out/a.jpg", "out/1-a.jpg", "out/2-A.JPG", "out/3-a.jpg", "out/b.jpg", "out/c.gif.png"]
-    monkeypatch.chdir(tmp_path)
-    assert pictures("../there/a.png", "b.gif", "b.gif.png") == ["out/a.png", "out/b.gif.png", "out/1-b.gif.png"]
+def test_pictures_stay_below_out_and_overwrite_nothing():
+    names = ["x/a.jpg", "y/a.jpg", "y/A.JPG", "../z/b.jpg", "c.gif", "c.gif.png"]
+    found = picture_paths(list(map(Path, names)), Path("out"))
+    written = ["a.jpg", "1-a.jpg", "2-A.JPG", "b.jpg", "c.gif.png", "1-c.gif.png"]
+    assert found == [Path("out", name) for name in written]
     with pytest.raises(UserError, match=r"b\.jpg would overwrite it"):
-        pictures("b.jpg", out=tmp_path)
+        picture_paths([Path("b.jpg")], Path())

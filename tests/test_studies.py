@@ -25,24 +25,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A generated data set of one training image and three of validation."""
+def dataset(tmp_path_factory) -> CocoDataset:
+    """Three generated images."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     generate_shapes(root, train_images=1, val_images=3, size_px=96, seed=2)
-    return root
+    return CocoDataset(find_splits(str(root))[1])
 
 
 @pytest.fixture(scope="module")
-def dataset(shapes) -> CocoDataset:
-    return CocoDataset(find_splits(str(shapes))[1])
-
-
-@pytest.fixture(scope="module")
-def weights(shapes, dataset, tmp_path_factory):
-    detector = tiny_detector(num_classes=5, image_size=(96, 160), ota=OTAConfig(radius=3))
+def weights(dataset, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "ota.safetensors"
-    classes = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
-    save_weights(path, detector, classes | {"data": str(shapes)})
+    about = {"class_names": dataset.class_names, "category_ids": dataset.category_ids}
+    about["data"] = str(dataset.split.annotations.parents[1])
+    save_weights(path, tiny_detector(num_classes=5, image_size=(96, 160), ota=OTAConfig(radius=3)), about)
     return path
 
 
