@@ -56,13 +56,10 @@ NO_IMAGES = [
     (torch.zeros(1, 3, 4, 5), r"list\(batch\)"),
     (torch.zeros(3, 4, 5).long(), "uint8, or floating point.*int64"),
     (torch.full((3, 4, 5), 255.0), r"in 0\.\.1 .*, not torch.float32 from 255 to 255"),
-    (torch.full((3, 4, 5), -1.0), "without the normalisation.* from -1 to -1"),
     (torch.full((3, 4, 5), torch.nan), "from nan to nan"),
-    (torch.zeros(3, 0, 5), r"\(3, 0, 5\)"),
     (torch.zeros(3, 1, 2000, dtype=torch.uint8), "2000 x 1 px is too narrow"),
     (Image.new("I;16", (4, 5)), "size=4x5.* cannot be read.*more than 8 bits"),
     ("nowhere.jpg", "there is no image file nowhere.jpg"),
-    (None, "image 0 must be a path.* not NoneType"),
 ]
 
 

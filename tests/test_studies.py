@@ -43,13 +43,9 @@ def weights(dataset, tmp_path_factory):
 
 def test_contestants_are_flags_of_train():
     expected = ["--assigner", "ota", "--ota", "center_prior=none", "top_q=10"]
-    assert flags_of("ota:center_prior=none,top_q=10") == expected and flags_of("atss") == expected[:1] + ["atss"]
-    for contestant, message in {
-        "otta": "otta is none of ota, fcos",
-        "ota:radios=3": "'radios=3' is no key=value with a key of alpha, eps",
-        "atss:radius=3": "radius=3 is for ota alone",
-    }.items():
-        with pytest.raises(UserError, match=message):
+    assert flags_of("ota:center_prior=none,top_q=10") == expected
+    for contestant, culprit in {"otta": "otta", "ota:radios=3": "radios=3", "atss:radius=3": "radius=3"}.items():
+        with pytest.raises(UserError, match=f"--assigners {contestant}: '?{culprit}"):
             flags_of(contestant)
 
 
@@ -130,5 +126,3 @@ def test_image_is_found_by_index_by_name_and_by_its_objects(dataset):
     assert counts[find_image(dataset, None)] == max(counts)
     with pytest.raises(DatasetError, match="--image 3 is neither a file name in .* nor an index in 0..2"):
         find_image(dataset, "3")
-    with pytest.raises(UserError, match="--data and --image need --weights"):
-        draw_assignment.main(["--image", "1"])
