@@ -103,6 +103,19 @@ def test_file_detects_what_the_detector_detects(call, weights, tmp_path, kind, n
     }  # fmt: skip
 
 
+def test_where_the_file_goes(call, weights, tmp_path, monkeypatch):
+    """Beside the weights, into the current folder for a file of the hub, or where --out says."""
+    monkeypatch.setattr(export_script, "export_torch", lambda detector, nms: b"exported")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(weights))
+    monkeypatch.chdir(tmp_path)
+    beside, out = weights.with_suffix(".pt2"), ("--out", "sub/x.pt2")
+    for name, wanted, flags in ((weights, beside, ()), ("hf://a/b", "ota.pt2", ()), (weights, "sub/x.pt2", out)):
+        said = call(export_script, "--weights", name, "--format", "torch", *flags)
+        assert Path(wanted).read_bytes() == b"exported" and f"wrote {wanted}" in said
+    with pytest.raises(UserError, match="cannot write ota.pt2/x.pt2: .*; name another file with --out"):
+        call(export_script, "--weights", weights, "--format", "torch", "--out", "ota.pt2/x.pt2")
+
+
 def test_what_cannot_be_exported_is_named(call, weights, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("constraints violated")
@@ -113,18 +126,3 @@ def test_what_cannot_be_exported_is_named(call, weights, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'needs onnx and onnxscript: pip install -e "\.\[export\]"'):
         call(export_script, "--weights", weights)
-
-
-def test_where_the_file_goes(call, weights, tmp_path, monkeypatch):
-    """Beside the weights, into the current folder for a file of the hub, or where --out says."""
-    monkeypatch.setattr(export_script, "export_torch", lambda detector, nms: b"exported")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: str(weights))
-    monkeypatch.chdir(tmp_path)
-    flags, to_sub = ("--format", "torch"), ("--out", "sub/x.pt2")
-    for name, wanted, more in (
-        (weights, weights.with_suffix(".pt2"), ()), ("hf://a/b", Path("ota.pt2"), ()), (weights, "sub/x.pt2", to_sub)
-    ):  # fmt: skip
-        said = call(export_script, "--weights", name, *flags, *more)
-        assert Path(wanted).read_bytes() == b"exported" and f"wrote {wanted}" in said
-    with pytest.raises(UserError, match="cannot write ota.pt2/x.pt2: .*; name another file with --out"):
-        call(export_script, "--weights", weights, *flags, "--out", "ota.pt2/x.pt2")
