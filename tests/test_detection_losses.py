@@ -21,11 +21,11 @@ def assignment_of(gt_index: list[list[int]], iou: list[list[float]]) -> Assignme
 def test_losses_worked_by_hand(monkeypatch):
     """Two of three points are matched. The first box has IoU 1/3 with its ground truth, and fills their hull with it;
     the second does not meet its ground truth: IoU 0, union 32 and hull 48."""
-    gt_boxes, gt_labels = torch.tensor([[0.0, 0, 8, 8], [0, 16, 4, 20]]), torch.tensor([1, 0])
+    truth = torch.tensor([[0.0, 0, 8, 8], [0, 16, 4, 20]]), torch.tensor([1, 0])
     boxes = torch.tensor([[[4.0, 0, 12, 8], [8, 16, 12, 20], [0, 0, 1, 1]]])
-    logits, iou_logits = torch.zeros(1, 3, 2), torch.tensor([[1.0, -2.0, 5.0]])
-    assignment = assignment_of([[0, 1, -1]], [[1 / 3, 0, 0]])
-    losses = detection_losses(Predictions(logits, boxes, iou_logits), assignment, gt_boxes, gt_labels)
+    predictions = Predictions(torch.zeros(1, 3, 2), boxes, torch.tensor([[1.0, -2.0, 5.0]]))
+    inputs = predictions, assignment_of([[0, 1, -1]], [[1 / 3, 0, 0]]), *truth
+    losses = detection_losses(*inputs)
     log_2 = torch.tensor(2.0).log()
     focal = (0.25 * 2 + 0.75 * 4) * 0.25 * log_2  # two logits of the target's class and four others, all 0
     giou = (1 - 1 / 3) + (1 - 0 + (48 - 32) / 48)
@@ -34,11 +34,15 @@ def test_losses_worked_by_hand(monkeypatch):
     torch.testing.assert_close(losses["box"], torch.tensor(2 * giou / 2))
     torch.testing.assert_close(losses["iou"], 0.5 * entropy / 2)
 
+    # A point to ignore is no negative, but learns if it is matched.
+    ignoring = detection_losses(*inputs, torch.tensor([[True, False, True]]))
+    torch.testing.assert_close(ignoring["cls"], (0.25 * 2 + 0.75 * 2) * 0.25 * log_2 / 2)
+
     # On two ranks, of which the other one has no match, the sums are divided by one positive a rank.
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda count: count.add_(0))
-    of_two_ranks = detection_losses(Predictions(logits, boxes, iou_logits), assignment, gt_boxes, gt_labels)
+    of_two_ranks = detection_losses(*inputs)
     assert all(of_two_ranks[name] == 2 * losses[name] for name in losses)
 
 
@@ -51,22 +55,6 @@ def test_losses_without_a_match_are_divided_by_one(dtype):
     torch.testing.assert_close(losses["cls"], 6 * 0.75 * 0.25 * torch.tensor(2.0).log())
     assert losses["box"] == losses["iou"] == 0
     assert detection_losses(*inputs, torch.ones(1, 3, dtype=torch.bool))["cls"] == 0
-
-
-def test_ignored_points_add_no_classification_loss():
-    """A focal loss of 0.75 sigmoid(x)^2 softplus(x) a negative; a point that is matched learns, ignored or not."""
-    ignored = torch.tensor([[True, True, False]])
-    logits = torch.tensor([[[1.0, 2.0], [0.5, -0.5], [3.0, -2.0]]], requires_grad=True)
-    predictions = Predictions(logits, torch.tensor([0.0, 0, 8, 8]).expand(1, 3, 4), torch.zeros(1, 3))
-    assignment = assignment_of([[-1, 0, -1]], [[0.0, 1, 0]])
-    truth = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([1])
-    losses = detection_losses(predictions, assignment, *truth, ignored)
-    negatives = torch.tensor([0.5, 3.0, -2.0])
-    matched = 0.25 * torch.tensor(0.5).sigmoid() ** 2 * F.softplus(torch.tensor(0.5))
-    by_hand = (0.75 * negatives.sigmoid() ** 2 * F.softplus(negatives)).sum() + matched
-    torch.testing.assert_close(losses["cls"], by_hand)
-    losses["cls"].backward()
-    assert not logits.grad[0, 0].any() and logits.grad[0, 1:].all()
 
 
 def test_points_inside_are_those_of_the_image_itself():

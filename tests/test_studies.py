@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from data import CocoDataset, DatasetError, find_splits, generate_shapes
+from data import CocoDataset, find_splits, generate_shapes
 from errors import UserError
 from kernels import Inputs, OTAConfig, PointGrid
 from kernels.assign_torch import solve
@@ -18,10 +18,9 @@ from kernels.config import Plan
 from model import save_weights
 from model.assigners import assign_with_statistics
 from studies import audit, compare, draw_assignment
-from studies.compare import COLUMNS, crowded_images, flags_of
+from studies.compare import COLUMNS, crowded_images
 from studies.draw_assignment import colors_of, generated_crowd
 from studies.exact import exact_pairs
-from studies.predictions import find_image
 from tests.support.detectors import tiny_detector
 from tests.support.pictures import record_figures
 from tests.support.scenes import trained_predictions
@@ -46,14 +45,6 @@ def weights(dataset, tmp_path_factory):
     return path
 
 
-def test_contestants_are_flags_of_train():
-    expected = ["--assigner", "ota", "--ota", "center_prior=none", "top_q=10"]
-    assert flags_of("ota:center_prior=none,top_q=10") == expected
-    for contestant, culprit in {"otta": "otta", "ota:radios=3": "radios=3", "atss:radius=3": "radius=3"}.items():
-        with pytest.raises(UserError, match=f"--assigners {contestant}: '?{culprit}"):
-            flags_of(contestant)
-
-
 def test_crowded_images():
     """Boxes of 10 x 10 px. Image 1: 5 px apart, IoU 1/3; image 2: 6 px, IoU 1/4; image 3: one is a crowd region."""
     boxes = [(1, 0, 0), (1, 5, 0), (2, 0, 0), (2, 6, 0), (3, 0, 0), (3, 1, 1)]
@@ -76,6 +67,8 @@ def test_runs_become_rows_a_table_and_a_plot(weights, tmp_path, monkeypatch, cap
         return CompletedProcess(command, 0, "AP 0.25\n", "")
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=finished_run))
+    with pytest.raises(UserError, match="--assigners ota:radios=3: 'radios=3' is no key=value"):
+        compare.main(["--assigners", "ota:radios=3", "--out", str(tmp_path)])
     compare.main(["--assigners", "ota:radius=3", "fcos", "--seeds", "0", "1", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "compare.json").read_text())
     assert [[row["AP"] for row in rows] for rows in report["rows"].values()] == [[0.25, 0.75]] * 2
@@ -123,14 +116,6 @@ def test_pictures_and_audit_of_a_detector(weights, dataset, tmp_path, monkeypatc
     report = json.loads((tmp_path / "audit.json").read_text())
     assert report["source"] == "ota.safetensors on shapes" and report["images"] == 2
     assert report["assigner"]["radius"] == 3 and report["positives"] > 0
-
-
-def test_image_is_found_by_index_by_name_and_by_its_objects(dataset):
-    counts = [len(dataset[i][1]["boxes"]) for i in range(3)]
-    assert find_image(dataset, "2") == 2 and find_image(dataset, "000002.jpg") == 1
-    assert counts[find_image(dataset, None)] == max(counts)
-    with pytest.raises(DatasetError, match="--image 3 is neither a file name in .* nor an index in 0..2"):
-        find_image(dataset, "3")
 
 
 def least_cost_by_brute_force(plan: Plan) -> float:
