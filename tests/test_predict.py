@@ -65,6 +65,8 @@ def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
     assert pixels.shape == (80, 60, 3) and wanted.boxes[:, 3].max() > 70
     *found, other = detector.predict([path, str(path), Image.open(path), pixels, tensor, *others], batch_size=4)
     assert all(close(one, wanted) for one in found) and close(other, detector.predict(others[0]))
+    with torch.no_grad():
+        assert close(detector([tensor])[0], wanted)
     floats = detector.predict(tensor / 255)
     assert torch.equal(floats.labels[:5], wanted.labels[:5]) and (floats.boxes[:5] - wanted.boxes[:5]).abs().max() < 3
     assert detector.predict([]) == []
