@@ -3,11 +3,13 @@
 import json
 import math
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import __main__ as every_benchmark
 from benchmarks import assign, losses, measure, tables, train_step
 from benchmarks.measure import COLUMNS, MIB
 from model import losses as model_losses
@@ -108,3 +110,16 @@ def test_tables_of_the_documents_are_those_of_the_results(monkeypatch):
     for path, text in written.items():
         assert text == path.read_text(), "run python -m benchmarks.tables"
     assert all(f"<!-- table: {name} -->" in "".join(written.values()) for name in tables.TABLES)
+
+
+def test_all_benchmarks_run_and_a_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
+    modules = []
+
+    def run(command, **_):
+        modules.append(command[2])
+        return subprocess.CompletedProcess(command, returncode=int(command[2] == "benchmarks.losses"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert every_benchmark.main(["--out", str(tmp_path)]) == 1
+    assert modules == [f"benchmarks.{name}" for name in ("assign", "losses", "train_step", "compile")]
+    assert capsys.readouterr().out.endswith("failed: losses\n")
