@@ -1,0 +1,72 @@
+"""What test_ranks.py looks at, by two ranks of one torchrun: python -m torch.distributed.run two_ranks.py FOLDER.
+
+FOLDER has the data set shapes/; results go beside it.
+"""
+
+import datetime
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import eval as eval_script
+import train
+from data import DatasetError
+from tests.support.runs import flags_of
+from tests.support.steps import random_images, step_gradients, tiny_detector
+from training.process import from_main, setup_distributed
+
+UNEVEN = [1, 6, 0, 3]  # boxes of the four images, so that the ranks differ in their positives
+WITHOUT_NORM = ("--backbone", "test_convnext", "--optimizer", "sgd")  # batch norm would see each rank's share alone
+TIME_LIMIT_S, METRICS_S = 6, 10
+
+
+def read_once(folder: Path, rank: int) -> None:
+    def fail():
+        raise DatasetError(f"rank {rank} cannot read")
+
+    read = from_main(lambda: [rank] * 1000)
+    try:
+        from_main(fail)
+    except DatasetError as error:
+        (folder / f"read{rank}").write_text(f"{sum(read)}, {error}")
+
+
+def save_gradients(folder: Path, rank: int) -> None:
+    images, targets = random_images([(64, 96)] * 4, UNEVEN)
+    share, detector = slice(2 * rank, 2 * rank + 2), tiny_detector("test_convnext").train()
+    model = DistributedDataParallel(detector)
+    torch.save(step_gradients(model, detector, images[share], targets[share], 2)[1], folder / f"gradients{rank}.pt")
+
+
+def call(script, *args) -> None:
+    sys.argv = [f"{script.__name__}.py", *map(str, args)]
+    script.main()
+
+
+def let_metrics_outlast_the_time_limit() -> None:
+    """Rank 0 computes the first metrics for longer than a collective may take."""
+    start, metrics, delays_s = dist.init_process_group, eval_script.coco_metrics, iter((METRICS_S, 0, 0))
+    limit = datetime.timedelta(seconds=TIME_LIMIT_S)
+    dist.init_process_group = lambda *args, **more: start(*args, **more, timeout=limit)
+    eval_script.coco_metrics = lambda *args: (time.sleep(next(delays_s)), metrics(*args))[1]
+
+
+def main(folder: Path) -> None:
+    rank = setup_distributed("cpu")[1]
+    read_once(folder, rank)
+    save_gradients(folder, rank)
+    dist.destroy_process_group()
+    call(train, *flags_of(folder / "shapes", folder / "short", *WITHOUT_NORM, steps=3))
+    let_metrics_outlast_the_time_limit()
+    call(train, *flags_of(folder / "shapes", folder / "out", "--eval-every", 1, steps=7))
+    call(eval_script, "--weights", folder / "out" / "ota.safetensors", "--out", folder / "eval", "--device", "cpu")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
