@@ -1,4 +1,4 @@
-"""The folder of a run: log, best weights, curves, TensorBoard; checkpoints that are whole, and one process at a time."""
+"""The folder of a run: log, best weights, curves, TensorBoard, whole checkpoints, one process at a time."""
 
 import json
 import multiprocessing
@@ -89,7 +89,7 @@ def test_numbers_go_to_tensorboard_if_it_is_installed(tmp_path, monkeypatch):
 
 
 def test_file_is_complete_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """What was not synced when the power fails is lost, in any order: first the bytes, then the name, then the folder."""
+    """A power cut loses whatever was not synced, in any order: so first the bytes, then the name, then the folder."""
     synced, named, sync, rename, path = {}, [], os.fsync, os.replace, tmp_path / "checkpoint.pt"
 
     def note_sync(descriptor):
