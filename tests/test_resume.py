@@ -3,13 +3,15 @@
 Kills at every moment, torchrun's restarts and full disks take minutes: test_faults.py.
 """
 
-import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from model import Detector, load_weights
 from tests.support.runs import SWITCHES, Run, assert_same_run, flags_of, log_of
 from training.folder import load_checkpoint
 
+NOT_FINITE = r"step 10: the loss is not finite \(cls nan, box .*iou .*\); image ids \d+, \d+, \d+, \d+ of .*--lr"
 STEPS = 15  # three epochs of 5 steps, evaluated after the second and at the end
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +57,7 @@ def send(number: int):
     return lambda: os.kill(os.getpid(), number)
 
 
-# Faults: each gets pytest's monkeypatch and breaks something in the steps after the seventh.
+# Faults: each gets pytest's monkeypatch and breaks something in a run that continues after step 8.
 
 
 def signal_in_a_step(number: signal.Signals):
@@ -97,51 +100,62 @@ def loader_process_killed(monkeypatch) -> None:
     at_step(monkeypatch, 9, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
 
 
-# fault -> the step it begins at, what ends the run, exit status or message, what the screen says, steps of checkpoints
+class Fault(NamedTuple):
+    breaks: Callable[[pytest.MonkeyPatch], None]
+    error: type[BaseException]
+    message: str  # of the error; of SystemExit the exit status
+    newest: int  # step of the newest checkpoint afterwards
+    screen: str = ""
+
+
 FAULTS = {
-    "sigterm": (signal_in_a_step(signal.SIGTERM), SystemExit, "0", "stopped by SIGTERM after step 10", [8, 10]),
-    "sigusr1": (signal_in_a_step(signal.SIGUSR1), SystemExit, "0", "stopped by SIGUSR1 after step 10", [8, 10]),
-    "ctrl-c": (signal_in_a_step(signal.SIGINT), SystemExit, "130", "interrupted after step 10", [8, 10]),
-    "sigterm-in-an-evaluation": (signal_in_an_evaluation, SystemExit, "0", "stopped in the evaluation", [8, 10]),
-    "full-disk": (
-        full_disk,
-        UserError,
-        "cannot write to .*out: .*checkpoint, checkpoint-00000008.pt, is",
-        "",
-        [4, 8],
+    "sigterm": Fault(signal_in_a_step(signal.SIGTERM), SystemExit, "0", 10, "stopped by SIGTERM after step 10"),
+    "sigusr1": Fault(signal_in_a_step(signal.SIGUSR1), SystemExit, "0", 10, "stopped by SIGUSR1 after step 10"),
+    "ctrl-c": Fault(
+        signal_in_a_step(signal.SIGINT), SystemExit, "130", 10, "interrupted after step 10; weights are in"
     ),
-    "nan-prediction": (
-        *(prediction_is_not_a_number, UserError),
-        *(r"step 10: the loss is not finite \(cls nan, box .*iou .*image ids \d+, \d+, \d+, \d+ of .*--lr", "", [4, 8]),
-    ),
-    "nan-weight": (weight_is_not_a_number, UserError, "step 12: parameters that are not finite: 1,", "", [8, 10]),
-    "loader-killed": (loader_process_killed, RuntimeError, "DataLoader worker", "", [4, 8]),
+    "sigterm-in-an-evaluation": Fault(signal_in_an_evaluation, SystemExit, "0", 10, "stopped in the evaluation"),
+    "full-disk": Fault(full_disk, UserError, "cannot write to .*out: .*last checkpoint, checkpoint-00000008.pt, is", 8),
+    "nan-prediction": Fault(prediction_is_not_a_number, UserError, NOT_FINITE, 8),
+    "nan-weight": Fault(weight_is_not_a_number, UserError, "step 12: parameters that are not finite: 1,", 10),
+    "loader-killed": Fault(loader_process_killed, RuntimeError, "DataLoader worker", 8),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_run_with_a_fault_continues_bit_for_bit(call, shapes, undisturbed, tmp_path, monkeypatch, capfd, fault):
-    breaks, error, message, screen, kept = FAULTS[fault]
-    out, limit = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+@pytest.fixture(scope="module")
+def halfway(call, shapes, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped after step 8."""
+    out = tmp_path_factory.mktemp("halfway") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 7, send(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            call(train, *small(shapes, out))
+    return out
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_run_with_a_fault_continues_bit_for_bit(call, shapes, undisturbed, halfway, tmp_path, monkeypatch, capfd, name):
+    fault, out, limit = FAULTS[name], tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    shutil.copytree(halfway, out)
     with monkeypatch.context() as patch:
-        at_step(patch, 8, lambda: breaks(patch))
+        fault.breaks(patch)
         try:
-            with pytest.raises(error, match=message):
-                call(train, *small(shapes, out, workers=int(fault == "loader-killed")))
+            with pytest.raises(fault.error, match=fault.message):
+                call(train, *small(shapes, out, workers=int(name == "loader-killed")))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     captured = capfd.readouterr()
-    assert screen in captured.out + captured.err
-    assert [int(path.stem[-8:]) for path in sorted(out.glob("checkpoint-*.pt"))] == kept
-    if fault == "ctrl-c":
+    assert fault.screen in captured.out + captured.err
+    assert load_checkpoint(out)["step"] == fault.newest and not list(out.glob(".*"))
+    if name == "ctrl-c":
         assert load_weights(out / "ota.safetensors")[1]["training"]["step"] == 10
     said = call(train, *small(shapes, out))
-    assert f"continuing the run in {out} after step {kept[-1]} of {STEPS}" in said
+    assert f"continuing the run in {out} after step {fault.newest} of {STEPS}" in said
     assert_same_run(out, undisturbed)
 
 
 def test_killed_run_continues_bit_for_bit(call, shapes, undisturbed, tmp_path):
-    """Killed before a checkpoint of its own; stopped by Ctrl-C, which loader processes ignore; robbed of a checkpoint."""
+    """Killed before its first checkpoint; stopped by Ctrl-C, which loader processes ignore; its checkpoint cut off."""
     out = tmp_path / "out"
     Run(shapes, out, "--eval-every", 2, steps=STEPS, workers=2, save_every=1000).until("step 3/").kill()
     assert load_checkpoint(out)["step"] == 0
@@ -190,10 +204,9 @@ def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call
 
 def test_only_settings_that_leave_the_result_may_change(call, shapes, undisturbed, tmp_path):
     before = (undisturbed / "ota.safetensors").read_bytes()
-    other = json.dumps({"changed": "by the test"})
     with pytest.raises(UserError, match=r"holds step 15(.|\n)*--lr: was 0.004, is 0.01 now(.|\n)*--out") as error:
         call(train, *small(shapes, undisturbed, "--lr", 0.01, "--seed", 1, "--log-every", 1, workers=1))
-    assert "--seed: was 0, is 1 now" in str(error.value) and "--log-every" not in str(error.value), other
+    assert "--seed: was 0, is 1 now" in str(error.value) and "--log-every" not in str(error.value)
     assert (undisturbed / "ota.safetensors").read_bytes() == before
     (tmp_path / "ota.safetensors").touch()
     with pytest.raises(UserError, match="holds a run already, without a checkpoint"):

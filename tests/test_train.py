@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 import eval as eval_script
 import predict
 import train
-from data import CocoDataset, DatasetError, eval_transform, find_splits, generate_shapes, printable
+from data import DatasetError, generate_shapes, printable
 from errors import UserError, run_script
 from model import Detector, DetectorConfig, load_weights
 from tests.support.runs import ROOT, TWO_RANKS, metrics_of

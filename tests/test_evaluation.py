@@ -1,0 +1,135 @@
+"""Metrics: known numbers, ids and areas that pycocotools cannot take, and batches of evaluation images."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import eval as eval_script
+from data import CocoDataset, DatasetError, find_splits, generate_shapes
+from eval import METRICS, batches_of_one_size, coco_metrics, evaluation_dataset
+
+
+def same(i: int) -> int:
+    return i
+
+
+def two_boxes(annotation_id=same, image_id=same, category_id=same, area=1600) -> dict:
+    """Two images with a box each, of two classes; functions of the ordinary ids 1 and 2."""
+    boxes = [{"id": annotation_id(i), "image_id": image_id(i), "category_id": category_id(i)} for i in (1, 2)]
+    for i, box in enumerate(boxes, 1):
+        box |= {"bbox": [10, 10, 40 * i, 40], "iscrowd": 0} | ({} if area is None else {"area": area})
+    images = [{"id": image_id(i), "width": 100, "height": 100} for i in (1, 2)]
+    categories = [{"id": category_id(i), "name": f"class {i}"} for i in (1, 2)]
+    return {"images": images, "categories": categories, "annotations": boxes}
+
+
+def detections_of(annotations: dict) -> list[dict]:
+    """Return the true boxes as detections."""
+    found = annotations["annotations"]
+    return [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in found]
+
+
+def test_known_detections_give_known_numbers():
+    truth = two_boxes()
+    assert coco_metrics(truth, detections_of(truth))["AP"] == 1.0 and coco_metrics(truth, [])["AP"] == 0.0
+
+    # One class, two boxes, one found with IoU 0.75: precision 1 up to recall 0.5 (51 of 101 points), at the six
+    # thresholds 0.5 to 0.75.
+    truth = two_boxes(image_id=lambda i: 7, category_id=lambda i: 3)
+    truth["images"], truth["categories"] = truth["images"][:1], [{"id": 3, "name": "thing"}]
+    truth["annotations"][1]["bbox"] = [50, 50, 40, 40]
+    metrics = coco_metrics(truth, [{"image_id": 7, "category_id": 3, "bbox": [10, 10, 40, 30], "score": 0.5}])
+    assert metrics["AP50"] == pytest.approx(51 / 101)
+    assert metrics["AP"] == pytest.approx(0.6 * 51 / 101)
+    assert metrics["per_class"]["thing"]["boxes"] == 2 and metrics["APl"] == -1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"annotation_id": lambda i: -i}, {"annotation_id": lambda i: i - 1}, {"annotation_id": lambda i: i + 2**63},
+        {"image_id": lambda i: i + 2**53}, {"image_id": lambda i: i - 2}, {"category_id": lambda i: -i},
+        {"area": None}, {"area": -1600}, {"area": 1e11}, {"area": float("nan")},
+    ],
+    ids=["negative-id", "id-0", "id-2^63", "image-2^53", "image-0", "negative-category", "no-area", "negative-area",
+         "area-1e11", "area-nan"],
+)  # fmt: skip
+def test_odd_ids_and_areas_give_the_ordinary_numbers(odd):
+    results = []
+    for annotations in (two_boxes(), two_boxes(**odd)):
+        found = detections_of(annotations)
+        found[1]["bbox"] = [10, 10, 80, 30]  # IoU 0.75
+        results.append(coco_metrics(annotations, found))
+    ordinary, metrics = results
+    assert [metrics[name] for name in METRICS] == [ordinary[name] for name in METRICS]
+    assert {name: metrics["per_class"][name] for name in ordinary["per_class"]} == ordinary["per_class"]
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_batches_hold_one_padded_size_and_every_image_once():
+    sizes = np.array([(128, 170), (170, 128), (128, 170), (128, 170), (128, 128)])
+    batches = batches_of_one_size(SimpleNamespace(resized_sizes=lambda _: sizes), (128, 213), 2)
+    assert sorted(map(tuple, batches)) == [(0, 2), (1,), (3,), (4,)]
+
+
+# Data sets of others
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Return a function: generate a data set whose annotation file `change` has altered, and return its split."""
+
+    def changed(change):
+        generate_shapes(tmp_path / "set", train_images=4, val_images=0, size_px=96)
+        split = find_splits(str(tmp_path / "set"))[0]
+        content = json.loads(split.annotations.read_text())
+        change(content)
+        split.annotations.write_text(json.dumps(content))
+        return split
+
+    return changed
+
+
+def boxes_in_fractions(content: dict) -> None:
+    for record in content["annotations"]:
+        record["bbox"] = [value / 96 for value in record["bbox"]]
+
+
+def group(content: dict) -> None:
+    """As Roboflow exports: a category 0 that all others name, and that nothing is."""
+    for category in content["categories"]:
+        category["supercategory"] = "things"
+    content["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
+
+
+def group_that_is_used(content: dict) -> None:
+    group(content)
+    content["annotations"][0]["category_id"] = 0
+
+
+def group_of_some(content: dict) -> None:
+    group(content)
+    content["categories"][2]["supercategory"] = "others"
+
+
+def test_boxes_in_fractions_are_refused(changed):
+    with pytest.raises(DatasetError, match=r"100% of all \(normalised, fractions.*px\)"):
+        CocoDataset(changed(boxes_in_fractions))
+
+
+def test_category_that_only_groups_the_others_is_left_out(changed):
+    dataset = CocoDataset(changed(group))
+    assert 0 not in dataset.category_ids and "things" not in dataset.class_names
+    assert [c["name"] for c in dataset.annotations["categories"]] == dataset.class_names
+    assert "category 0 things, which groups the others" in eval_script.describe(dataset)
+    ids, names = [0, *dataset.category_ids], ["things", *dataset.class_names]
+    classes = {"source": "old.safetensors", "category_ids": ids, "class_names": names}  # has the class
+    known = evaluation_dataset(dataset.split, (64, 107), classes)
+    assert known.category_ids[0] == 0 and known.grouping is None
+
+
+@pytest.mark.parametrize("change", [group_that_is_used, group_of_some], ids=["used", "not-of-all"])
+def test_category_that_may_be_meant_stays(changed, change):
+    assert CocoDataset(changed(change)).category_ids[0] == 0
