@@ -15,6 +15,7 @@ from data import generate_shapes
 from tests.support import two_ranks
 from tests.support.runs import TWO_RANKS, flags_of, log_of, metrics_of
 from tests.support.steps import random_images, step_gradients, tiny_detector
+from training.folder import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +46,13 @@ def test_two_ranks_of_two_passes_give_the_gradient_of_one(folder):
         torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_two_ranks_train_like_one(call, folder, tmp_path):
-    """Each takes its half of the images of a step."""
-    call(train, *flags_of(folder / "shapes", tmp_path, *two_ranks.WITHOUT_NORM, steps=3))
-    one, two = (load_file(path / "ota.safetensors") for path in (tmp_path, folder / "short"))
+def test_two_ranks_train_like_one_and_stop_together(call, folder, tmp_path):
+    """Each takes its half of the images of a step. A signal to rank 1 ends both after step 3, and one rank goes on."""
+    stopped, flags = folder / "stopped", (*two_ranks.WITHOUT_NORM, "--log-every", 1)
+    assert load_checkpoint(stopped)["step"] == 3
+    call(train, *flags_of(folder / "shapes", tmp_path, *flags, save_every=1, steps=5))
+    assert "after step 3 of 5" in call(train, *flags_of(folder / "shapes", stopped, *flags, steps=5))
+    one, two = (load_file(path / "ota.safetensors") for path in (tmp_path, stopped))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
 
 

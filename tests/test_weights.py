@@ -199,8 +199,8 @@ NAME = "head.cls.weight"
 WEIGHT = torch.zeros(2, 8, 3, 3)
 UNFIT = {
     "missing": ({}, rf"1 tensors differ, '{NAME}' first: missing, needed: \[2, 8, 3, 3\] float"),
-    "surplus": ({NAME: WEIGHT, "x": WEIGHT}, r"'x' first: \[2, 8, 3, 3\] float, needed: none"),
-    "shape": ({NAME: WEIGHT[..., 0]}, r"first: \[2, 8, 3\] float, needed"),
+    "surplus": ({NAME: WEIGHT, "x": WEIGHT.clone()}, r"'x' first: \[2, 8, 3, 3\] float, needed: none"),
+    "shape": ({NAME: torch.zeros(2, 8, 3)}, r"first: \[2, 8, 3\] float, needed"),
     "integers": ({NAME: WEIGHT.int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
     "float8": ({NAME: WEIGHT.to(torch.float8_e4m3fn)}, "float8_e4m3fn, needed"),
     "nan": ({NAME: WEIGHT + torch.nan}, f"'{NAME}' that are NaN"),

@@ -3,10 +3,14 @@
 FOLDER has the data set shapes/; results go beside it.
 """
 
+import contextlib
 import datetime
+import os
+import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
@@ -49,6 +53,20 @@ def call(script, *args) -> None:
     script.main()
 
 
+def train_until_a_signal(folder: Path, rank: int) -> None:
+    """A SIGTERM reaches the second rank alone, in its third step."""
+    rate = train.learning_rate
+
+    def interrupted(step, *args):
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(step, *args)
+
+    with mock.patch.object(train, "learning_rate", interrupted), contextlib.suppress(SystemExit):
+        call(train, *flags_of(folder / "shapes", folder / "stopped", *WITHOUT_NORM, steps=5))
+    dist.destroy_process_group()
+
+
 def let_metrics_outlast_the_time_limit() -> None:
     """Rank 0 computes the first metrics for longer than a collective may take."""
     start, metrics, delays_s = dist.init_process_group, eval_script.coco_metrics, iter((METRICS_S, 0, 0))
@@ -62,7 +80,7 @@ def main(folder: Path) -> None:
     read_once(folder, rank)
     save_gradients(folder, rank)
     dist.destroy_process_group()
-    call(train, *flags_of(folder / "shapes", folder / "short", *WITHOUT_NORM, steps=3))
+    train_until_a_signal(folder, rank)
     let_metrics_outlast_the_time_limit()
     call(train, *flags_of(folder / "shapes", folder / "out", "--eval-every", 1, steps=7))
     call(eval_script, "--weights", folder / "out" / "ota.safetensors", "--out", folder / "eval", "--device", "cpu")
