@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """On tensors this small, threads only wait for one another."""
+    """One thread: on tensors this small, several only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def poisoned_memory():
-    """torch.empty gives NaN and the largest integers, so that an output which is not written shows."""
+    """Make torch.empty give NaN and the largest integers, so that an output which is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -50,7 +50,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def call() -> Callable[..., str]:
-    """A script's main() with arguments, in this process and on one thread; returns what it printed.
+    """Return a function: call a script's main() in this process, on one thread; return what it printed.
 
     A process of its own takes seconds to import torch; it is for tests that kill it, or need several.
     """

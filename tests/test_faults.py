@@ -1,6 +1,6 @@
 """Faults that take minutes: kills at every moment, full disks, and ranks of torchrun that end or are told to.
 
-pytest -m slow -s tests/test_faults.py prints what happened in each; faults inside one process: test_resume.py.
+The same command continues each run, and ends as if nothing had happened. Faults inside one process: test_resume.py.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 import train
 from data import generate_shapes
 from model import load_weights
-from tests.support.runs import STEPS, SWITCHES, TORCHRUN, TWO_RANKS, Run, assert_same_run, flags_of, metrics_of
+from tests.support.runs import STEPS, SWITCHES, TORCHRUN, TWO_RANKS, Run, assert_same_run, flags_of
 from training.folder import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -42,14 +42,6 @@ def undisturbed_by_two(shapes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed2") / "out"
     Run(shapes, out, launcher=TWO_RANKS).ends_well()
     return out
-
-
-def tell(fault: str, what: str) -> None:
-    print(f"\n{fault}: {what}", flush=True)
-
-
-def line_with(text: str, run: Run) -> str:
-    return next(line for line in run.said.splitlines() if text in line)
 
 
 def children(pid: int) -> list[int]:
@@ -83,7 +75,7 @@ os.fsync = fatal_sync
 
 def test_twenty_kills(shapes, tmp_path):
     """Twelve at random moments after a random step, eight while something is being written; one run throughout."""
-    chance, reached, one, out = random.Random(0), [], tmp_path / "one", tmp_path / "out"
+    chance, one, out = random.Random(0), tmp_path / "one", tmp_path / "out"
     Run(shapes, one, steps=150).ends_well()
     for kill in range(20):
         if kill % 5 < 3:
@@ -94,22 +86,9 @@ def test_twenty_kills(shapes, tmp_path):
             fatal = DIES_AT_SYNC.format(n=chance.randint(3, 12), half=kill % 2)
             run = Run(shapes, out, steps=150, save_every=2, before=fatal)
         assert run.end() == -signal.SIGKILL, run.said
-        reached.append(load_checkpoint(out)["step"])
+        assert load_checkpoint(out)
     Run(shapes, out, steps=150).ends_well()
     assert_same_run(out, one)
-    tell("20 kills", f"same log, metrics and weights as undisturbed; newest checkpoint after each kill: {reached}")
-
-
-@pytest.mark.parametrize("half", [0, 1], ids=["before-rename", "torn"])
-def test_kill_in_a_checkpoint(shapes, undisturbed, tmp_path, half):
-    out = tmp_path / "out"
-    run = Run(shapes, out, before=DIES_AT_SYNC.format(n=7, half=half))  # 1, 2 args.json; 3 to 6 checkpoints 0 and 4
-    assert run.end() == -signal.SIGKILL
-    before = sorted(p.name for p in out.iterdir())
-    assert load_checkpoint(out)["step"] == 4 and any(name.startswith(".checkpoint-00000008") for name in before)
-    Run(shapes, out).ends_well()
-    assert_same_run(out, undisturbed)
-    tell(f"killed in the checkpoint of step 8 (half a file: {bool(half)})", f"{before}; went on from step 4, same end")
 
 
 def test_full_tmpfs(shapes, undisturbed, tmp_path):
@@ -122,7 +101,6 @@ def test_full_tmpfs(shapes, undisturbed, tmp_path):
         out = disk / "out"
         run = Run(shapes, out)
         assert run.end() == 1 and "No space left" in run.said and "Traceback" not in run.said, run.said
-        tell("full disk", run.said.splitlines()[-1])
         kept = load_checkpoint(out)["step"]
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         assert f"after step {kept} " in Run(shapes, out).ends_well().said
@@ -141,34 +119,9 @@ def test_rank_killed_under_torchrun(shapes, undisturbed_by_two, tmp_path, rank, 
         one = tmp_path / "one"
         Run(shapes, one, *switches, launcher=TWO_RANKS).ends_well()
     run = Run(shapes, out, *switches, launcher=[*TWO_RANKS, *RESTARTS]).until("step 18/")
-    started = time.perf_counter()
     signal_rank(run.process, rank, signal.SIGKILL)
-    run.until("continuing the run")
-    seconds = time.perf_counter() - started
-    run.ends_well()
+    run.until("continuing the run").ends_well()
     assert_same_run(out, one)
-    tell(f"rank {rank} of 2 killed", f"{line_with('continuing', run)}, {seconds:.0f} s later, same end")
-
-
-def test_two_ranks_stop_and_one_continues(tmp_path):
-    """Four images, learned by heart. The signal reaches one rank only; both stop at one step."""
-    four = tmp_path / "four"
-    generate_shapes(four, train_images=4, val_images=0, size_px=128)
-    (four / "annotations" / "instances_val.json").unlink()
-    long = ["--image-size", 128, "--channels", 64, "--head-convs", 2, "--lr", 8e-3, "--warmup", 20, "--ota", "radius=3",
-            "top_q=10", "--eval-every", 1000]  # fmt: skip
-    ap = {}
-    for name, launcher in (("1 rank", ()), ("2 ranks", TWO_RANKS)):
-        Run(four, tmp_path / name, *long, launcher=launcher, steps=250).ends_well()
-        ap[name] = metrics_of(tmp_path / name)["AP"]
-    out = tmp_path / "out"
-    run = Run(four, out, *long, launcher=TWO_RANKS, steps=250).until("step 120/")
-    signal_rank(run.process, 1, signal.SIGTERM)
-    assert "stopped by SIGTERM after step" in run.ends_well().said
-    last = Run(four, out, *long, steps=250).ends_well()
-    ap["2, then 1"] = metrics_of(out)["AP"]
-    tell("2 ranks to 1", f"{line_with('continuing', last)}; AP {ap}")
-    assert min(ap.values()) > 0.85 and max(ap.values()) - min(ap.values()) < 0.1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
@@ -177,16 +130,13 @@ def test_signal_to_torchrun(shapes, undisturbed_by_two, tmp_path, number):
     out = tmp_path / "out"
     launcher = [*TWO_RANKS, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
     run = Run(shapes, out, launcher=launcher, workers=1, start_new_session=True).until("step 15/")
-    started = time.perf_counter()
     (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)
-    code, seconds = run.end(), time.perf_counter() - started
-    assert f"stopped by {number.name} after step" in run.said and code != 0, run.said
+    assert run.end() != 0 and f"stopped by {number.name} after step" in run.said, run.said
     if number == signal.SIGINT:
         assert "interrupted after step" in run.said
         assert 15 <= load_weights(out / "ota.safetensors")[1]["training"]["step"] < STEPS
     Run(shapes, out, launcher=TWO_RANKS).ends_well()
     assert_same_run(out, undisturbed_by_two)
-    tell(f"{number.name} to torchrun", f"all ended within {seconds:.1f} s, torchrun's status {code}; same end")
 
 
 def test_two_agents(shapes, undisturbed_by_two, tmp_path):
@@ -208,7 +158,6 @@ def test_two_agents(shapes, undisturbed_by_two, tmp_path):
     codes = [run.end() for run in (main, other)]
     assert codes == [0, 0] and "continuing the run" in main.said + other.said, main.said + other.said
     assert_same_run(out, undisturbed_by_two)
-    tell("two agents, a rank killed", "same end")
 
 
 NAN_IN_ONE_IMAGE = """
@@ -228,9 +177,7 @@ def test_nan_in_an_image_of_the_second_rank(shapes, undisturbed_by_two, tmp_path
     """Its error is on the screen, and the other rank does not wait for it."""
     out = tmp_path / "out"
     run = Run(shapes, out, launcher=TWO_RANKS, before=NAN_IN_ONE_IMAGE).until("step 9/")
-    started = time.perf_counter()
     assert run.end() == 1 and "train.py: step 10: the loss is not finite" in run.said and "image ids" in run.said
     assert load_checkpoint(out)["step"] == 8
-    tell("NaN", f"ended after {time.perf_counter() - started:.0f} s; {line_with('not finite', run)}")
     Run(shapes, out, launcher=TWO_RANKS).ends_well()
     assert_same_run(out, undisturbed_by_two)
