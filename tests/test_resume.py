@@ -177,14 +177,14 @@ def test_killed_run_continues_bit_for_bit(call, shapes, undisturbed, tmp_path):
 def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call, shapes, tmp_path, monkeypatch):
     """Two neighbouring checkpoints give the gradient, whose norm is clipped, and the average of the weights."""
     flags, one, out = (*SWITCHES, "--optimizer", "sgd", "--lr", 0.05), tmp_path / "one", tmp_path / "out"
-    call(train, *small(shapes, one, *flags, steps=10))
+    call(train, *small(shapes, one, *flags, steps=6))
     with monkeypatch.context() as patch:
-        at_step(patch, 5, send(signal.SIGINT))
+        at_step(patch, 2, send(signal.SIGINT))
         with pytest.raises(SystemExit):
-            call(train, *small(shapes, out, *flags, save_every=1, steps=10))
+            call(train, *small(shapes, out, *flags, save_every=1, steps=6))
     states = [torch.load(path, weights_only=True) for path in sorted(out.glob("checkpoint-*.pt"))]
-    assert [state["step"] for state in states] == [5, 6]
-    line, squares, decay = log_of(out)[-1], 0.0, 1 - 6 ** (-2 / 3)  # step 6 of the warm-up of timm's --ema
+    assert [state["step"] for state in states] == [2, 3]
+    line, squares, decay = log_of(out)[-1], 0.0, 1 - 3 ** (-2 / 3)  # step 3 of the warm-up of timm's --ema
     names = [name for name, _ in load_weights(out / "ota.safetensors")[0].named_parameters()]
     for i, name in enumerate(names):
         (before, after), (old, new) = ([state[key][name] for state in states] for key in ("model", "ema"))
@@ -194,7 +194,7 @@ def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call
         torch.testing.assert_close(new, decay * old + (1 - decay) * after)
     assert squares**0.5 == pytest.approx(0.5, rel=1e-3) and line["grad_norm"] > 0.5
 
-    call(train, *small(shapes, out, *flags, steps=10))
+    call(train, *small(shapes, out, *flags, steps=6))
     assert_same_run(out, one)
     averaged, last = load_weights(out / "ota.safetensors")[0], load_checkpoint(out)
     assert torch.equal(averaged.head.cls.weight, last["ema"]["head.cls.weight"])

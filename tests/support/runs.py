@@ -55,7 +55,7 @@ class Run:
                 return self
         raise AssertionError(f"never said {start_of_line!r}:\n{self.said}")
 
-    def end(self, timeout: float = 120) -> int:
+    def end(self, timeout: float = 300) -> int:
         """Wait for the end; return the exit status."""
         self.said += self.process.communicate(timeout=timeout)[0]
         return self.process.returncode
