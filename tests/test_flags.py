@@ -78,6 +78,8 @@ REFUSED = {
     "--ota cls_cost=hinge": "OTAConfig.cls_cost is 'hinge', choose from focal, bce",
     "--ota sigma=1": "'sigma=1' is no key=value with a key of alpha, eps,",
     "--ota top_q": "'top_q' is no key=value",
+    "--assigner simota --ota top_q=3": "--ota is for --assigner ota, not for simota",
+    "--data shapes --box vbox": "--box vbox is for CrowdHuman",
     "--radius 3": "--radius is now --ota radius=VALUE",
     "--no-rescale": "--no-rescale is now --ota rescale=VALUE",
     "--no-group-aspect": "--no-group-aspect is always on",

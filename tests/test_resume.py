@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -18,11 +19,13 @@ import torch
 
 import eval as eval_script
 import train
+import training.process
 from data import generate_shapes
 from errors import UserError
 from model import Detector, load_weights
 from tests.support.runs import SWITCHES, Run, assert_same_run, flags_of, log_of
 from training.folder import load_checkpoint
+from training.process import StopRequest
 
 NOT_FINITE = r"step 10: the loss is not finite \(cls nan, box .*iou .*\); image ids \d+, \d+, \d+, \d+ of .*--lr"
 STEPS = 15  # three epochs of 5 steps, evaluated after the second and at the end
@@ -199,6 +202,20 @@ def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call
     averaged, last = load_weights(out / "ota.safetensors")[0], load_checkpoint(out)
     assert torch.equal(averaged.head.cls.weight, last["ema"]["head.cls.weight"])
     assert not torch.equal(averaged.head.cls.weight, last["model"]["head.cls.weight"])
+
+
+def test_second_ctrl_c_quits_at_once(monkeypatch, call):
+    """But not the copy of the first that torchrun sends."""
+
+    def interrupt_three_times() -> None:
+        StopRequest(is_main=True)
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+        monkeypatch.setattr(training.process, "ONE_SIGNAL_S", -1)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)()
+
+    call(SimpleNamespace(__name__="script", main=interrupt_three_times))
 
 
 def test_only_settings_that_leave_the_result_may_change(call, shapes, undisturbed, tmp_path):

@@ -222,10 +222,14 @@ def test_profile_leaves_a_trace_and_no_step(call, two_images, tmp_path):
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000000.pt"]
 
 
-def test_overfit_takes_the_first_images_and_says_so(call, changed, tmp_path):
-    args = ("--data", changed(), *SHORT, "--batch-size", 4, "--overfit", 3, "--out", tmp_path / "out")
-    assert "2 steps of 3 images" in call(train, *args)  # not the 4 of --batch-size
-    assert metrics_of(tmp_path / "out")["images"] == 3
+def test_overfit_takes_the_first_images_and_init_the_weights_of_a_file(call, trained, changed, tmp_path):
+    weights = trained / "ota.safetensors"
+    args = ("--data", changed(), *SHORT, "--batch-size", 4, "--overfit", 3, "--init", weights, "--lr", 1e-9)
+    said = call(train, *args, "--out", tmp_path / "out")
+    assert "2 steps of 3 images" in said and metrics_of(tmp_path / "out")["images"] == 3  # not the 4 of --batch-size
+    assert f"weights from {weights}, which has the same 5 classes" in said
+    start, end = (load_weights(path)[0].head.cls.weight for path in (weights, tmp_path / "out" / "ota.safetensors"))
+    torch.testing.assert_close(end, start, rtol=0, atol=1e-6)
 
 
 # Other systems and terminals
