@@ -5,7 +5,6 @@ import gzip
 import json
 import random
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -53,192 +52,125 @@ def write(tmp_path, valid):
     return write
 
 
-def replaced(metadata: dict, name: str, value: object) -> dict:
-    """A copy with another value at "a.b"."""
-    metadata = copy.deepcopy(metadata)
-    *parents, last = name.split(".")
-    inner = metadata
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
+def replaced(metadata: dict, path: list[str], value: object) -> dict:
+    """Return a copy with another value at a path."""
+    parent = metadata = copy.deepcopy(metadata)
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
     return metadata
 
 
 # By chance
 
-ODD = [
-    None, True, 0, -1, 1, 2.5, float("nan"), -1e30, 2**31, 2**63, 10**400, "", "ab", "7", "\ud800\x1b[2J", [], [1],
-    [0, 0], ["a", "a"], [float("nan")] * 3, [0.0] * 3, [[]], {}, {"a": 1},
-]  # fmt: skip
+ODD = [None, True, 0, -1, 2.5, float("nan"), 2**63, 10**400, "", "\ud800\x1b[2J", [], ["a", "a"], [0.0] * 3, {"a": 1}]
 
 
-def places(value: object, path: tuple = ()) -> list[tuple]:
+def paths(value: object, path: tuple = ()) -> list[tuple]:
     """Return the paths of everything inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in inner for found in [(*path, key), *places(item, (*path, key))]]
+    return [found for key, item in inner for found in [(*path, key), *paths(item, (*path, key))]]
 
 
-def spoil(metadata: dict, rng: random.Random) -> tuple[dict, str]:
-    """Return a copy with one thing taken out or replaced, and the name of the field."""
-    parent = metadata = copy.deepcopy(metadata)
-    path = rng.choice(places(metadata))
-    for key in path[:-1]:
-        parent = parent[key]
-    parent[path[-1]] = rng.choice(ODD)
-    if rng.random() < 0.2:
-        del parent[path[-1]]
-    return metadata, [key for key in path if isinstance(key, str)][-1]
-
-
-def test_120_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(valid, write):
+def test_60_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(valid, write):
     rng, refused, image = random.Random(15), 0, torch.rand(3, 40, 64, generator=torch.Generator().manual_seed(0))
-    for number in range(120):
-        metadata, name = spoil(valid[0], rng)
+    for number in range(60):
+        path = rng.choice(paths(valid[0]))
+        name = [key for key in path if isinstance(key, str)][-1]
         try:
-            detector = load(write(metadata))
+            detector = load(write(replaced(valid[0], path, rng.choice(ODD))))
         except UserError as error:
             refused, text = refused + 1, str(error)
             assert "does not fit" in text or name in text, (number, name, text)
-            assert len(text) < 500 and "\n" not in text and text.isprintable(), (number, text)
+            assert len(text) < 500 and text.isprintable(), (number, text)
             continue
         found = detector.predict(image)
         assert found.boxes.isfinite().all() and found.scores.isfinite().all(), (number, name)
         assert {*found.names} <= {*detector.class_names} and len({*detector.class_names}) == 2, (number, name)
-    assert 60 < refused < 116
+    assert 30 < refused < 60
 
 
 # By name
 
 FLAWS = [
     ("architecture.channels", 33, "channels is 33, not a multiple of 8"),
-    ("architecture.channels", True, "channels is True"),
-    ("architecture.num_classes", 10**9, "num_classes is 1000000000"),
     ("architecture.num_classes", 2.0, "num_classes is 2.0"),
     ("architecture.score_threshold", float("nan"), "score_threshold is nan"),
-    ("architecture.nms_iou", 1.5, "nms_iou is 1.5, not a number from 0 to 1"),
-    ("architecture.max_detections", "100", "max_detections is '100'"),
-    ("architecture.image_size", "ab", "image_size is 'ab', not a list"),
-    ("architecture.image_size", [107, 64], r"image_size is \(107, 64\)"),
     ("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384"),
     ("architecture.frozen_norm", 1, "frozen_norm is 1, not true or false"),
     ("architecture.assigner", [], r"assigner is \[\], not one of ota"),
-    ("architecture.backbone", 5, "backbone is 5"),
     ("architecture.surprise", 5, "architecture has the unknown field 'surprise'"),
     ("architecture.ota", [], r"ota is \[\], not an object"),
     ("architecture.ota.top_q", "x", "architecture.ota: "),
     ("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001"),
-    ("normalisation.mean", [0.1, 0.1], "normalisation.mean is .* not three"),
-    ("class_names", None, "class_names is None, not a list"),
     ("class_names", ["a", "a"], "class_names is .* distinct"),
-    ("class_names", ["a", " "], "class_names is"),
     ("class_names", ["a"], "1 class_names for 2 classes"),
-    ("category_ids", [1, True], "category_ids is .* whole numbers"),
-    ("data", 5, "data is 5"),
     ("training.metrics", {"AP": "0.5"}, "training.metrics.AP is '0.5'"),
     ("format", "ota-triton/2", "format is 'ota-triton/2', not 'ota-triton/1'"),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "message"), FLAWS, ids=[f"{name}={value}" for name, value, _ in FLAWS])
-def test_a_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
+def test_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
     with pytest.raises(UserError, match=message):
-        load(write(replaced(valid[0], field, value)))
+        load(write(replaced(valid[0], field.split("."), value)))
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [("[" * 100_000, "recursion"), ("9" * 5000, "digits"), ("[]", "format is missing"), ("{", "line 1")],
-    ids=["deep", "5000-digits", "list", "no-json"],
-)
-def test_metadata_that_are_no_object_are_refused(write, text, message):
-    with pytest.raises(UserError, match=f"metadata that this version cannot read: .*{message}"):
-        load(write(text))
+def test_metadata_that_are_no_object_are_refused(write):
+    for text, message in (("[" * 100_000, "recursion"), ("9" * 5000, "digits"), ("[]", "format"), ("{", "line 1")):
+        with pytest.raises(UserError, match=f"metadata that this version cannot read: .*{message}"):
+            load(write(text))
 
 
-NAME = "head.cls.weight"
-WEIGHT = torch.zeros(2, 8, 3, 3)
-UNFIT = {
-    "missing": ({}, rf"1 tensors differ, '{NAME}' first: missing, needed: \[2, 8, 3, 3\] float"),
-    "surplus": ({NAME: WEIGHT, "x": WEIGHT.clone()}, r"'x' first: \[2, 8, 3, 3\] float, needed: none"),
-    "shape": ({NAME: torch.zeros(2, 8, 3)}, r"first: \[2, 8, 3\] float, needed"),
-    "integers": ({NAME: WEIGHT.int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
-    "float8": ({NAME: WEIGHT.to(torch.float8_e4m3fn)}, "float8_e4m3fn, needed"),
-    "nan": ({NAME: WEIGHT + torch.nan}, f"'{NAME}' that are NaN"),
-    "infinite-in-float32": ({NAME: WEIGHT.double() + 1e300}, f"'{NAME}' that are NaN"),
-}
+def test_tensor_that_does_not_fit_is_named(valid, write):
+    name, variance = "head.cls.weight", "backbone.body.bn1.running_var"
+    weight, others = valid[1][name], {n: tensor for n, tensor in valid[1].items() if n != name}
+    unfit = [
+        ({}, rf"1 tensors differ, '{name}' first: missing, needed: \[2, 8, 3, 3\] float"),
+        ({name: weight, "x": weight.clone()}, r"'x' first: \[2, 8, 3, 3\] float, needed: none"),
+        ({name: weight[0]}, r"first: \[8, 3, 3\] float, needed"),
+        ({name: weight.int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
+        ({name: weight + torch.nan}, f"'{name}' that are NaN"),
+        ({name: weight, variance: -valid[1][variance]}, f"{variance}.*negative variance"),
+    ]
+    for change, message in unfit:
+        with pytest.raises(UserError, match=message):
+            load(write(tensors=others | change))
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_a_tensor_that_does_not_fit_is_named(valid, write, case):
-    tensors, (change, message) = {n: tensor for n, tensor in valid[1].items() if n != NAME}, UNFIT[case]
-    with pytest.raises(UserError, match=message):
-        load(write(tensors=tensors | change))
-
-
-def test_a_negative_variance_is_refused(valid, write):
-    name = next(name for name in valid[1] if name.endswith("running_var"))
-    with pytest.raises(UserError, match=f"{name}.*negative variance"):
-        load(write(tensors=valid[1] | {name: -valid[1][name]}))
-
-
-# Network and memory
-
-
-ADDRESSES = [
-    "hf-hub:someone/repo", "HF-HUB:someone/resnet18", "local-dir:/tmp/resnet18", "https://example.com/resnet18",
-    "someone/resnet18", "/tmp/resnet18", "resnet18.hf-hub:someone/repo", "resnet18.no_such_tag", "resnet18/", "",
-]  # fmt: skip
-
-
-def test_a_file_chooses_no_address(valid, write, monkeypatch):
+def test_file_chooses_no_address(valid, write, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
-    for backbone in ADDRESSES:
+    for backbone in ("hf-hub:someone/repo", "local-dir:/tmp/resnet18", "https://example.com/resnet18", "resnet18.tag"):
         with pytest.raises(UserError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
-            load(write(replaced(valid[0], "architecture.backbone", backbone)))
+            load(write(replaced(valid[0], ["architecture", "backbone"], backbone)))
     assert not asked
 
 
-TOO_LARGE = {
-    "head": {"channels": 2**14, "head_convs": 100},
-    "classes": {"num_classes": 100_000},
-    "backbone": {"backbone": "convnext_xxlarge"},
-    "backbone-without-the-strides": {"backbone": "eva02_enormous_patch14_clip_224"},
-}
-
-
-@pytest.mark.parametrize("part", TOO_LARGE)
-def test_a_file_chooses_no_memory(valid, write, monkeypatch, part):
+def test_file_chooses_no_memory(valid, write, monkeypatch):
     """Only the network of the first comparison, which takes no memory, is built."""
     built = []
     monkeypatch.setattr(model.weights, "Detector", lambda config: built.append(config) or Detector(config))
-    metadata = {n: value for n, value in valid[0].items() if n not in ("class_names", "category_ids")}
-    metadata["architecture"] = metadata["architecture"] | TOO_LARGE[part]
-    started = time.perf_counter()
-    with pytest.raises(UserError, match="does not fit|has features at strides"):
-        load(write(metadata))
-    assert len(built) == 1 and time.perf_counter() - started < 10
+    large = valid[0]["architecture"] | {"channels": 2**14, "head_convs": 100, "backbone": "resnet152"}
+    with pytest.raises(UserError, match="does not fit"):
+        load(write(valid[0] | {"architecture": large}))
+    assert len(built) == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext", "regnety_002", "mobilenetv3_small_050", "efficientformerv2_s0"]
-)
+# Sound files
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "efficientformerv2_s0"])
 @torch.no_grad()
-def test_every_kind_of_backbone_is_compared_and_comes_back(tmp_path, name):
-    """Buffers that no file holds, such as the indices of attention biases, included."""
+def test_buffers_that_no_file_holds_come_back(tmp_path, name):
+    """Such as the indices of attention biases."""
     detector = tiny_detector(name)
     save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
-    with model.weights._Weightless():
-        weightless = tiny_detector(name)
-    assert all(p.is_meta for p in weightless.parameters())
     loaded, batch = load(tmp_path / "ota.safetensors"), torch.rand(1, 3, 224, 224)
     assert torch.equal(loaded.predict_raw(batch)[0].logits, detector.predict_raw(batch)[0].logits)
     buffers = dict(loaded.named_buffers())
     assert all(torch.equal(buffers[n], value) for n, value in detector.named_buffers())
-
-
-# What people write
 
 
 def test_files_of_before_load(valid, write):
@@ -254,20 +186,16 @@ def test_files_of_before_load(valid, write):
     assert found["class_names"] == detector.class_names == ["0", "1"]
 
 
-# The first 8 of the 20 detections of commit c1da3ae, and their labels.
+# The first 4 of the 20 detections of commit c1da3ae, and their labels.
 DETECTIONS_OF_C1DA3AE = [
     [10.877, 12.795, 57.357, 52.111, 0.90364, 0],
     [70.628, 31.838, 107.865, 90.296, 0.89026, 1],
     [110.82, 6.343, 140.392, 39.503, 0.82744, 2],
     [91.618, 16.045, 133.026, 60.816, 0.47242, 2],
-    [70.628, 31.838, 107.865, 90.296, 0.35638, 2],
-    [108.266, 7.023, 140.589, 39.363, 0.32792, 1],
-    [91.618, 16.045, 133.026, 60.816, 0.32353, 1],
-    [104.692, 8.809, 148.913, 52.902, 0.31708, 2],
 ]
 
 
-def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
+def test_file_written_by_c1da3ae_gives_its_detections(tmp_path):
     """A pruned test_efficientnet with frozen norms, trained on rectangles by SimOTA and saved by that commit."""
     path = tmp_path / "ota.safetensors"
     path.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "c1da3ae.safetensors.gz").read_bytes()))
@@ -283,9 +211,9 @@ def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
         image[:, y1:y2, x1:x2] = 20
         image[channel, y1:y2, x1:x2] = 230
     result, expected = detector.predict(image), torch.tensor(DETECTIONS_OF_C1DA3AE)
-    torch.testing.assert_close(result.boxes[:8], expected[:, :4], rtol=0, atol=0.02)
-    torch.testing.assert_close(result.scores[:8], expected[:, 4], rtol=0, atol=1e-4)
-    assert result.labels[:8].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
+    torch.testing.assert_close(result.boxes[:4], expected[:, :4], rtol=0, atol=0.02)
+    torch.testing.assert_close(result.scores[:4], expected[:, 4], rtol=0, atol=1e-4)
+    assert result.labels[:4].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
 
 
 def test_weights_in_half_precision_load(valid, write):
@@ -294,49 +222,28 @@ def test_weights_in_half_precision_load(valid, write):
     assert weight.dtype == torch.float32 and torch.equal(weight.half(), halves["head.cls.weight"])
 
 
-def hub(monkeypatch, changes: dict) -> None:
+def test_model_of_the_hub_is_saved_by_its_architecture_if_a_name_describes_it(tmp_path, monkeypatch):
     """A hub whose one repository holds a test_resnet with a normalisation of its own."""
-    config = {"source": "hf-hub", "hf_hub_id": "someone/repo", "mean": (0.25,) * 3, "input_size": (3, 999, 999)}
-    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: (config, "test_resnet", changes))
-    weights = timm.create_model("test_resnet").state_dict() | tiny_detector().backbone.body.state_dict()
-
-    def read(repository, *_, **__):
-        assert repository == "someone/repo"
-        return dict(weights)
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", read)
-
-
-def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture(tmp_path, monkeypatch):
-    hub(monkeypatch, {})
+    about, changes = {"source": "hf-hub", "hf_hub_id": "someone/repo", "mean": (0.25,) * 3}, {}
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: (about, "test_resnet", changes))
+    expected = tiny_detector().backbone.body.state_dict()
+    weights = timm.create_model("test_resnet").state_dict() | expected
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(weights))
     torch.manual_seed(1)
     config = DetectorConfig(2, "hf-hub:someone/repo", (64, 107), channels=8, head_convs=1)
     detector = Detector(config, pretrained=True).eval()
-    expected = tiny_detector().backbone.body.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in detector.backbone.body.state_dict().items())
     save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
+    changes["act_layer"] = "gelu"
+    with pytest.raises(UserError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
+        Detector(config)
     monkeypatch.undo()
     loaded = load(tmp_path / "ota.safetensors")
     assert loaded.config == detector.config and loaded.config.backbone == "test_resnet"
     assert loaded.mean.flatten().tolist() == [0.25] * 3
 
 
-def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
-    hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(UserError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
-        Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
-
-
-# Those who read the metadata
-
-
 def test_evaluation_of_weights_without_a_data_set_names_the_flag(valid, write):
     path = write({name: value for name, value in valid[0].items() if name != "data"})
     with pytest.raises(UserError, match="name the data set with --data"):
         load_with_data(path, None)
-
-
-@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"ota": None}], ids=str)
-def test_training_gets_the_same_checks(settings):
-    with pytest.raises(ValueError, match=f"DetectorConfig.{next(iter(settings))} is"):
-        DetectorConfig(**{"num_classes": 2, "ota": OTAConfig()} | settings)
