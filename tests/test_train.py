@@ -13,24 +13,23 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 import eval as eval_script
-import predict
 import train
 from data import DatasetError, generate_shapes, printable
 from errors import UserError, run_script
-from model import Detector, DetectorConfig, load_weights
-from tests.support.runs import ROOT, TWO_RANKS, metrics_of
+from model import load_weights
+from tests.support.runs import ROOT, metrics_of
 from training import environment
 
 CPU = ["--device", "cpu", "--workers", "0"]
-TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]
 SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1", *CPU]
 SHORT = [*SMALL, "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1"]
 
 
-def run(*args, ranks: int = 1, **environment: str) -> str:
+def run(*args, **environment: str) -> str:
     """Run a command in a process of its own, which must end well; return its standard output."""
-    command = [sys.executable, *(TWO_RANKS if ranks > 1 else []), *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=os.environ | environment)
+    environment |= os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,7 +70,7 @@ def trained(call, two_images, tmp_path_factory) -> Path:
         *("--lr", 0.032, "--warmup", 20, "--ota", "radius=3", "top_q=10", "--eval-every", 1000, "--out", out),
     )
     assert "150 steps of 2 images on 1 x cpu in float32; learning rate 0.004 = 0.032 x 2 / 16" in said
-    assert f"AP {metrics_of(out)['AP']:.3f}  AP50" in said
+    assert f"AP {metrics_of(out)['AP']:.3f}  AP50" in said and "warning" not in said
     return out
 
 
@@ -125,35 +124,17 @@ def test_eval_refuses_other_classes(call, trained, changed):
         call(eval_script, "--weights", trained / "ota.safetensors", "--data", other)
 
 
-@pytest.mark.parametrize("script", ["train", "eval"])
-def test_results_are_on_disk_before_they_are_printed(call, trained, two_images, tmp_path, monkeypatch, script):
-    def fail(*_):
-        raise BrokenPipeError("nobody reads this")
-
-    module, args, last_file = {
-        "train": (train, ("--data", two_images, *SHORT), "samples.png"),
-        "eval": (eval_script, ("--weights", trained / "ota.safetensors", *CPU), "detections.json"),
-    }[script]
-    monkeypatch.setattr(module, "print_table", fail)
-    with pytest.raises(BrokenPipeError):
-        call(module, *args, "--out", tmp_path)
-    assert metrics_of(tmp_path)["images"] == 2 and (tmp_path / last_file).exists()
-
-
 # Refusals and warnings
 
 
 REFUSED = {
     "no-data": (["--data", "nowhere"], "nowhere does not exist"),
     "batch-over-images": (["--batch-size", "8"], "--batch-size 8 .* 2 images"),
-    "batch-by-passes": (["--accumulate", "3"], r"divide by 1 ranks x 3 passes \(--accumulate\)"),
     "short-profile": (["--profile", "2"], "--profile 2 takes 7 steps, the run has 2"),
     "no-backbone": (["--backbone", "resnet999"], "resnet999.*--backbone"),
     "odd-channels": (["--channels", "30"], "--channels"),
     "no-hub": (["--pretrained"], "cannot reach the hub(.|\n)*--no-pretrained"),
     "no-device": (["--device", "toaster"], "rank 0 cannot use --device toaster"),
-    "device-without-data": (["--device", "meta"], "cannot use --device meta: it has to be one of cuda, cpu, mps"),
-    "device-number": (["--device", "cpu:x"], "cannot use --device cpu:x"),
 }
 
 
@@ -191,22 +172,10 @@ def shrink(content: dict) -> None:
 
 
 def test_small_boxes_and_too_little_memory_are_warned_of(call, changed, tmp_path, monkeypatch):
-    said = call(train, "--data", changed(), *SHORT, "--out", tmp_path / "out")
-    assert "GiB" not in said and "under 2 px" not in said
     monkeypatch.setattr(environment, "available_bytes", lambda *_: 2**20)
-    said = call(train, "--data", changed(shrink), *SHORT, "--out", tmp_path / "other")
+    said = call(train, "--data", changed(shrink), *SHORT, "--out", tmp_path / "out")
     assert "% of the boxes are under 2 px wide or high at --image-size 64 107" in said
     assert "warning: a step of 2 images of up to 64 x 64 px" in said and "--image-size" in said
-
-
-def test_memory_follows_pixels_and_parameters():
-    detector = Detector(DetectorConfig(3, "test_resnet", (64, 64), 32, 1))
-    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
-    small, large = (environment.step_bytes(detector, pixels, "adamw", False) for pixels in (64**2, 2 * 64**2))
-    weights = sum(p.numel() for p in detector.parameters()) * 4 * 4  # themselves, gradients and two moments
-    assert large - small == pytest.approx(small - weights, rel=1e-3) and small > weights
-    assert detector.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
 
 
 # To try things out
@@ -260,7 +229,6 @@ def test_system_without_triton_locks_and_posix_signals_and_an_ascii_terminal(cal
         *("-c", LESS_THAN_LINUX, "train.py", "--data", changed(name_categories), *SHORT, "--out", out),
         *("eval.py", "--weights", weights, "--out", tmp_path / "eval", *CPU),
         PYTHONIOENCODING="ascii",
-        OMP_NUM_THREADS="1",
     )
     assert said.count("two\\nlines") == 2 and "\\u81ea" in said and "\x1b[31m" not in said
     assert set(metrics_of(out)["per_class"]) == set(NAMES)
@@ -268,34 +236,10 @@ def test_system_without_triton_locks_and_posix_signals_and_an_ascii_terminal(cal
         [metrics_of(out)[name] for name in eval_script.METRICS], abs=1e-6
     )
 
-    call(predict, "--weights", weights, "--score", 0, tmp_path / "set" / "val", "--out", tmp_path / "p", *CPU[:2])
-    found = json.loads((tmp_path / "p" / "detections.json").read_text())
-    assert len(list((tmp_path / "p").glob("*.jpg"))) == 2 and {row["category_name"] for row in found} <= set(NAMES)
-
 
 def test_printable_text():
     assert printable("自行车 नमस्ते 👩‍👧 é \u00a0") == "自行车 नमस्ते 👩‍👧 é \u00a0"
     assert printable("a\nb\r\t\x1b[2J\u202e\u2028\ud800\x7f") == r"a\nb\r\t\x1b[2J\u202e\u2028\ud800\x7f"
-
-
-LOADER_SCRIPT = """
-from torch.utils.data import DataLoader
-from training.process import ignore_interrupts, setup_distributed
-
-def main():
-    setup_distributed("cpu")
-    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=ignore_interrupts))
-    next(batches)
-    raise RuntimeError("not foreseen")
-
-main()
-"""
-
-
-def test_error_that_nobody_foresaw_ends_the_loader_processes_too():
-    """They ignore signals, and Python would wait for them."""
-    done = subprocess.run([sys.executable, "-c", LOADER_SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "RuntimeError: not foreseen" in done.stderr
 
 
 # Minutes
