@@ -41,14 +41,6 @@ def test_best_weights_are_kept_over_a_restart(tmp_path):
     assert steps_of(tmp_path / "out") == [10, 20, 30, 40]
 
 
-def test_lines_after_the_checkpoint_are_written_again(tmp_path):
-    killed = folder_of(tmp_path / "out")
-    for step in (1, 2):
-        killed.write_line({"step": step, "loss": 2.0})
-    folder_of(tmp_path / "out", killed.log[:1], step=1).write_line({"step": 2, "loss": 2.0})
-    assert steps_of(tmp_path / "out") == [1, 2]
-
-
 def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
     folder = folder_of(tmp_path / "out")
     line = {"loss": 1.0, "cls": 0.5, "box": 0.3, "iou": 0.2, "positives_per_gt": 3.0, "mean_k": 4.0}

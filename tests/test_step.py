@@ -1,13 +1,10 @@
 """The parts of a training step: batches and their order, passes, statistics for the log, and weights to start from."""
 
-import json
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from data.dataset import SeededDataset, batches_from
 from errors import UserError
 from kernels import OTAConfig, PointGrid, assignment_statistics
@@ -21,19 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Batches
-
-
-def test_batch_is_ragged_and_padded():
-    images, targets = random_images([(40, 70), (64, 33), (10, 10)], [2, 0, 3])
-    targets[2]["ignore"] = torch.tensor([[0.0, 0, 5, 5], [1, 1, 2, 2]])
-    batch = pack(images, targets)
-    assert batch.images.shape == (3, 3, 64, 96) and batch.images.dtype == torch.uint8
-    assert batch.sizes.tolist() == [[40, 70], [64, 33], [10, 10]] and batch.gt_offsets.tolist() == [0, 2, 2, 5]
-    assert torch.equal(batch.gt_boxes[2:], targets[2]["boxes"]) and batch.ignore_image.tolist() == [2, 2]
-    for image, slot in zip(images, batch.images, strict=True):
-        height, width = image.shape[1:]
-        assert torch.equal(slot[:, :height, :width], image)
-        assert not slot[:, height:].any() and not slot[:, :, width:].any()
 
 
 def test_one_graph_serves_every_number_of_ground_truths():
@@ -86,12 +70,6 @@ def test_batches_are_a_function_of_seed_and_step(batch_size):
     assert [one + two for one, two in zip(*ranks, strict=True)] == whole
 
 
-def test_images_of_a_rare_orientation_are_seen():
-    tall = [i < 3 for i in range(99)]
-    seen = [i for batch in batches_from(0, 50 * (99 // 8), tall, 8, 0) for _, i in batch]
-    assert min(seen.count(i) for i in range(99)) > 40
-
-
 def test_random_transforms_are_a_function_of_seed_epoch_and_image():
     class Draws(torch.utils.data.Dataset):
         def __getitem__(self, i):
@@ -102,17 +80,6 @@ def test_random_transforms_are_a_function_of_seed_epoch_and_image():
     torch.manual_seed(5)
     assert [SeededDataset(Draws(), 0)[key] for key in reversed(keys)] == drawn[::-1]
     assert len(set(drawn)) == 250 and SeededDataset(Draws(), 1)[keys[0]] != drawn[0]
-
-
-def test_first_images_are_those_with_boxes(tmp_path):
-    generate_shapes(tmp_path / "shapes", train_images=6, val_images=0, size_px=64)
-    split = find_splits(str(tmp_path / "shapes"))[0]
-    content = json.loads(split.annotations.read_text())
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in (1, 3)]
-    split.annotations.write_text(json.dumps(content))
-    dataset = CocoDataset(split, eval_transform((64, 107)), first=3)
-    assert [image["id"] for image in dataset.images] == [2, 4, 5] and len(dataset) == 3
-    assert {a["image_id"] for a in dataset.annotations["annotations"]} == {2, 4, 5}
 
 
 # Passes
@@ -138,22 +105,19 @@ def test_passes_give_the_gradient_of_one_and_the_predictions_of_the_last(counts)
 def test_statistics_are_those_of_the_dense_plan():
     """The share of background in a point that is nobody's candidate is 1, so only candidate points count."""
     grid, config = PointGrid.for_image((104, 136), (8, 16, 32)), OTAConfig(iterations=7)
-    scene = make_scene(grid, (5, 0, 9), 3, seed=2)
-    found = {name: value.item() for name, value in assignment_statistics(scene, config)[2].items()}
-    positives = k = ambiguous = residual = points = 0
-    for b in (0, 2):
-        rows = slice(scene.gt_offsets[b], scene.gt_offsets[b + 1])
-        inputs = [x.double() for x in (scene.logits[b], scene.boxes[b], scene.gt_boxes[rows])]
-        dense = assign_image(*inputs, scene.gt_labels[rows], grid, config)
-        plan = dense["log_plan"].exp()[:, dense["candidates"].any(0)]
-        positives += (dense["supplier"] < len(dense["k"])).sum().item()
-        k += dense["k"].sum().item()
-        ambiguous += (plan.amax(0) < 0.9 * plan.sum(0)).sum().item()
-        residual += (plan.sum(0) - 1).abs().sum().item()
-        points += plan.shape[1]
-    expected = {"positives_per_gt": positives / 14, "mean_k": k / 14}
-    expected |= {"ambiguous": ambiguous / points, "residual": residual / points}
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6) and 0 < found["ambiguous"] < 1
+    scene = make_scene(grid, (9, 0), 3, seed=2)
+    inputs = [x.double() for x in (scene.logits[0], scene.boxes[0], scene.gt_boxes)]
+    dense = assign_image(*inputs, scene.gt_labels, grid, config)
+    plan = dense["log_plan"].exp()[:, dense["candidates"].any(0)]
+    expected = {
+        "positives_per_gt": (dense["supplier"] < 9).sum() / 9,
+        "mean_k": dense["k"].sum() / 9,
+        "ambiguous": (plan.amax(0) < 0.9 * plan.sum(0)).double().mean(),
+        "residual": (plan.sum(0) - 1).abs().mean(),
+    }
+    found = assignment_statistics(scene, config)[2]
+    assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6)
+    assert 0 < found["ambiguous"] < 1
     without_gt = make_scene(PointGrid.for_image((64, 64)), (0, 0), 3)
     assert not any(assignment_statistics(without_gt, OTAConfig())[2].values())
 
