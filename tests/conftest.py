@@ -50,10 +50,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def call() -> Callable[..., str]:
-    """Return a function: call a script's main() in this process, on one thread; return what it printed.
-
-    A process of its own takes seconds to import torch; it is for tests that kill it, or need several.
-    """
+    """Return a function: call a script's main() in this process, on one thread; return what it printed."""
 
     def call(script: ModuleType, *args) -> str:
         argv, threads, precision = sys.argv, torch.get_num_threads(), torch.get_float32_matmul_precision()
