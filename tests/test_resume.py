@@ -39,8 +39,8 @@ def shapes(tmp_path_factory) -> Path:
     return root
 
 
-def small(shapes: Path, out: Path, *args, **flags) -> list:
-    return flags_of(shapes, out, "--eval-every", 2, *args, **{"steps": STEPS} | flags)
+def small(shapes: Path, out: Path, *args, steps: int = STEPS, **flags) -> list:
+    return flags_of(shapes, out, "--eval-every", 2, *args, steps=steps, **flags)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,7 @@ def signal_in_an_evaluation(monkeypatch) -> None:
 
 def full_disk(monkeypatch) -> None:
     """No file may pass 3 MB, which a checkpoint with the optimizer's state does."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def prediction_is_not_a_number(monkeypatch) -> None:
@@ -134,10 +133,9 @@ FAULTS = {
 def halfway(call, shapes, tmp_path_factory) -> Path:
     """The folder of a run that was stopped after step 8."""
     out = tmp_path_factory.mktemp("halfway") / "out"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         at_step(patch, 7, send(signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            call(train, *small(shapes, out))
+        call(train, *small(shapes, out))
     return out
 
 
@@ -165,7 +163,7 @@ def test_run_with_a_fault_continues_bit_for_bit(call, shapes, undisturbed, halfw
 
 def test_run_killed_before_its_first_checkpoint_continues_bit_for_bit(call, shapes, undisturbed, tmp_path):
     out = tmp_path / "out"
-    Run(shapes, out, "--eval-every", 2, steps=STEPS, workers=2, save_every=1000).until("step 3/").kill()
+    Run(shapes, out, "--eval-every", 2, steps=STEPS, workers=1, save_every=99).until("step 3/").kill()
     assert load_checkpoint(out)["step"] == 0
     call(train, *small(shapes, out))
     assert len(list(out.glob("checkpoint-*.pt"))) == 2 and not list(out.glob(".*"))
@@ -177,10 +175,9 @@ def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call
     """Two neighbouring checkpoints give the gradient, whose norm is clipped, and the average of the weights."""
     flags, one, out = (*SWITCHES, "--optimizer", "sgd", "--lr", 0.05), tmp_path / "one", tmp_path / "out"
     call(train, *small(shapes, one, *flags, steps=6))
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         at_step(patch, 2, send(signal.SIGINT))
-        with pytest.raises(SystemExit):
-            call(train, *small(shapes, out, *flags, save_every=1, steps=6))
+        call(train, *small(shapes, out, *flags, save_every=1, steps=6))
     states = [torch.load(path, weights_only=True) for path in sorted(out.glob("checkpoint-*.pt"))]
     assert [state["step"] for state in states] == [2, 3]
     line, squares, decay = log_of(out)[-1], 0.0, 1 - 3 ** (-2 / 3)  # step 3 of the warm-up of timm's --ema

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 30
 SMALL = (
     *("--backbone", "test_resnet", "--no-pretrained", "--channels", 32, "--head-convs", 1, "--device", "cpu"),
     *("--image-size", 64, "--batch-size", 4, "--lr", 4e-3, "--warmup", 5, "--log-every", 3, "--eval-every", 4),
@@ -23,7 +22,7 @@ SWITCHES = ("--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale"
 TIMES = ("images_per_s", "data_wait")
 
 
-def flags_of(shapes: Path, out: Path, *args, save_every: int = 4, workers: int = 0, steps: int = STEPS) -> list:
+def flags_of(shapes: Path, out: Path, *args, save_every: int = 4, workers: int = 0, steps: int = 30) -> list:
     """Return the flags of a small run; a later flag in `args` wins."""
     run = ["--data", shapes, "--out", out, "--steps", steps, "--save-every", save_every, "--workers", workers]
     return [*SMALL, *run, *args]
@@ -32,7 +31,7 @@ def flags_of(shapes: Path, out: Path, *args, save_every: int = 4, workers: int =
 class Run:
     """A start of train.py in a process of its own; `before` is code that breaks something, `launcher` a torchrun."""
 
-    def __init__(self, shapes, out, *args, launcher=(), before="", start_new_session=False, **flags):
+    def __init__(self, shapes, out, *args, launcher=(), before="", **flags):
         script = ROOT / "train.py"
         if before:
             script = out.with_suffix(".faulty.py")
@@ -43,7 +42,7 @@ class Run:
         command = [sys.executable, *launcher, script, *flags_of(shapes, out, *args, **flags)]
         self.process = subprocess.Popen(
             [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=start_new_session,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         self.said = ""
 
