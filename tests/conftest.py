@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -70,6 +72,24 @@ def call() -> Callable[..., str]:
         return said.getvalue()
 
     return call
+
+
+@pytest.fixture
+def changed(tmp_path) -> Callable[..., Path]:
+    """Return a function: generate a data set, change the content of its annotation files, return its folder."""
+
+    def changed(change=lambda content: None) -> Path:
+        from data import generate_shapes
+
+        root = tmp_path / "set"
+        generate_shapes(root, train_images=4, val_images=2, size_px=96)
+        for path in (root / "annotations").glob("*.json"):
+            content = json.loads(path.read_text())
+            change(content)
+            path.write_text(json.dumps(content))
+        return root
+
+    return changed
 
 
 def _patch_once_per_launch():

@@ -1,14 +1,12 @@
 """Metrics: known numbers, ids and areas that pycocotools cannot take, and batches of evaluation images."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import eval as eval_script
-from data import CocoDataset, DatasetError, find_splits, generate_shapes
-from eval import METRICS, batches_of_one_size, coco_metrics, evaluation_dataset
+from data import CocoDataset, DatasetError, find_splits
+from eval import METRICS, coco_metrics, evaluation_dataset
 
 
 def same(i: int) -> int:
@@ -51,7 +49,6 @@ ODD = {
     "negative-id": {"annotation_id": lambda i: -i},
     "id-2^63": {"annotation_id": lambda i: i + 2**63},
     "image-2^53": {"image_id": lambda i: i + 2**53},
-    "no-area": {"area": None},
     "area-nan": {"area": float("nan")},
 }
 
@@ -69,28 +66,7 @@ def test_odd_ids_and_areas_give_the_ordinary_numbers(odd):
     json.dumps(metrics, allow_nan=False)
 
 
-def test_batches_hold_one_padded_size_and_every_image_once():
-    sizes = np.array([(128, 170), (170, 128), (128, 170), (128, 170), (128, 128)])
-    batches = batches_of_one_size(SimpleNamespace(resized_sizes=lambda _: sizes), (128, 213), 2)
-    assert sorted(map(tuple, batches)) == [(0, 2), (1,), (3,), (4,)]
-
-
 # Data sets of others
-
-
-@pytest.fixture
-def changed(tmp_path):
-    """Return a function: generate a data set whose annotation file `change` has altered, and return its split."""
-
-    def changed(change):
-        generate_shapes(tmp_path / "set", train_images=4, val_images=0, size_px=96)
-        split = find_splits(str(tmp_path / "set"))[0]
-        content = json.loads(split.annotations.read_text())
-        change(content)
-        split.annotations.write_text(json.dumps(content))
-        return split
-
-    return changed
 
 
 def test_boxes_in_fractions_are_refused(changed):
@@ -99,7 +75,7 @@ def test_boxes_in_fractions_are_refused(changed):
             record["bbox"] = [value / 96 for value in record["bbox"]]
 
     with pytest.raises(DatasetError, match=r"100% of all \(normalised, fractions.*px\)"):
-        CocoDataset(changed(divide))
+        CocoDataset(find_splits(changed(divide))[0])
 
 
 def group(content: dict) -> None:
@@ -110,7 +86,7 @@ def group(content: dict) -> None:
 
 
 def test_category_that_only_groups_the_others_is_left_out(changed):
-    dataset = CocoDataset(changed(group))
+    dataset = CocoDataset(find_splits(changed(group))[0])
     assert [c["name"] for c in dataset.annotations["categories"]] == dataset.class_names
     assert "category 0 things, which groups the others" in eval_script.describe(dataset)
     ids, names = [0, *dataset.category_ids], ["things", *dataset.class_names]
@@ -118,11 +94,11 @@ def test_category_that_only_groups_the_others_is_left_out(changed):
     assert evaluation_dataset(dataset.split, (64, 107), classes).category_ids[0] == 0
 
     used = changed(lambda content: content["annotations"][0].update(category_id=0))
-    assert CocoDataset(used).category_ids[0] == 0
+    assert CocoDataset(find_splits(used)[0]).category_ids[0] == 0
 
 
 def test_first_images_are_those_with_boxes(changed):
-    split = changed(lambda content: [a.update(image_id=2 + a["image_id"] // 3 * 2) for a in content["annotations"]])
-    dataset = CocoDataset(split, first=2)
+    root = changed(lambda content: [a.update(image_id=2 + a["image_id"] // 3 * 2) for a in content["annotations"]])
+    dataset = CocoDataset(find_splits(root)[0], first=2)
     assert [image["id"] for image in dataset.images] == [2, 4] and len(dataset) == 2
     assert {a["image_id"] for a in dataset.annotations["annotations"]} == {2, 4}

@@ -129,9 +129,3 @@ def test_one_process_at_a_time_uses_a_folder(tmp_path):
     (tmp_path / ".checkpoint-00000004.pt.1.tmp").touch()
     assert resume(tmp_path, {}, {}) == (None, False)
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
-
-
-def test_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to .*file/out: .*there is no checkpoint yet.*--out"):
-        resume(tmp_path / "file" / "out", {}, {})

@@ -10,7 +10,7 @@ from errors import UserError
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
 from model import init_weights, save_weights
-from model.batch import pack, pad_rows, padded_side
+from model.batch import pack, pad_rows, static_sides
 from tests.support.scenes import make_scene
 from tests.support.steps import random_images, step_gradients, tiny_detector
 
@@ -37,13 +37,8 @@ def test_one_graph_serves_every_number_of_ground_truths():
         assert torch.equal(assignment.gt_index, eager_assignment.gt_index)
         torch.testing.assert_close(losses, expected)
     assert counter.frame_count == 1
+    assert static_sides(480, 1333) == (480, 672, 832, 992, 1184, 1344)
     assert [len(pad_rows(torch.zeros(rows, 4))) for rows in (0, 64, 65, 129)] == [64, 64, 128, 256]
-
-
-@pytest.mark.parametrize(("shortest", "sides"), [(800, (800, 1088, 1344)), (480, (480, 672, 832, 992, 1184, 1344))])
-def test_static_sides(shortest, sides):
-    assert train.static_sides(shortest, 1333) == sides
-    assert {padded_side(s, sides) for s in range(1, 1334)} == set(sides)
 
 
 # Order
