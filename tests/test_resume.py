@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -25,7 +24,6 @@ from errors import UserError
 from model import Detector, load_weights
 from tests.support.runs import SWITCHES, Run, assert_same_run, flags_of, log_of
 from training.folder import load_checkpoint
-from training.process import StopRequest
 
 NOT_FINITE = r"step 10: the loss is not finite \(cls nan, box .*iou .*\); image ids \d+, \d+, \d+, \d+ of .*--lr"
 STEPS = 15  # three epochs of 5 steps, evaluated after the second and at the end
@@ -68,10 +66,21 @@ def signal_in_a_step(number: signal.Signals):
     return lambda monkeypatch: at_step(monkeypatch, 8, send(number))
 
 
+def interrupt_twice() -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def ctrl_c(monkeypatch) -> None:
-    """A terminal sends it to the loader process too, which ignores it: three more steps need it."""
+    """A terminal sends it to the loader process too, which ignores it: three more steps need it. torchrun sends a rank
+    a copy at once, which is no second Ctrl-C."""
     at_step(monkeypatch, 8, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGINT))
-    at_step(monkeypatch, 11, send(signal.SIGINT))
+    at_step(monkeypatch, 11, interrupt_twice)
+
+
+def second_ctrl_c(monkeypatch) -> None:
+    monkeypatch.setattr(training.process, "ONE_SIGNAL_S", -1)
+    at_step(monkeypatch, 8, interrupt_twice)
 
 
 def signal_in_an_evaluation(monkeypatch) -> None:
@@ -117,6 +126,7 @@ FAULTS = {
     "sigterm": Fault(signal_in_a_step(signal.SIGTERM), SystemExit, "0", 9, "stopped by SIGTERM after step 9"),
     "sigusr1": Fault(signal_in_a_step(signal.SIGUSR1), SystemExit, "0", 9, "stopped by SIGUSR1 after step 9"),
     "ctrl-c": Fault(ctrl_c, SystemExit, "130", 12, "interrupted after step 12; weights are in"),
+    "second-ctrl-c": Fault(second_ctrl_c, KeyboardInterrupt, "^$", 8, "once more to quit at once"),
     "sigterm-in-an-evaluation": Fault(signal_in_an_evaluation, SystemExit, "0", 10, "stopped in the evaluation"),
     "full-disk": Fault(full_disk, UserError, "cannot write to .*out: .*last checkpoint, checkpoint-00000008.pt, is", 8),
     "nan-prediction": Fault(prediction_is_not_a_number, UserError, NOT_FINITE, 8),
@@ -158,8 +168,9 @@ def test_run_with_a_fault_continues_bit_for_bit(call, shapes, undisturbed, halfw
 
 def test_run_killed_before_its_first_checkpoint_continues_bit_for_bit(call, shapes, undisturbed, tmp_path):
     out = tmp_path / "out"
-    Run(shapes, out, "--eval-every", 2, steps=STEPS, workers=1, save_every=99).until("step 3/").kill()
-    assert load_checkpoint(out)["step"] == 0
+    run = Run(shapes, out, "--eval-every", 2, steps=STEPS, workers=1, save_every=99).until("step 3/")
+    run.process.kill()
+    assert run.end() == -signal.SIGKILL and load_checkpoint(out)["step"] == 0
     call(train, *small(shapes, out))
     assert len(list(out.glob("checkpoint-*.pt"))) == 2 and not list(out.glob(".*"))
     assert f"is complete, all {STEPS} steps" in call(train, *small(shapes, out))
@@ -190,20 +201,6 @@ def test_run_with_every_switch_continues_and_its_steps_are_as_the_flags_say(call
     averaged, last = load_weights(out / "ota.safetensors")[0], load_checkpoint(out)
     assert torch.equal(averaged.head.cls.weight, last["ema"]["head.cls.weight"])
     assert not torch.equal(averaged.head.cls.weight, last["model"]["head.cls.weight"])
-
-
-def test_second_ctrl_c_quits_at_once(monkeypatch, call):
-    """But not the copy of the first that torchrun sends."""
-
-    def interrupt_three_times() -> None:
-        StopRequest(is_main=True)
-        send(signal.SIGINT)()
-        send(signal.SIGINT)()
-        monkeypatch.setattr(training.process, "ONE_SIGNAL_S", -1)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)()
-
-    call(SimpleNamespace(__name__="script", main=interrupt_three_times))
 
 
 def test_only_settings_that_leave_the_result_may_change(call, shapes, undisturbed, tmp_path):

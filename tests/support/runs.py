@@ -59,11 +59,6 @@ class Run:
         self.said += self.process.communicate(timeout=timeout)[0]
         return self.process.returncode
 
-    def kill(self) -> "Run":
-        self.process.kill()
-        self.end()
-        return self
-
     def ends_well(self) -> "Run":
         assert self.end() == 0, self.said
         return self
