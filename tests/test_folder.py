@@ -25,10 +25,6 @@ def folder_of(path: Path, log=(), step: int = 0) -> RunFolder:
     return RunFolder(path, {"seed": 0}, {}, {"class_names": ["a", "b", "c"]}, 100, step, list(log))
 
 
-def steps_of(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (path / "log.jsonl").read_text().splitlines()]
-
-
 def test_best_weights_are_kept_over_a_restart(tmp_path):
     detector, folder = tiny_detector(), folder_of(tmp_path / "out")
     for step, ap in ((10, 0.3), (20, 0.5), (30, 0.4), (40, 0.45)):
@@ -38,27 +34,23 @@ def test_best_weights_are_kept_over_a_restart(tmp_path):
         folder.write_evaluation(detector, step, {"AP": ap, "AP50": ap, "per_class": {}}, "val")
     best, last = (load_file(tmp_path / "out" / f"{name}.safetensors")["head.scales"] for name in ("best", "ota"))
     assert best.unique().tolist() == [20] and last.unique().tolist() == [40]
-    assert steps_of(tmp_path / "out") == [10, 20, 30, 40]
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [10, 20, 30, 40]
 
 
-def test_curves_are_redrawn_while_the_run_goes_on(tmp_path, monkeypatch):
-    folder = folder_of(tmp_path / "out")
-    line = {"loss": 1.0, "cls": 0.5, "box": 0.3, "iou": 0.2, "positives_per_gt": 3.0, "mean_k": 4.0}
-    folder.write_line({"step": 1} | line)
-    assert not (tmp_path / "out" / "curves.png").exists()
-    monkeypatch.setattr(training.folder, "REDRAW_S", -1)
-    folder.write_line({"step": 2} | line)
-    Image.open(tmp_path / "out" / "curves.png").load()
-
-
-def test_numbers_go_to_tensorboard_if_it_is_installed(tmp_path, monkeypatch):
-    writer = mock.MagicMock()
+def test_log_goes_to_curves_and_to_tensorboard_if_it_is_installed(tmp_path, monkeypatch):
+    """The curves are redrawn while the run goes on."""
+    writer, curves = mock.MagicMock(), tmp_path / "curves.png"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
-    folder = folder_of(tmp_path / "out", step=7)
-    folder.write_line({"step": 8, "loss": 0.5})
-    folder.write_line({"step": 8, "split": "val", "AP": 0.1, "per_class": {}})
+    folder = folder_of(tmp_path)
+    losses = {"loss": 1.0, "cls": 0.5, "box": 0.3, "iou": 0.2, "positives_per_gt": 3.0, "mean_k": 4.0}
+    folder.write_line({"step": 1} | losses)
+    assert not curves.exists()
+    monkeypatch.setattr(training.folder, "REDRAW_S", -1)
+    folder.write_line({"step": 1, "split": "val", "AP": 0.1, "AP50": 0.2, "AP75": 0.1})
+    Image.open(curves).load()
     numbers = {call.args for call in writer().add_scalar.call_args_list}
-    assert numbers >= {("training/loss", 0.5, 8), ("evaluation/AP", 0.1, 8)}
+    assert numbers >= {("training/loss", 1.0, 1), ("evaluation/AP", 0.1, 1)}
 
 
 # Checkpoints
@@ -89,8 +81,7 @@ def test_file_is_complete_on_disk_before_it_gets_its_name(tmp_path, monkeypatch)
     assert path.read_bytes() == b"x" * 100_000 and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage):
+def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step, "model": {"w": torch.full((50,), float(step))}})
     one, newest = sorted(tmp_path.iterdir())
@@ -98,7 +89,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, damage
     assert load_checkpoint(tmp_path)["model"]["w"].unique().tolist() == [3]
     data = bytearray(newest.read_bytes())
     data[data.index(torch.full((50,), 3.0).numpy().tobytes()) + 7] ^= 1  # one bit of a weight
-    newest.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    newest.write_bytes(data)
     assert load_checkpoint(tmp_path)["model"]["w"].unique().tolist() == [2]
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000002.pt", "checkpoint-00000003.damaged"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.support.runs import ROOT, log_of, metrics_of
 from training import environment
 
 CPU = ["--device", "cpu", "--workers", "0"]
+TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]  # of other files
 SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1", *CPU]
 SHORT = [*SMALL, "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1"]
 
@@ -126,13 +128,10 @@ def test_train_stops_with_a_name(call, two_images, tmp_path, monkeypatch, name):
 
 
 def test_error_for_people_is_one_line_and_status_1(monkeypatch):
-    def fail():
-        raise UserError("--lr is wrong")
-
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=None))
     with pytest.raises(SystemExit) as stop:
-        run_script(fail)
+        run_script(mock.Mock(side_effect=UserError("--lr is wrong")))
     assert stop.value.code == "train.py: --lr is wrong"  # Python prints a text on stderr, and ends with status 1
 
 

@@ -1,7 +1,7 @@
 """A tiny detector, random images for it, and the gradients of a training step in several passes."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train
 from model import Detector, DetectorConfig
@@ -28,11 +28,9 @@ def random_images(sizes: list[tuple[int, int]], counts: list[int]) -> tuple[list
     return images, targets
 
 
-def step_gradients(
-    model: nn.Module, detector: Detector, images: list, targets: list, passes: int
-) -> tuple[dict, list[Tensor]]:
+def step_gradients(detector: Detector, images: list, targets: list, passes: int) -> tuple[dict, list[Tensor]]:
     """Return loss terms and gradients of a step in so many passes."""
     size = len(images) // passes
     parts = [slice(i, i + size) for i in range(0, len(images), size)]
-    terms, _ = train.backward(model, detector, [pack(images[p], targets[p]) for p in parts], bf16=False)
+    terms, _ = train.backward(detector, detector, [pack(images[p], targets[p]) for p in parts], bf16=False)
     return terms, [p.grad for p in detector.parameters()]
