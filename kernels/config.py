@@ -59,9 +59,9 @@ class OTAConfig:
     def __post_init__(self):
         for name, allowed in (("center_prior", CENTER_PRIORS), ("cls_cost", CLS_COSTS), ("reg_cost", REG_COSTS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"OTAConfig.{name} is {getattr(self, name)!r}, choose from {', '.join(allowed)}")
+                raise ValueError(f"OTAConfig.{name} is {getattr(self, name)!r:.40}, choose from {', '.join(allowed)}")
         if not isinstance(self.rescale, bool):
-            raise TypeError(f"OTAConfig.rescale is {self.rescale!r}, it must be True or False")
+            raise TypeError(f"OTAConfig.rescale is {self.rescale!r:.40}, it must be True or False")
         if self.radius is None:
             object.__setattr__(self, "radius", DEFAULT_RADIUS[self.center_prior])
         for name in ("alpha", "eps", "radius", *INTEGER_SETTINGS):
@@ -69,7 +69,7 @@ class OTAConfig:
             if value is None and name == "fixed_k":
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"OTAConfig.{name} is {value!r}, it must be a number")
+                raise TypeError(f"OTAConfig.{name} is {value!r:.40}, it must be a number")
             if not abs(value) < 2**30:  # kernels add to settings in 32 bits; NaN fails, too
                 raise ValueError(f"OTAConfig.{name} is {value!r:.40}, it must be a finite number below 2^30")
             if integer and (value < 1 or value != int(value)):

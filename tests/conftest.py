@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """On tensors this small, threads only wait for one another."""
+    """One thread: on tensors this small, several only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +43,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def poisoned_memory():
-    """torch.empty gives NaN and the largest integers, so that an output which is not written shows."""
+    """Make torch.empty give NaN and the largest integers, so that an output which is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -50,10 +52,7 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def call() -> Callable[..., str]:
-    """A script's main() with arguments, in this process and on one thread; returns what it printed.
-
-    A process of its own takes seconds to import torch; it is for tests that kill it, or need several.
-    """
+    """Return a function: call a script's main() in this process, on one thread; return what it printed."""
 
     def call(script: ModuleType, *args) -> str:
         argv, threads, precision = sys.argv, torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -73,6 +72,24 @@ def call() -> Callable[..., str]:
         return said.getvalue()
 
     return call
+
+
+@pytest.fixture
+def changed(tmp_path) -> Callable[..., Path]:
+    """Return a function: generate a data set, change the content of its annotation files, return its folder."""
+
+    def changed(change=lambda content: None) -> Path:
+        from data import generate_shapes
+
+        root = tmp_path / "set"
+        generate_shapes(root, train_images=4, val_images=2, size_px=96)
+        for path in (root / "annotations").glob("*.json"):
+            content = json.loads(path.read_text())
+            change(content)
+            path.write_text(json.dumps(content))
+        return root
+
+    return changed
 
 
 def _patch_once_per_launch():

@@ -5,7 +5,6 @@ import gzip
 import json
 import random
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -53,262 +52,141 @@ def write(tmp_path, valid):
     return write
 
 
-def replaced(metadata: dict, name: str, value: object) -> dict:
-    """A copy with another value at "a.b"."""
-    metadata = copy.deepcopy(metadata)
-    *parents, last = name.split(".")
-    inner = metadata
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
+def replaced(metadata: dict, path: list[str], value: object) -> dict:
+    """Return a copy with another value at a path."""
+    parent = metadata = copy.deepcopy(metadata)
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
     return metadata
 
 
 # By chance
 
-ODD = [
-    None, True, False, 0, -1, 1, 2.5, -0.0, float("nan"), float("inf"), -1e30, 2**31, 2**63, 10**30, 10**400, "", "ab",
-    "7", "\ud800\x1b[2J", [], [1], [0, 0], ["a", "a"], [float("nan")] * 3, [0.0] * 3, [[]], {}, {"a": 1},
-]  # fmt: skip
+ODD = [None, True, 0, -1, 2.5, float("nan"), 2**63, 10**400, "", "\ud800\x1b[2J", [], ["a", "a"], [0.0] * 3, {"a": 1}]
 
 
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    """Paths of everything inside a JSON value."""
+def paths(value: object, path: tuple = ()) -> list[tuple]:
+    """Return the paths of everything inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in inner for found in [(*path, key), *places(item, (*path, key))]]
+    return [found for key, item in inner for found in [(*path, key), *paths(item, (*path, key))]]
 
 
-def spoil_metadata(metadata: dict, rng: random.Random) -> tuple[dict, tuple]:
-    """A copy with one thing taken out, put in or replaced, and the place of that."""
-    metadata = copy.deepcopy(metadata)
-    path = rng.choice(places(metadata))
-    parent = metadata
-    for key in path[:-1]:
-        parent = parent[key]
-    how = rng.choice(["delete", "add", "replace", "replace", "replace", "replace"])
-    if how == "delete":
-        del parent[path[-1]]
-    elif how == "replace":
-        parent[path[-1]] = rng.choice(ODD)
-    elif isinstance(parent, dict):
-        path = (*path[:-1], "surprise")
-        parent["surprise"] = rng.choice(ODD)
-    else:
-        parent.append(rng.choice(ODD))
-    return metadata, path
-
-
-def spoil_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> tuple[dict, str]:
-    name = rng.choice(sorted(tensors))
-    old = tensors[name]
-    value = torch.full_like(old, 0)
-    others = {
-        "missing": {},
-        "extra": {name: old, f"{name}.x": value},
-        "shape": {name: torch.zeros(*old.shape, 2)},
-        "dtype": {name: old.to(rng.choice([torch.int32, torch.uint8, torch.float16, torch.float64, torch.bool]))},
-        "not-finite": {name: old.float() + rng.choice([float("nan"), float("inf")])},
-        "empty": {name: old.new_zeros(0)},
-    }
-    return {n: t for n, t in tensors.items() if n != name} | rng.choice(list(others.values())), name
-
-
-def test_300_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(valid, write):
+def test_60_spoilt_files_predict_or_are_refused_with_the_name_of_the_field(valid, write):
     rng, refused, image = random.Random(15), 0, torch.rand(3, 40, 64, generator=torch.Generator().manual_seed(0))
-    for number in range(300):
-        metadata, tensors = valid
-        if number % 6:
-            metadata, place = spoil_metadata(metadata, rng)
-            names = [key for key in place if isinstance(key, str)][-1:]
-        else:
-            tensors, name = spoil_tensors(tensors, rng)
-            place, names = (name,), [name]
+    for number in range(60):
+        path = rng.choice(paths(valid[0]))
+        name = [key for key in path if isinstance(key, str)][-1]
         try:
-            detector = load(write(metadata, tensors))
+            detector = load(write(replaced(valid[0], path, rng.choice(ODD))))
         except UserError as error:
-            refused += 1
-            text = str(error)
-            assert "does not fit" in text or any(name in text for name in names), (number, place, text)
-            assert len(text) < 500 and "\n" not in text and text.isprintable(), (number, text)
+            refused, text = refused + 1, str(error)
+            assert "does not fit" in text or name in text, (number, name, text)
+            assert len(text) < 500 and text.isprintable(), (number, text)
             continue
         found = detector.predict(image)
-        assert found.boxes.isfinite().all() and found.scores.isfinite().all(), (number, place)
-        assert {*found.names} <= {*detector.class_names} and len({*detector.class_names}) == 2, (number, place)
-    assert 150 < refused < 290
+        assert found.boxes.isfinite().all() and found.scores.isfinite().all(), (number, name)
+        assert {*found.names} <= {*detector.class_names} and len({*detector.class_names}) == 2, (number, name)
+    assert 30 < refused < 60
 
 
 # By name
 
-DEEP = "[" * 100_000
+FLAWS = [
+    ("architecture.channels", 33, "channels is 33, not a multiple of 8"),
+    ("architecture.score_threshold", float("nan"), "score_threshold is nan"),
+    ("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384"),
+    ("architecture.assigner", [], r"assigner is \[\], not one of ota"),
+    ("architecture.surprise", 5, "architecture has the unknown field 'surprise'"),
+    ("architecture.ota.top_q", "x", "architecture.ota: "),
+    ("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001"),
+    ("class_names", ["a", "a"], "class_names is .* distinct"),
+    ("training.metrics", {"AP": "0.5"}, "training.metrics.AP is '0.5'"),
+    ("format", "ota-triton/2", "format is 'ota-triton/2', not 'ota-triton/1'"),
+]
 
 
-@pytest.mark.parametrize(
-    "field, value, message",
-    [
-        pytest.param("architecture.channels", 33, "channels is 33, not a multiple of 8", id="channels-33"),
-        pytest.param("architecture.channels", True, "channels is True", id="channels-bool"),
-        pytest.param("architecture.head_convs", 10**5, "head_convs is 100000", id="1e5-convolutions"),
-        pytest.param("architecture.num_classes", 10**9, "num_classes is 1000000000", id="1e9-classes"),
-        pytest.param("architecture.num_classes", 2.0, "num_classes is 2.0", id="classes-float"),
-        pytest.param("architecture.score_threshold", None, "score_threshold is None", id="threshold-null"),
-        pytest.param("architecture.score_threshold", float("nan"), "score_threshold is nan", id="threshold-nan"),
-        pytest.param("architecture.nms_iou", 1.5, "nms_iou is 1.5, not a number from 0 to 1", id="iou-over-1"),
-        pytest.param("architecture.topk_per_level", 0, "topk_per_level is 0", id="topk-0"),
-        pytest.param("architecture.max_detections", "100", "max_detections is '100'", id="max-detections-text"),
-        pytest.param("architecture.image_size", "ab", "image_size is 'ab'", id="image-size-text"),
-        pytest.param("architecture.image_size", [107, 64], r"image_size is \(107, 64\)", id="image-size-reversed"),
-        pytest.param("architecture.image_size", [64, 16385], r"\(64, 16385\), not .* 16384", id="image-size-huge"),
-        pytest.param("architecture.frozen_norm", 1, "frozen_norm is 1, not true or false", id="frozen-norm-1"),
-        pytest.param("architecture.assigner", [], r"assigner is \[\], not one of ota", id="assigner-list"),
-        pytest.param("architecture.backbone", 5, "backbone is 5", id="backbone-number"),
-        pytest.param("architecture.surprise", 5, "architecture has the unknown field 'surprise'", id="unknown-field"),
-        pytest.param("architecture.ota", [], r"ota is \[\], not an object", id="ota-list"),
-        pytest.param("architecture.ota.top_q", "x", "architecture.ota: ", id="ota-text"),
-        pytest.param("architecture.ota.radius", float("inf"), "architecture.ota: ", id="ota-infinite"),
-        pytest.param("normalisation", None, "normalisation is None, not an object", id="normalisation-null"),
-        pytest.param("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001", id="std-0"),
-        pytest.param("normalisation.mean", [0.1, 0.1], "normalisation.mean is .* not three", id="mean-of-two"),
-        pytest.param("class_names", "ab", "class_names is 'ab', not a list", id="names-text"),
-        pytest.param("class_names", None, "class_names is None", id="names-null"),
-        pytest.param("class_names", ["a", "a"], "class_names is .* distinct", id="names-twice"),
-        pytest.param("class_names", ["a", " "], "class_names is", id="names-blank"),
-        pytest.param("class_names", ["a"], "1 class_names for 2 classes", id="names-too-few"),
-        pytest.param("category_ids", ["1", "2"], "category_ids is .* whole numbers", id="ids-text"),
-        pytest.param("category_ids", [1, True], "category_ids is", id="ids-bool"),
-        pytest.param("data", 5, "data is 5", id="data-number"),
-        pytest.param("training", [], r"training is \[\]", id="training-list"),
-        pytest.param("training.metrics", {"AP": "0.5"}, "training.metrics.AP is '0.5'", id="ap-text"),
-        pytest.param("format", "ota-triton/2", "format is 'ota-triton/2', not 'ota-triton/1'", id="format"),
-    ],
-)
-def test_a_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
+@pytest.mark.parametrize(("field", "value", "message"), FLAWS, ids=[f"{name}={value}" for name, value, _ in FLAWS])
+def test_field_of_the_wrong_type_or_range_is_named(valid, write, field, value, message):
     with pytest.raises(UserError, match=message):
-        load(write(replaced(valid[0], field, value)))
+        load(write(replaced(valid[0], field.split("."), value)))
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [(DEEP, "recursion"), ("9" * 5000, "digits"), ("[]", "format is missing"), ("{", "line 1"), ("", "line 1")],
-    ids=["deep", "5000-digits", "list", "no-json", "empty"],
-)
-def test_metadata_that_are_no_object_are_refused(write, text, message):
-    with pytest.raises(UserError, match=f"metadata that this version cannot read: .*{message}"):
-        load(write(text))
+def test_metadata_that_are_no_object_are_refused(write):
+    for text, message in (("[" * 100_000, "recursion"), ("9" * 5000, "digits"), ("{", "line 1")):
+        with pytest.raises(UserError, match=f"metadata that this version cannot read: .*{message}"):
+            load(write(text))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({}, r"1 tensors differ, 'head.cls.weight' first: missing, needed: \[2, 8, 3, 3\] float"),
-        ({"head.cls.weight": torch.zeros(2, 8, 3)}, r"first: \[2, 8, 3\] float, needed"),
-        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
-        ({"head.cls.weight": torch.zeros(2, 8, 3, 3).to(torch.float8_e4m3fn)}, "float8_e4m3fn, needed"),
-        ({"head.cls.weight": torch.full((2, 8, 3, 3), torch.nan)}, "'head.cls.weight' that are NaN"),
-        ({"head.cls.weight": torch.full((2, 8, 3, 3), 1e300, dtype=torch.float64)}, "'head.cls.weight' that are NaN"),
-    ],
-    ids=["missing", "shape", "integers", "float8", "nan", "infinite-in-float32"],
-)
-def test_a_tensor_that_does_not_fit_is_named(valid, write, change, message):
-    tensors = {name: tensor for name, tensor in valid[1].items() if name != "head.cls.weight"}
-    with pytest.raises(UserError, match=message):
-        load(write(tensors=tensors | change))
+def test_tensor_that_does_not_fit_is_named(valid, write):
+    name, variance = "head.cls.weight", "backbone.body.bn1.running_var"
+    weight, others = valid[1][name], {n: tensor for n, tensor in valid[1].items() if n != name}
+    unfit = [
+        ({}, rf"1 tensors differ, '{name}' first: missing, needed: \[2, 8, 3, 3\] float"),
+        ({name: weight, "x": weight.clone()}, r"'x' first: \[2, 8, 3, 3\] float, needed: none"),
+        ({name: weight[0]}, r"first: \[8, 3, 3\] float, needed"),
+        ({name: weight.int()}, r"first: \[2, 8, 3, 3\] torch.int32, needed"),
+        ({name: weight + torch.nan}, f"'{name}' that are NaN"),
+        ({name: weight, variance: -valid[1][variance]}, f"{variance}.*negative variance"),
+    ]
+    for change, message in unfit:
+        with pytest.raises(UserError, match=message):
+            load(write(tensors=others | change))
 
 
-def test_a_negative_variance_is_refused(valid, write):
-    name = next(name for name in valid[1] if name.endswith("running_var"))
-    with pytest.raises(UserError, match=f"{name}.*negative variance"):
-        load(write(tensors=valid[1] | {name: -valid[1][name]}))
-
-
-# Network and memory
-
-
-@pytest.mark.parametrize(
-    "backbone",
-    [
-        "hf-hub:someone/repo", "hf_hub:someone/repo", "HF-HUB:someone/resnet18", "local-dir:/tmp/resnet18",
-        "https://example.com/resnet18", "someone/resnet18", "/tmp/resnet18", "resnet18.hf-hub:someone/repo",
-        "resnet18.hub:a/resnet18", "resnet18.no_such_tag", "resnet18/", "no_such_model", "",
-    ],
-)  # fmt: skip
-def test_a_file_chooses_no_address(valid, write, monkeypatch, backbone):
+def test_file_chooses_no_address(valid, write, monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
     monkeypatch.setattr(socket.socket, "connect", lambda *args: asked.append(args))
-    with pytest.raises(UserError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
-        load(write(replaced(valid[0], "architecture.backbone", backbone)))
+    for backbone in ("hf-hub:someone/repo", "local-dir:/tmp/resnet18", "https://example.com/resnet18", "resnet18.tag"):
+        with pytest.raises(UserError, match=r"architecture.backbone is|resnet18.*\(--backbone\)"):
+            load(write(replaced(valid[0], ["architecture", "backbone"], backbone)))
     assert not asked
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"channels": 2**14, "head_convs": 100},
-        {"num_classes": 100_000},
-        {"backbone": "convnext_xxlarge"},
-        {"backbone": "eva02_enormous_patch14_clip_224"},
-    ],
-    ids=["head", "classes", "backbone", "backbone-without-the-strides"],
-)
-def test_a_file_chooses_no_memory(valid, write, monkeypatch, changes):
+def test_file_chooses_no_memory(valid, write, monkeypatch):
     """Only the network of the first comparison, which takes no memory, is built."""
     built = []
     monkeypatch.setattr(model.weights, "Detector", lambda config: built.append(config) or Detector(config))
-    metadata = {n: value for n, value in valid[0].items() if n not in ("class_names", "category_ids")}
-    metadata["architecture"] = metadata["architecture"] | changes
-    started = time.perf_counter()
-    with pytest.raises(UserError, match="does not fit|has features at strides"):
-        load(write(metadata))
-    assert len(built) == 1 and time.perf_counter() - started < 10
+    large = valid[0]["architecture"] | {"channels": 2**14, "head_convs": 100, "backbone": "resnet152"}
+    with pytest.raises(UserError, match="does not fit"):
+        load(write(valid[0] | {"architecture": large}))
+    assert len(built) == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["test_resnet", "test_convnext", "regnety_002", "mobilenetv3_small_050", "efficientformerv2_s0"]
-)
+# Sound files
+
+
 @torch.no_grad()
-def test_every_kind_of_backbone_is_compared_and_comes_back(tmp_path, name):
-    """Buffers that no file holds, such as the indices of attention biases, included."""
-    detector = tiny_detector(name)
+def test_buffers_that_no_file_holds_come_back(tmp_path):
+    """Such as the indices of attention biases."""
+    detector = tiny_detector("efficientformerv2_s0")
     save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
-    with model.weights._Weightless():
-        weightless = tiny_detector(name)
-    assert all(p.is_meta for p in weightless.parameters())
     loaded, batch = load(tmp_path / "ota.safetensors"), torch.rand(1, 3, 224, 224)
     assert torch.equal(loaded.predict_raw(batch)[0].logits, detector.predict_raw(batch)[0].logits)
     buffers = dict(loaded.named_buffers())
     assert all(torch.equal(buffers[n], value) for n, value in detector.named_buffers())
 
 
-# What people write
-
-
-def test_files_of_before_load(valid, write):
-    """Those of the first version: fewer fields of the architecture, and nothing of the training."""
+def test_file_of_the_first_version_loads(valid, write):
+    """Fewer fields of the architecture: "ota" was called "assigner", and "assigner" "strategy"."""
     metadata = {name: valid[0][name] for name in ("format", "architecture", "normalisation")}
-    newer = ("frozen_norm", "assigner", "ota")
-    architecture = {n: v for n, v in metadata["architecture"].items() if n not in newer}
-    ota = metadata["architecture"]["ota"]
-    del ota["per_q"]
-    metadata["architecture"] = architecture | {"assigner": ota}  # "ota" was called "assigner", "assigner" "strategy"
-    detector, found = load_weights(write(metadata))
-    assert detector.config == DetectorConfig(2, "test_resnet", (64, 107), 8, 1)
-    assert found["class_names"] == detector.class_names == ["0", "1"]
+    architecture = {n: v for n, v in metadata["architecture"].items() if n not in ("frozen_norm", "assigner", "ota")}
+    detector, _ = load_weights(write(metadata | {"architecture": architecture | {"assigner": {"top_q": 7}}}))
+    assert detector.config == DetectorConfig(2, "test_resnet", (64, 107), 8, 1, ota=OTAConfig(top_q=7))
+    assert detector.class_names == ["0", "1"]
 
 
-# The first 8 of the 20 detections of commit c1da3ae, and their labels.
+# The first 4 of the 20 detections of commit c1da3ae, and their labels.
 DETECTIONS_OF_C1DA3AE = [
     [10.877, 12.795, 57.357, 52.111, 0.90364, 0],
     [70.628, 31.838, 107.865, 90.296, 0.89026, 1],
     [110.82, 6.343, 140.392, 39.503, 0.82744, 2],
     [91.618, 16.045, 133.026, 60.816, 0.47242, 2],
-    [70.628, 31.838, 107.865, 90.296, 0.35638, 2],
-    [108.266, 7.023, 140.589, 39.363, 0.32792, 1],
-    [91.618, 16.045, 133.026, 60.816, 0.32353, 1],
-    [104.692, 8.809, 148.913, 52.902, 0.31708, 2],
 ]
 
 
-def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
+def test_file_written_by_c1da3ae_gives_its_detections(tmp_path):
     """A pruned test_efficientnet with frozen norms, trained on rectangles by SimOTA and saved by that commit."""
     path = tmp_path / "ota.safetensors"
     path.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "c1da3ae.safetensors.gz").read_bytes()))
@@ -317,67 +195,39 @@ def test_a_file_written_by_c1da3ae_gives_its_detections(tmp_path):
     assert detector.config == DetectorConfig(
         3, "test_efficientnet", (64, 96), 8, 1, True, 0.1, nms_iou=0.5, max_detections=20, assigner="simota", ota=ota
     )
-    assert metadata["data"] == "rectangles" and metadata["box"] is None and metadata["training"]["step"] == 1000
-    assert detector.class_names == ["red", "green", "blue"] and detector.category_ids == [1, 5, 9]
+    assert metadata["data"] == "rectangles" and detector.class_names == ["red", "green", "blue"]
     image = torch.full((3, 100, 150), 110, dtype=torch.uint8)
     for channel, (x1, y1, x2, y2) in enumerate([(10, 12, 58, 52), (70, 30, 110, 90), (112, 8, 140, 40)]):
         image[:, y1:y2, x1:x2] = 20
         image[channel, y1:y2, x1:x2] = 230
     result, expected = detector.predict(image), torch.tensor(DETECTIONS_OF_C1DA3AE)
-    torch.testing.assert_close(result.boxes[:8], expected[:, :4], rtol=0, atol=0.02)
-    torch.testing.assert_close(result.scores[:8], expected[:, 4], rtol=0, atol=1e-4)
-    assert result.labels[:8].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
+    torch.testing.assert_close(result.boxes[:4], expected[:, :4], rtol=0, atol=0.02)
+    torch.testing.assert_close(result.scores[:4], expected[:, 4], rtol=0, atol=1e-4)
+    assert result.labels[:4].tolist() == expected[:, 5].tolist() and len(result.labels) == 20
 
 
-def test_weights_in_half_precision_load(valid, write):
-    halves = {n: t.half() if t.is_floating_point() else t for n, t in valid[1].items()}
-    weight = load(write(tensors=halves)).head.cls.weight
-    assert weight.dtype == torch.float32 and torch.equal(weight.half(), halves["head.cls.weight"])
-
-
-def hub(monkeypatch, changes: dict) -> None:
+def test_model_of_the_hub_is_saved_by_its_architecture_if_a_name_describes_it(tmp_path, monkeypatch):
     """A hub whose one repository holds a test_resnet with a normalisation of its own."""
-    config = {"source": "hf-hub", "hf_hub_id": "someone/repo", "mean": (0.25,) * 3, "input_size": (3, 999, 999)}
-    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: (config, "test_resnet", changes))
-    weights = timm.create_model("test_resnet").state_dict() | tiny_detector().backbone.body.state_dict()
-
-    def read(repository, *_, **__):
-        assert repository == "someone/repo"
-        return dict(weights)
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", read)
-
-
-def test_a_person_chooses_a_model_of_the_hub_and_the_file_names_its_architecture(tmp_path, monkeypatch):
-    hub(monkeypatch, {})
+    about, changes = {"source": "hf-hub", "hf_hub_id": "someone/repo", "mean": (0.25,) * 3}, {}
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda name: (about, "test_resnet", changes))
+    expected = tiny_detector().backbone.body.state_dict()
+    weights = timm.create_model("test_resnet").state_dict() | expected
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: dict(weights))
     torch.manual_seed(1)
     config = DetectorConfig(2, "hf-hub:someone/repo", (64, 107), channels=8, head_convs=1)
     detector = Detector(config, pretrained=True).eval()
-    expected = tiny_detector().backbone.body.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in detector.backbone.body.state_dict().items())
     save_weights(tmp_path / "ota.safetensors", detector, CLASSES)
+    changes["act_layer"] = "gelu"
+    with pytest.raises(UserError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
+        Detector(config)
     monkeypatch.undo()
     loaded = load(tmp_path / "ota.safetensors")
     assert loaded.config == detector.config and loaded.config.backbone == "test_resnet"
     assert loaded.mean.flatten().tolist() == [0.25] * 3
 
 
-def test_a_model_of_the_hub_that_no_name_describes_is_refused(monkeypatch):
-    hub(monkeypatch, {"act_layer": "gelu"})
-    with pytest.raises(UserError, match="someone/repo.*'test_resnet' with changed settings.*gelu"):
-        Detector(DetectorConfig(2, "hf-hub:someone/repo", channels=8))
-
-
-# Those who read the metadata
-
-
 def test_evaluation_of_weights_without_a_data_set_names_the_flag(valid, write):
     path = write({name: value for name, value in valid[0].items() if name != "data"})
     with pytest.raises(UserError, match="name the data set with --data"):
         load_with_data(path, None)
-
-
-@pytest.mark.parametrize("settings", [{"channels": 12}, {"image_size": (800, 20_000)}, {"ota": None}], ids=str)
-def test_training_gets_the_same_checks(settings):
-    with pytest.raises(ValueError, match=f"DetectorConfig.{next(iter(settings))} is"):
-        DetectorConfig(**{"num_classes": 2, "ota": OTAConfig()} | settings)

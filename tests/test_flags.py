@@ -1,0 +1,87 @@
+"""Flags of train.py: recipes, what overrides them, the learning rate, and the message for each refusal."""
+
+import sys
+
+import pytest
+
+import train
+from kernels import OTAConfig
+from model import DetectorConfig
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Return the parsed flags of a command line."""
+
+    def parse(line: str):
+        monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
+        return train.parse_args()
+
+    return parse
+
+
+def test_coco_recipe_is_the_papers(parse):
+    args = parse("--data coco")
+    assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
+    assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
+    assert train.detector_config(args, 80) == DetectorConfig(80, frozen_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "rates"),
+    [
+        ("--data coco", {0: 1e-5, 500: 0.00501, 59_999: 0.01, 60_000: 0.001, 79_999: 0.001, 80_000: 0.0001}),
+        ("--data coco --batch-size 64", {500: 0.02004, 50_000: 0.04}),
+        ("--lr 0.1 --batch-size 16 --steps 1000", {0: 0.001, 49: 0.049703, 500: 0.05, 999: 2.467e-7}),
+        ("--lr 0.1 --batch-size 16 --steps 10 --schedule step", {0: 0.02, 3: 0.08, 4: 0.1, 9: 0.001}),
+    ],
+    ids=["steps", "scaled-with-the-batch", "cosine", "warmup-is-half-the-run-at-most"],
+)
+def test_learning_rate(parse, line, rates):
+    args = parse(line)
+    found = {step: train.learning_rate(step, args.steps, args) for step in rates}
+    assert found == pytest.approx(rates, rel=1e-3)
+
+
+def test_settings_of_ota_override_the_recipe(parse):
+    args = parse("--ota top_q=7 fixed_k=null rescale=false")
+    assert train.detector_config(args, 5).ota == OTAConfig(radius=3, top_q=7, rescale=False)
+    args = parse("--ota center_prior=radius")  # the recipe's radius belongs to "closest"
+    assert train.detector_config(args, 5).ota.radius == 2.5
+
+
+REFUSED = {
+    "--steps 0": "--steps: 0 is not an integer of at least 1",
+    f"--seed {10**20}": "--seed",
+    "--lr nan": "--lr: nan is not a finite number above 0",
+    "--weight-decay nan": "--weight-decay",
+    "--clip-norm 0": "--clip-norm: 0 is not a finite number above 0",
+    "--ema 1": "--ema: 1 is not a decay between 0 and 1",
+    "--image-size 64 32": "--image-size takes the shorter and the longest side",
+    "--multi-scale 64 300": "--multi-scale 300 is over the longest side",
+    "--overfit 4 --multi-scale 64": "--overfit trains without augmentation",
+    "--compile reduce-overhead --accumulate 2": "--compile reduce-overhead overwrites the gradients",
+    "--ota radius=2.5": "OTAConfig.radius is 2.5: 'closest'",
+    "--ota alpha=x": "OTAConfig.alpha is 'x', it must be a number",
+    "--ota sigma=1": "'sigma=1' is no key=value with a key of alpha, eps,",
+    "--assigner simota --ota top_q=3": "--ota is for --assigner ota, not for simota",
+    "--data shapes --box vbox": "--box vbox is for CrowdHuman",
+    "--radius 3": "--radius is now --ota radius=VALUE",
+    "--resume never": "--resume is gone; a run in --out is continued",
+    "--surprise": "unrecognized arguments: --surprise",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_flag_that_no_run_can_use_is_named(parse, capsys, line):
+    with pytest.raises(SystemExit) as stop:
+        parse(line)
+    assert stop.value.code == 2 and REFUSED[line] in capsys.readouterr().err
+
+
+def test_restarts_of_torchrun_need_a_named_folder(parse, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(SystemExit):
+        parse("--data shapes")
+    assert "--max-restarts needs --out" in capsys.readouterr().err
+    parse("--data shapes --out runs/x")
