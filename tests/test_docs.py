@@ -53,7 +53,7 @@ def workspace(tmp_path_factory, call):
         (folder / f"datasets/coco/{half}").rename(folder / f"datasets/coco/{half}2017")
         annotations = folder / f"datasets/coco/annotations/instances_{half}.json"
         annotations.rename(annotations.with_stem(f"instances_{half}2017"))
-    generate_crowds(folder / "datasets/crowdhuman", 4, 2, 96)
+    generate_crowds(folder / "datasets/crowdhuman", 96)
     for name in ("photo.jpg", "folder/one.jpg", "more/deep/two.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (90, 70), "grey").save(folder / name)

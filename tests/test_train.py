@@ -22,7 +22,6 @@ from tests.support.runs import ROOT, log_of, metrics_of
 from training import environment
 
 CPU = ["--device", "cpu", "--workers", "0"]
-TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]  # of other files
 SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1", *CPU]
 SHORT = [*SMALL, "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1"]
 
