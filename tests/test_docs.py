@@ -21,6 +21,7 @@ import export
 import predict
 import train
 from data import generate_shapes
+from data.shapes import shapes_folder
 from kernels import OTAConfig, PointGrid, ota_assign
 from tests.support.sets import generate_crowds
 
@@ -46,9 +47,8 @@ def workspace(tmp_path_factory, call):
     """A folder with everything that the commands name."""
     folder = tmp_path_factory.mktemp("docs")
     generate_shapes(folder / "my-data", train_images=4, val_images=4, size_px=96)
-    for name in ("path/to/bccd", "datasets/shapes"):
+    for name in ("path/to/bccd", "datasets/coco", f"datasets/{shapes_folder()}"):
         shutil.copytree(folder / "my-data", folder / name)
-    shutil.copytree(folder / "my-data", folder / "datasets/coco")
     for half in ("train", "val"):
         (folder / f"datasets/coco/{half}").rename(folder / f"datasets/coco/{half}2017")
         annotations = folder / f"datasets/coco/annotations/instances_{half}.json"
