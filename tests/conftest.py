@@ -92,6 +92,22 @@ def changed(tmp_path) -> Callable[..., Path]:
     return changed
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, call) -> Path:
+    """A folder with weights of a detector that finds dozens of objects with scores far apart, many of them overlapping,
+    in which docs/export.md's command for ONNX was run; it takes half a minute."""
+    pytest.importorskip("onnxscript")
+    import export
+    from tests.support.detectors import save_lively_detector
+
+    folder = tmp_path_factory.mktemp("exported")
+    settings = {"channels": 16, "head_convs": 0, "image_size": (160, 256), "topk_per_level": 300}
+    save_lively_detector(folder / "ota.safetensors", 0.1, 0.03, **settings)
+    with contextlib.chdir(folder):
+        call(export, *"--weights ota.safetensors --format onnx --nms".split())
+    return folder
+
+
 def _patch_once_per_launch():
     """The interpreter patches triton.language anew at every call of a device function, half of its time in all."""
     try:

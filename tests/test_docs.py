@@ -17,7 +17,6 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import eval as eval_script
-import export
 import predict
 import train
 from data import generate_shapes
@@ -37,13 +36,13 @@ SCRIPTS = {  # script -> its module and the flags that make it small
     "train.py": (train, SMALL),
     "eval.py": (eval_script, ["--workers", "0", "--device", "cpu"]),
     "predict.py": (predict, ["--device", "cpu"]),
-    "export.py": (export, []),
 }
+EXPORT = "export.py --weights ota.safetensors --format onnx --nms"  # what the fixture `exported` has run
 ASSIGN = next(code for _, code in BLOCKS[ROOT / "docs" / "embedding.md"] if "def assign(" in code)
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory, call):
+def workspace(tmp_path_factory, call, exported):
     """A folder with everything that the commands name."""
     folder = tmp_path_factory.mktemp("docs")
     generate_shapes(folder / "my-data", train_images=4, val_images=4, size_px=96)
@@ -59,6 +58,7 @@ def workspace(tmp_path_factory, call):
         Image.new("RGB", (90, 70), "grey").save(folder / name)
     call(train, "--data", folder / "my-data", *SMALL, "--out", folder / "run")
     shutil.copy(folder / "run" / "ota.safetensors", folder)
+    shutil.copy(exported / "ota.onnx", folder)
     for run in ("first", "audit-shapes", "audit-bccd"):
         shutil.copytree(folder / "run", folder / "runs" / run)
     return folder
@@ -85,6 +85,8 @@ def run_command(words: list[str], call, workspace: Path, monkeypatch) -> None:
         program, arguments = "python", [launch.training_script, *launch.training_script_args]
     if program == "python" and arguments[0] == "-m":
         check_module_flags(arguments[1], arguments[2:], monkeypatch)
+    elif program == "python" and arguments[0] == "export.py":
+        assert arguments == EXPORT.split()
     elif program == "python":
         module, small = SCRIPTS[arguments[0]]
         assert (ROOT / arguments[0]).is_file()
@@ -101,7 +103,7 @@ def reduced(arguments: list[str], small: list[str], workspace: Path) -> list[str
     """Return the arguments with `small` instead of theirs; every training goes into a new folder."""
     arguments = shlex.split(re.sub(r"--(steps|epochs|out) \S+", "", shlex.join(arguments)))
     number = len(list(workspace.glob("out-*")))
-    return [*arguments, *small, *(() if small == [] else ("--out", workspace / f"out-{number}"))]
+    return [*arguments, *small, "--out", workspace / f"out-{number}"]
 
 
 def check_module_flags(module: str, arguments: list[str], monkeypatch) -> None:
