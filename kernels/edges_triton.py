@@ -26,6 +26,14 @@ def _edge_tile(sorted_point, first, end, base):
 
 
 @triton.jit
+def _points_and_edges(begin, base, num_points):
+    """A tile of points, whether they exist, and their first and last edge."""
+    c = base + tl.arange(0, POINTS)
+    exists = c < num_points
+    return c, exists, tl.load(begin + c, mask=exists, other=0), tl.load(begin + c + 1, mask=exists, other=0)
+
+
+@triton.jit
 def list_points(by_point, sorted_point, order, pair_gt, pair_cost, first, end):
     """Write the image's edges by point, each point's first edge, and every tile's most edges of a point, from edges
     `first` to `end` of the sorted ones. Returns the number of points, and of points with one edge."""
@@ -56,17 +64,13 @@ def list_points(by_point, sorted_point, order, pair_gt, pair_cost, first, end):
     tl.store(begin + num_points, end)
     tl.debug_barrier()
     for base in range(0, num_points, POINTS):
-        c = base + tl.arange(0, POINTS)
-        end_c = tl.load(begin + c + 1, mask=c < num_points, other=0)
-        tl.store(most + base // POINTS, tl.max(end_c - tl.load(begin + c, mask=c < num_points, other=0), 0))
+        _, _, first_edge, end_edge = _points_and_edges(begin, base, num_points)
+        tl.store(most + base // POINTS, tl.max(end_edge - first_edge, 0))
     return num_points, num_single
 
 
 @triton.jit
 def point_tile(edges, base):
     """A tile of points, whether they exist, their first and last edge, and the most edges of one."""
-    c = base + tl.arange(0, POINTS)
-    exists = c < edges.num_points
-    begin = tl.load(edges.begin + c, mask=exists, other=0)
-    end = tl.load(edges.begin + c + 1, mask=exists, other=0)
+    c, exists, begin, end = _points_and_edges(edges.begin, base, edges.num_points)
     return c, exists, begin, end, tl.load(edges.most + base // POINTS)

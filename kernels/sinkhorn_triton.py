@@ -91,9 +91,8 @@ def _add_exponent(peak, total, t):
 @triton.jit
 def _log2_of_sum(peak, total):
     """The largest peak, and log2 of the sum of 2^peak total, over the last axis."""
-    highest = tl.max(peak, -1, keep_dims=True)
-    total = tl.sum(total * tl.exp2((peak - highest).to(tl.float32)), -1)
     highest = tl.max(peak, -1)
+    total = tl.sum(total * tl.exp2((peak - tl.expand_dims(highest, -1)).to(tl.float32)), -1)
     return highest, highest + tl.log2(total).to(tl.float64)
 
 
