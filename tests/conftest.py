@@ -98,13 +98,13 @@ def exported(tmp_path_factory, call) -> Path:
     in which docs/export.md's command for ONNX was run; it takes half a minute."""
     pytest.importorskip("onnxscript")
     import export
-    from tests.support.detectors import save_lively_detector
+    from tests.support.detectors import EXPORT_FLAGS, save_lively_detector
 
     folder = tmp_path_factory.mktemp("exported")
     settings = {"channels": 16, "head_convs": 0, "image_size": (160, 256), "topk_per_level": 300}
     save_lively_detector(folder / "ota.safetensors", 0.1, 0.03, **settings)
     with contextlib.chdir(folder):
-        call(export, *"--weights ota.safetensors --format onnx --nms".split())
+        call(export, *EXPORT_FLAGS)
     return folder
 
 

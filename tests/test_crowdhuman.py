@@ -10,7 +10,8 @@ import train
 from data import CocoDataset, DatasetError
 from data.crowd_metrics import crowd_metrics
 from model import load_weights
-from tests.support.sets import CPU, TINY, dataset_of, generate_crowds, person, refusal, write_crowdhuman
+from tests.support.runs import CPU, DETECTOR
+from tests.support.sets import dataset_of, generate_crowds, person, refusal, write_crowdhuman
 from training.settings import detector_config, parse_args
 
 CROWD_RECIPE = {
@@ -104,7 +105,7 @@ def test_training_and_evaluation(tmp_path, call):
     (data / "Images").mkdir()
     for path in (tmp_path / "store").iterdir():
         (data / "Images" / path.name).symlink_to(path)
-    flags = ["--data", data, *TINY, "--image-size", 64, "--ota", "radius=3", "top_q=10", "--eval-every", 1000,
+    flags = ["--data", data, *DETECTOR, *CPU, "--image-size", 64, "--ota", "radius=3", "top_q=10", "--eval-every", 1000,
              "--steps", 24, "--batch-size", 8, "--optimizer", "adamw", "--lr", 8e-3, "--warmup", 10,
              "--schedule", "cosine", "--out", out]  # fmt: skip
     with pytest.raises(DatasetError, match="--follow-links"):

@@ -121,7 +121,7 @@ def test_training_gives_three_losses_and_gradients_everywhere():
     with pytest.raises(ValueError, match="one target"):
         detector([torch.zeros(3, 64, 64)])
 
-    losses, *_ = detector(*random_batch([(64, 64), (64, 96)], boxes_per_image=0))
+    losses, *_ = detector(*random_batch([(64, 64), (64, 96)], [0, 0]))
     assert 0 < losses["cls"] < math.inf and losses["box"] == 0 and losses["iou"] == 0
     detector.zero_grad()
     sum(losses.values()).backward()

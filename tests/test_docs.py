@@ -22,22 +22,20 @@ import train
 from data import generate_shapes
 from data.shapes import shapes_folder
 from kernels import OTAConfig, PointGrid, ota_assign
+from tests.support.detectors import EXPORT_FLAGS
+from tests.support.runs import CPU, DETECTOR
 from tests.support.sets import generate_crowds
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES}
-SMALL_DETECTOR = (
-    "--backbone test_resnet --no-pretrained --channels 8 --head-convs 1 --image-size 64 --workers 0".split()
-)
-SMALL = [*SMALL_DETECTOR, *"--batch-size 2 --steps 1 --device cpu".split()]
+SMALL = (*DETECTOR, *CPU, "--image-size", 64, "--batch-size", 2, "--steps", 1)
 SCRIPTS = {  # script -> its module and the flags that make it small
     "train.py": (train, SMALL),
-    "eval.py": (eval_script, ["--workers", "0", "--device", "cpu"]),
-    "predict.py": (predict, ["--device", "cpu"]),
+    "eval.py": (eval_script, CPU),
+    "predict.py": (predict, ("--device", "cpu")),
 }
-EXPORT = "export.py --weights ota.safetensors --format onnx --nms"  # what the fixture `exported` has run
 ASSIGN = next(code for _, code in BLOCKS[ROOT / "docs" / "embedding.md"] if "def assign(" in code)
 
 
@@ -86,7 +84,7 @@ def run_command(words: list[str], call, workspace: Path, monkeypatch) -> None:
     if program == "python" and arguments[0] == "-m":
         check_module_flags(arguments[1], arguments[2:], monkeypatch)
     elif program == "python" and arguments[0] == "export.py":
-        assert arguments == EXPORT.split()
+        assert arguments == ["export.py", *EXPORT_FLAGS]  # the fixture `exported` has run it
     elif program == "python":
         module, small = SCRIPTS[arguments[0]]
         assert (ROOT / arguments[0]).is_file()
@@ -99,7 +97,7 @@ def run_command(words: list[str], call, workspace: Path, monkeypatch) -> None:
         check_pytest(program, arguments)
 
 
-def reduced(arguments: list[str], small: list[str], workspace: Path) -> list[str]:
+def reduced(arguments: list[str], small: tuple, workspace: Path) -> list:
     """Return the arguments with `small` instead of theirs; every training goes into a new folder."""
     arguments = shlex.split(re.sub(r"--(steps|epochs|out) \S+", "", shlex.join(arguments)))
     number = len(list(workspace.glob("out-*")))
@@ -132,7 +130,7 @@ def check_pytest(program: str, arguments: list[str]) -> None:
     assert program == "pytest"
     assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
     markers = {arguments[i + 1] for i, word in enumerate(arguments) if word == "-m"}
-    assert markers <= {"slow", "gpu", "slow or not slow"}
+    assert markers <= {"slow", "gpu"}
 
 
 def predictions() -> tuple:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import training.folder
 from errors import UserError
 from model import write_file
-from tests.support.steps import tiny_detector
+from tests.support.detectors import tiny_detector
 from training.folder import RunFolder, load_checkpoint, resume, save_checkpoint
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
@@ -9,10 +10,10 @@ from data.dataset import SeededDataset, batches_from
 from errors import UserError
 from kernels import OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
-from model import init_weights, save_weights
+from model import Detector, init_weights, save_weights
 from model.batch import pack, pad_rows, static_sides
+from tests.support.detectors import random_batch, tiny_detector
 from tests.support.scenes import make_scene
-from tests.support.steps import random_images, step_gradients, tiny_detector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +28,7 @@ def test_one_graph_serves_every_number_of_ground_truths():
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(detector, backend=counter, dynamic=False, fullgraph=True)
     for counts in ([3, 2], [2, 0]):
-        images, targets = random_images([(64, 96), (64, 90)], counts)
+        images, targets = random_batch([(64, 96), (64, 90)], counts)
         targets[0]["ignore"] = torch.tensor([[1.0, 1, 9, 9]]).expand(1 + sum(counts), 4)
         plain, static = pack(images, targets).to(device), pack(images, targets, (64, 96)).to(device)
         assert len(static.gt_labels) == len(static.ignore_boxes) == 64
@@ -80,9 +81,17 @@ def test_random_transforms_are_a_function_of_seed_epoch_and_image():
 # Passes
 
 
+def step_gradients(detector: Detector, images: list, targets: list, passes: int) -> tuple[dict, list[Tensor]]:
+    """Return loss terms and gradients of a step in so many passes."""
+    size = len(images) // passes
+    parts = [slice(i, i + size) for i in range(0, len(images), size)]
+    terms, _ = train.backward(detector, detector, [pack(images[p], targets[p]) for p in parts], bf16=False)
+    return terms, [p.grad for p in detector.parameters()]
+
+
 @pytest.mark.parametrize("counts", [[1, 6, 0, 3], [0, 0, 0, 0]], ids=["uneven", "no-gt"])
 def test_passes_give_the_gradient_of_one_and_the_predictions_of_the_last(counts):
-    images, targets = random_images([(64, 96)] * 4, counts)
+    images, targets = random_batch([(64, 96)] * 4, counts)
     detector = tiny_detector("test_convnext").train()  # a backbone without batch norm
     terms, expected = step_gradients(detector, images, targets, 1)
     detector.zero_grad()

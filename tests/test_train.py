@@ -18,12 +18,11 @@ import train
 from data import DatasetError, generate_shapes
 from errors import UserError, run_script
 from model import load_weights
-from tests.support.runs import ROOT, log_of, metrics_of
+from tests.support.runs import CPU, DETECTOR, ROOT, log_of, metrics_of
 from training import environment
 
-CPU = ["--device", "cpu", "--workers", "0"]
-SMALL = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "32", "--head-convs", "1", *CPU]
-SHORT = [*SMALL, "--image-size", "64", "--batch-size", "2", "--steps", "2", "--warmup", "1"]
+SMALL = (*DETECTOR, *CPU)
+SHORT = (*SMALL, "--image-size", 64, "--batch-size", 2, "--steps", 2, "--warmup", 1)
 
 
 def run(*args, **environment: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from model import Detector, DetectorConfig, save_weights
 
 NAMES, IDS = ["cat", "dog", "tuba"], [3, 5, 9]
+EXPORT_FLAGS = ("--weights", "ota.safetensors", "--format", "onnx", "--nms")  # as in docs/export.md
 
 
 def tiny_detector(backbone: str = "test_resnet", **settings) -> Detector:
@@ -26,14 +27,14 @@ def save_lively_detector(path: Path, class_std: float, box_std: float, **setting
     return path
 
 
-def random_batch(sizes: list[tuple[int, int]], boxes_per_image: int = 3) -> tuple[list, list]:
-    """Images of (height, width) and targets, lists as a Detector takes them."""
+def random_batch(sizes: list[tuple[int, int]], counts: list[int] | None = None) -> tuple[list, list]:
+    """Images of (height, width) px and targets with so many boxes (3 by default), lists as a Detector takes them."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
     targets = []
-    for height, width in sizes:
-        corner = torch.rand(boxes_per_image, 2, generator=generator) * torch.tensor([width, height]) * 0.6
-        side = 8 + torch.rand(boxes_per_image, 2, generator=generator) * torch.tensor([width, height]) * 0.3
-        labels = torch.randint(0, 3, (boxes_per_image,), generator=generator)
+    for (height, width), count in zip(sizes, counts or [3] * len(sizes), strict=True):
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.6
+        side = 8 + torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.3
+        labels = torch.randint(0, 3, (count,), generator=generator)
         targets.append({"boxes": torch.cat([corner, corner + side], 1), "labels": labels})
     return images, targets

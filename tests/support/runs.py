@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
+DETECTOR = ("--backbone", "test_resnet", "--no-pretrained", "--channels", 32, "--head-convs", 1)
+CPU = ("--device", "cpu", "--workers", 0)
 SMALL = (
-    *("--backbone", "test_resnet", "--no-pretrained", "--channels", 32, "--head-convs", 1, "--device", "cpu"),
-    *("--image-size", 64, "--batch-size", 4, "--lr", 4e-3, "--warmup", 5, "--log-every", 3, "--eval-every", 4),
+    *(*DETECTOR, "--device", "cpu", "--image-size", 64, "--batch-size", 4),
+    *("--lr", 4e-3, "--warmup", 5, "--log-every", 3, "--eval-every", 4),
 )
 TORCHRUN = ("-m", "torch.distributed.run")
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc_per_node", "2")

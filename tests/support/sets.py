@@ -12,8 +12,6 @@ from PIL import Image
 from data import CocoDataset, DatasetError, Split, find_splits, generate_shapes
 from data.layouts import COCO, CROWDHUMAN, VOC
 
-CPU = ["--device", "cpu", "--workers", "0"]
-TINY = ["--backbone", "test_resnet", "--no-pretrained", "--channels", "64", "--head-convs", "2", *CPU]
 SIZE = (40, 30)  # width and height of a picture in px
 Scenes = dict[str, list[tuple[list[float], bool]]]  # name of an image -> boxes x, y, w, h, each to be ignored or not
 
