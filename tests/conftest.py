@@ -93,6 +93,16 @@ def changed(tmp_path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A data set of generated shapes: an epoch is 5 steps of 4 images, and one image is left over."""
+    from data import generate_shapes
+
+    root = tmp_path_factory.mktemp("shapes") / "shapes"
+    generate_shapes(root, train_images=21, val_images=4, size_px=96)
+    return root
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory, call) -> Path:
     """A folder with weights of a detector that finds dozens of objects with scores far apart, many of them overlapping,
     in which docs/export.md's command for ONNX was run; it takes half a minute."""

@@ -13,18 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from data import generate_shapes
 from tests.support.runs import SWITCHES, TORCHRUN, TWO_RANKS, Run, assert_same_run
 from training.folder import load_checkpoint
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("faults") / "shapes"
-    generate_shapes(root, train_images=21, val_images=4, size_px=96)  # 5 steps an epoch, one image left over
-    return root
 
 
 @pytest.fixture(scope="module")

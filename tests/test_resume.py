@@ -19,7 +19,6 @@ import torch
 import eval as eval_script
 import train
 import training.process
-from data import generate_shapes
 from errors import UserError
 from model import Detector, load_weights
 from tests.support.runs import SWITCHES, Run, assert_same_run, flags_of, log_of
@@ -28,13 +27,6 @@ from training.folder import load_checkpoint
 NOT_FINITE = r"step 10: the loss is not finite \(cls nan, box .*iou .*\); image ids \d+, \d+, \d+, \d+ of .*--lr"
 STEPS = 15  # three epochs of 5 steps, evaluated after the second and at the end
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("resume") / "shapes"
-    generate_shapes(root, train_images=21, val_images=4, size_px=96)  # one image is left over in every epoch
-    return root
 
 
 def small(shapes: Path, out: Path, *args, steps: int = STEPS, **flags) -> list:
