@@ -34,8 +34,8 @@ def runs() -> str:
     for run in (run for report in results("train-*.json") for run in report.get("runs", {"": report}).values()):
         if metrics := run.get("metrics"):
             numbers = f"{metrics['AP']:.3f}", f"{metrics['AP50']:.3f}", f"{metrics['total_s'] / 60:.1f}"
-            rows.append((run.get("title") or run["command"], *numbers, run["device"]))
-            rows[-1] += run["commit"][:7], run["date"][:10]
+            place = run["device"], run["commit"][:7], run["date"][:10]
+            rows.append((run.get("title") or run["command"], *numbers, *place))
     return markdown(("run", "AP", "AP50", "minutes", "machine", "commit", "date"), rows)
 
 

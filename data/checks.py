@@ -72,6 +72,7 @@ class Records(NamedTuple):
 
 def check_annotations(content: object, split: Split, look_at_files: bool = True) -> Records:
     """Return the records of a parsed file, or raise one DatasetError that lists every problem.
+
     With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000.
     Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
     """
@@ -213,6 +214,7 @@ def _image(record: dict) -> str:
 
 def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, coverage: str = "") -> tuple[list, list]:
     """Return (width, height) in px or None of images as displayed, from their headers, and names of missing files.
+
     named: a description of each image, for messages, and its file name. `problems` names images without a size.
     """
 

@@ -167,6 +167,7 @@ class _Weightless(TorchFunctionMode):
 
 def init_weights(detector: Detector, path: Path, class_names: list[str]) -> str:
     """Start `detector` from a file's weights, normalisation and statistics of norms; return a sentence about them.
+
     The class layer of the head stays as it is if the file's classes are not `class_names`. Raises UserError.
     """
     other, metadata = load_weights(path)
