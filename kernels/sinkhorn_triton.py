@@ -5,20 +5,20 @@ sort ("edges"). So each half of an iteration sums consecutive memory, in an orde
 gathers the other side's factors. Background is one more entry of every point. The points that are no candidate have
 background as their only supplier: one column that counts `rest` times.
 
-Four warps share an image. Points take a tile of 512, four to a thread: a sum over a point's edges stays in its thread,
-and points with one edge come first, so that most tiles load no list of edges. Ground truths take a tile of 32, eight
-threads to each: a sum over a row's slots is three shuffles. So an iteration has two barriers, and two more for the sum
-of what background sends. Counted in PTX for sm_90: 196,000 warp instructions and 188 barriers a program on average for
-four images with 14 objects each of 800 x 1344 px; 3.4 and 3.1 million for 400 crowded and 1,500 small objects.
+Four warps share an image. Points take a tile of 512, four to a thread: a sum over a point's edges stays in its thread.
+Ground truths take a tile of 32, eight threads to each: a sum over a row's slots is three shuffles. So an iteration has
+two barriers, and two more for the sum of what background sends. Counted in PTX for sm_90: 170,000 warp instructions and
+193 barriers a program on average for four images with 14 objects each of 800 x 1344 px; 2.4 and 2.6 million for 400
+crowded and 1,500 small objects. In the log domain throughout they would be 269,000, 3.6 and 4.0 million.
 
 The first iteration is in the log domain, with potentials u and v in float64. After it every row of the plan
 P = exp(u + v - c) sums to its supply s, and an iteration multiplies in float32: b = 1 / sum_i P_ij a_i by point, then
-a = s / sum_j P_ij b_j by ground truth. No column of P sums to less than min(1, s) / N, so a factor changes at most
-N / min(1, s) times. That bounds the iterations that fit float32 (_burst) before the factors move into u and v and P is
-computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
+a = s / sum_j P_ij b_j by ground truth. If the columns of P sum to between 1/r and r, so they do in all that follow (the
+new sums are weighted means of the old), and an iteration changes a factor at most r times. That gives the iterations in
+which factors stay within 2^48, where entries that float32 lost are under 2^-30; then the factors move into u and v, and
+P is computed anew. Costs and potentials are in units of eps / log2(e), so that exponentials are exp2.
 """
 
-import math
 from collections import namedtuple
 from functools import partial
 
@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .center_prior_triton import load_boxes
 from .config import EMPTY_SUPPLY, Assignment, Inputs, OTAConfig
-from .edges_triton import POINTS, Edges, list_points, point_tile
+from .edges_triton import POINTS, Edges, edge_step, list_points, point_tile
 from .pairs_triton import Pairs, pair_iou, register_limit
 
 _EMPTY = tl.constexpr(EMPTY_SUPPLY)
@@ -37,7 +37,7 @@ _ROWS, _SLOTS = tl.constexpr(32), tl.constexpr(8)  # a tile of ground truths, an
 _AT_ONCE = tl.constexpr(2)  # slots of a thread that are loaded together
 _BLOCK = tl.constexpr(128)
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
-_VARYING = ["G", "N", "iterations", "burst", "burst_when_full"]  # see pairs_triton.py
+_VARYING = ["G", "N", "iterations"]  # see pairs_triton.py
 
 # The solution in units of eps / log2(e), float64: log2 of a plan entry is u + v - cost. u (G,), u_background (B,);
 # v[first[b] + i] is that of the i-th candidate point of image b, and column (slots,) has the i of a slot's point.
@@ -50,14 +50,14 @@ _Slots = namedtuple("_Slots", "column cost plan start count supply most first_ro
 @triton.jit
 def _row_tile(slots, base):
     """A tile of ground truths, _SLOTS threads for each: the threads' rows, whether they exist, every thread's first
-    slot, the row's last slot, and whether the thread writes for its row."""
+    slot, the row's last slot, whether the thread writes for its row, and the most slots of a row of the tile."""
     thread = tl.arange(0, _ROWS * _SLOTS)
     g = base + thread // _SLOTS
     exists = g < slots.end_row
     slot = tl.load(slots.start + g, mask=exists, other=0).to(tl.int32)
     end = slot + tl.load(slots.count + g, mask=exists, other=0)
     lane = thread % _SLOTS
-    return g, exists, slot + lane, end, lane == 0
+    return g, exists, slot + lane, end, lane == 0, tl.load(slots.most + base)
 
 
 @triton.jit
@@ -102,11 +102,12 @@ def _first_columns(v, edges):
     peak = tl.full([POINTS], _LOWEST, tl.float64)
     total = tl.zeros([POINTS], tl.float32)
     for base in range(0, edges.num_points, POINTS):
-        c, exists, begin, end, most = point_tile(edges, base)
+        c, exists, step, end_step = point_tile(edges, base)
         column_peak = tl.zeros([POINTS], tl.float64)
         column_total = tl.full([POINTS], 1.0, tl.float32)
-        for d in range(0, most):
-            cost = tl.load(edges.cost + begin + d, mask=begin + d < end, other=float("inf"))
+        for s in range(step, end_step):
+            e, there = edge_step(edges, s)
+            cost = tl.load(edges.cost + e, mask=there, other=float("inf"))
             column_peak, column_total = _add_exponent(column_peak, column_total, -cost.to(tl.float64))
         potential = -(column_peak + tl.log2(column_total).to(tl.float64))
         tl.store(v + c, potential, mask=exists)
@@ -118,10 +119,10 @@ def _first_columns(v, edges):
 def _rows_in_log_domain(out, v, slots, PEAKS: tl.constexpr):
     """u_i = log2 s_i - log2 sum_j 2^(v_j - c_ij), or max_j (v_j - c_ij), a row's largest entry without its factor."""
     for base in range(slots.first_row, slots.end_row, _ROWS):
-        g, exists, slot, end, writes = _row_tile(slots, base)
+        g, exists, slot, end, writes, most = _row_tile(slots, base)
         peak = tl.full([_ROWS * _SLOTS], _LOWEST, tl.float64)
         total = tl.zeros([_ROWS * _SLOTS], tl.float32)
-        for d in range(0, tl.load(slots.most + base), _SLOTS):
+        for d in range(0, most, _SLOTS):
             peak, total = _add_exponent(peak, total, _exponents(slots, v, slot + d, slot + d < end))
         k = tl.load(slots.supply + g, mask=exists, other=0)
         highest, log_sum = _log2_of_sum(_by_row(peak), _by_row(total))
@@ -131,27 +132,34 @@ def _rows_in_log_domain(out, v, slots, PEAKS: tl.constexpr):
 
 @triton.jit
 def _plan_by_point(point_plan, point_factor, u, background, v, edges):
-    """Write the plan by point, background's entries apart, and factors of one."""
+    """Write the plan by point, background's entries apart, and factors of one. Returns log2 r, the columns of the plan
+    summing to between 1/r and r."""
+    growth = tl.full([POINTS], 1.0, tl.float32)
     for base in range(0, edges.num_points, POINTS):
-        c, exists, begin, end, most = point_tile(edges, base)
+        c, exists, step, end_step = point_tile(edges, base)
         potential = tl.load(v + c, mask=exists, other=0.0)
-        tl.store(point_plan + c, tl.exp2((background + potential).to(tl.float32)), mask=exists)
+        received = tl.exp2((background + potential).to(tl.float32))
+        tl.store(point_plan + c, received, mask=exists)
         tl.store(point_factor + c, tl.full([POINTS], 1.0, tl.float32), mask=exists)
-        for d in range(0, most):
-            e = begin + d
-            u_i = tl.load(u + tl.load(edges.gt + e, mask=e < end, other=0), mask=e < end, other=0.0)
-            cost = tl.load(edges.cost + e, mask=e < end, other=0.0)
-            tl.store(edges.plan + e, tl.exp2((u_i + potential - cost.to(tl.float64)).to(tl.float32)), mask=e < end)
+        for s in range(step, end_step):
+            e, there = edge_step(edges, s)
+            u_i = tl.load(u + tl.load(edges.gt + e, mask=there, other=0), mask=there, other=0.0)
+            cost = tl.load(edges.cost + e, mask=there, other=0.0)
+            plan = tl.where(there, tl.exp2((u_i + potential - cost.to(tl.float64)).to(tl.float32)), 0.0)
+            tl.store(edges.plan + e, plan, mask=there)
+            received += plan
+        growth = tl.maximum(growth, tl.where(exists, tl.maximum(received, 1.0 / received), 1.0))
+    return tl.log2(tl.max(growth, 0))
 
 
 @triton.jit
 def _plan_by_row(row_factor, u, v, slots):
     """Write the plan by ground truth, and factors of one."""
     for base in range(slots.first_row, slots.end_row, _ROWS):
-        g, exists, slot, end, writes = _row_tile(slots, base)
+        g, exists, slot, end, writes, most = _row_tile(slots, base)
         potential = tl.load(u + g, mask=exists, other=0.0)
         tl.store(row_factor + g, tl.full([_ROWS * _SLOTS], 1.0, tl.float32), mask=exists & writes)
-        for d in range(0, tl.load(slots.most + base), _SLOTS):
+        for d in range(0, most, _SLOTS):
             t = potential + _exponents(slots, v, slot + d, slot + d < end)
             tl.store(slots.plan + slot + d, tl.exp2(t.to(tl.float32)), mask=slot + d < end)
 
@@ -161,19 +169,13 @@ def _columns(point_factor, row_factor, background_factor, point_plan, edges, fir
     """b_j = 1 / sum_i P_ij a_i. Returns what background then sends to the listed points, before its own factor."""
     sent = tl.zeros([POINTS], tl.float32)
     for base in range(0, edges.num_points, POINTS):
-        c = base + tl.arange(0, POINTS)
-        exists = c < edges.num_points
+        c, exists, step, end_step = point_tile(edges, base)
         background = tl.load(point_plan + c, mask=exists, other=0.0)
         received = tl.where(exists, background * background_factor, 1.0)
-        if tl.minimum(base + POINTS, edges.num_points) <= edges.num_single:  # edges are where their points are
-            gt = tl.load(edges.gt + edges.first + c, mask=exists, other=first_row)
-            received += tl.load(row_factor + gt) * tl.load(edges.plan + edges.first + c, mask=exists, other=0.0)
-        else:
-            _, _, e, end, most = point_tile(edges, base)
-            for _ in range(0, most):
-                gt = tl.load(edges.gt + e, mask=e < end, other=first_row)
-                received += tl.load(row_factor + gt) * tl.load(edges.plan + e, mask=e < end, other=0.0)
-                e += 1
+        for s in range(step, end_step):
+            e, there = edge_step(edges, s)
+            gt = tl.load(edges.gt + e, mask=there, other=first_row)
+            received = tl.fma(tl.load(row_factor + gt), tl.load(edges.plan + e, mask=there, other=0.0), received)
         factor = 1.0 / received
         tl.store(point_factor + c, factor, mask=exists)
         sent += background * factor
@@ -181,22 +183,20 @@ def _columns(point_factor, row_factor, background_factor, point_plan, edges, fir
 
 
 @triton.jit
-def _rows(row_factor, point_factor, slots, first_tile):
+def _rows(row_factor, point_factor, slots):
     """a_i = s_i / sum_j P_ij b_j."""
-    g, exists, slot, end, writes = first_tile
     for base in range(slots.first_row, slots.end_row, _ROWS):
-        if base > slots.first_row:
-            g, exists, slot, end, writes = _row_tile(slots, base)
+        g, exists, slot, end, writes, most = _row_tile(slots, base)
         k = tl.load(slots.supply + g, mask=exists, other=0)
-        sent = tl.zeros([_ROWS * _SLOTS], tl.float32)
+        sent = tl.zeros([_AT_ONCE, _ROWS * _SLOTS], tl.float32)
         several = slot[None, :] + _SLOTS * tl.arange(0, _AT_ONCE)[:, None]
-        for _ in range(0, tl.load(slots.most + base), _AT_ONCE * _SLOTS):
+        for _ in range(0, most, _AT_ONCE * _SLOTS):
             there = several < end[None, :]
             column = tl.load(slots.column + several, mask=there, other=0)
             plan = tl.load(slots.plan + several, mask=there, other=0.0)
-            sent += tl.sum(plan * tl.load(point_factor + column), 0)
+            sent = tl.fma(plan, tl.load(point_factor + column), sent)
             several += _AT_ONCE * _SLOTS
-        factor = k.to(tl.float32) / _to_threads(tl.sum(_by_row(sent), 1))
+        factor = k.to(tl.float32) / _to_threads(tl.sum(_by_row(tl.sum(sent, 0)), 1))
         tl.store(row_factor + g, factor, mask=writes & (k > 0))
 
 
@@ -217,14 +217,14 @@ def _absorb(potential, factor, first, end, BLOCK: tl.constexpr):
 def _decode(gt_index, iou, boxes, gt_boxes, shift, sign, background_shift, flat_point, edges):
     """Give every point to the supplier with the largest 2^(v - c - sign shift); the lowest row wins a tie."""
     for base in range(0, edges.num_points, POINTS):
-        c, exists, begin, end, most = point_tile(edges, base)
+        c, exists, step, end_step = point_tile(edges, base)
         least = tl.full([POINTS], float("inf"), tl.float64)
         supplier = tl.zeros([POINTS], tl.int32)
-        for d in range(0, most):  # the edges of a point are in the order of their rows
-            e = begin + d
-            gt = tl.load(edges.gt + e, mask=e < end, other=0)
-            cost = tl.load(edges.cost + e, mask=e < end, other=float("inf"))
-            t = sign * tl.load(shift + gt, mask=e < end, other=0.0) + cost.to(tl.float64)
+        for s in range(step, end_step):  # the edges of a point are in the order of their rows
+            e, there = edge_step(edges, s)
+            gt = tl.load(edges.gt + e, mask=there, other=0)
+            cost = tl.load(edges.cost + e, mask=there, other=float("inf"))
+            t = sign * tl.load(shift + gt, mask=there, other=0.0) + cost.to(tl.float64)
             supplier = tl.where(t < least, gt, supplier)
             least = tl.minimum(t, least)
         matched = exists & (least <= background_shift)
@@ -235,13 +235,11 @@ def _decode(gt_index, iou, boxes, gt_boxes, shift, sign, background_shift, flat_
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _sinkhorn_kernel(
-    match, potentials, scratch, sorting, pairs, inputs, G, N, iterations, burst, burst_when_full, RESCALE: tl.constexpr
-):
+def _sinkhorn_kernel(match, potentials, scratch, sorting, pairs, inputs, G, N, iterations, RESCALE: tl.constexpr):
     gt_index, iou = match
     u, u_background, v, slot_column, first_of_image = potentials
-    edge_gt, edge_cost, edge_plan, slot_plan, begin, most_edges = scratch[:6]
-    flat_point, point_plan, point_factor, row_factor, peaks, most_slots = scratch[6:]
+    edge_gt, edge_cost, edge_plan, step_edge, tile_step, begin, ordered = scratch[:7]
+    slot_plan, flat_point, point_plan, point_factor, row_factor, peaks, most_slots = scratch[7:]
     sorted_point, order, first_edge_of_image = sorting
     pair_gt, pair_cost, pair_start, pair_count, supply = pairs
     boxes, gt_boxes, gt_offsets = inputs
@@ -250,56 +248,60 @@ def _sinkhorn_kernel(
     end_row = tl.minimum(tl.load(gt_offsets + image + 1).to(tl.int32), G)
     first_edge, end_edge = tl.load(first_edge_of_image + image), tl.load(first_edge_of_image + image + 1)
     first = tl.load(first_of_image + image)  # of the image's points, in the arrays that have an entry for each
-    begin += first + image
-    most_edges += first // POINTS + image
+    room = 2 * first_edge.to(tl.int64)  # before the image's edges
+    edge_gt, edge_cost, edge_plan = edge_gt + room, edge_cost + room, edge_plan + room
+    step_edge, tile_step = step_edge + first_edge + image, tile_step + first // POINTS + 2 * image
+    begin, ordered = begin + first + image, ordered + first
     flat_point, v, point_plan, point_factor = flat_point + first, v + first, point_plan + first, point_factor + first
 
-    by_point = edge_gt, edge_cost, slot_column, begin, most_edges, flat_point
-    num_points, num_single = list_points(by_point, sorted_point, order, pair_gt, pair_cost, first_edge, end_edge)
+    by_point = edge_gt, edge_cost, step_edge, tile_step, begin, ordered, slot_column, flat_point
+    num_points = list_points(by_point, sorted_point, order, pair_gt, pair_cost, first_edge, end_edge)
     taken = tl.zeros([_ROWS], tl.int32)
     for base in range(first_row, end_row, _ROWS):
         g = base + tl.arange(0, _ROWS)
         taken += tl.load(supply + g, mask=g < end_row, other=0)
         tl.store(u + g, tl.zeros([_ROWS], tl.float64), mask=g < end_row)
         tl.store(most_slots + base, tl.max(tl.load(pair_count + g, mask=g < end_row, other=0), 0))
-    edges = Edges(edge_gt, edge_cost, edge_plan, begin, most_edges, num_points, num_single, first_edge)
+    edges = Edges(edge_gt, edge_cost, edge_plan, step_edge, tile_step, num_points)
     slots = _Slots(slot_column, pair_cost, slot_plan, pair_start, pair_count, supply, most_slots, first_row, end_row)
     left = N - tl.sum(taken, 0)
     left_supply = tl.where(left > 0, left.to(tl.float32), _EMPTY)
-    burst = tl.where(left > 0, burst, burst_when_full)
     rest = (N - num_points).to(tl.float32)
     v_rest = tl.zeros([], tl.float64)  # potential of the points that are no candidate
     tl.debug_barrier()
 
     # The first iteration, in the log domain.
-    v_highest, listed = _first_columns(v, edges)
+    v_highest, log_sum = _first_columns(v, edges)
     tl.debug_barrier()
     _rows_in_log_domain(u, v, slots, False)
-    peak = tl.where(rest > 0, tl.maximum(listed, v_rest), listed)
-    total = tl.exp2((listed - peak).to(tl.float32)) + rest * tl.exp2((v_rest - peak).to(tl.float32))
+    peak = tl.where(rest > 0, tl.maximum(log_sum, v_rest), log_sum)
+    total = tl.exp2((log_sum - peak).to(tl.float32)) + rest * tl.exp2((v_rest - peak).to(tl.float32))
     background = tl.log2(left_supply).to(tl.float64) - peak - tl.log2(total).to(tl.float64)  # its potential
     tl.debug_barrier()
 
-    first_tile = _row_tile(slots, first_row)  # kept in registers; many images have no other
-    # The other iterations multiply; after every burst their factors move into the potentials.
-    for done in range(1, tl.where(num_points > 0, iterations, 0), burst):
-        _plan_by_point(point_plan, point_factor, u, background, v, edges)
+    # The other iterations multiply; before factors can grow too far, they move into the potentials.
+    done = tl.where(num_points > 0, 1, iterations)
+    while done < iterations:
+        growth = _plan_by_point(point_plan, point_factor, u, background, v, edges)
+        growth = tl.maximum(growth, tl.where(rest > 0, tl.abs(background + v_rest), 0.0).to(tl.float32))
+        burst = tl.maximum(48.0 / tl.maximum(growth, 1.0), 1.0).to(tl.int32)
         _plan_by_row(row_factor, u, v, slots)
         tl.debug_barrier()
         factor = tl.full([], 1.0, tl.float32)
         before = factor
         for _ in range(0, tl.minimum(burst, iterations - done)):
             before = factor
-            sent = _columns(point_factor, row_factor, factor, point_plan, edges, first_row)
+            sent = _columns(point_factor, row_factor, factor, point_plan, edges, tl.minimum(first_row, G - 1))
             factor = left_supply / (sent + rest / factor)
             tl.debug_barrier()
-            _rows(row_factor, point_factor, slots, first_tile)
+            _rows(row_factor, point_factor, slots)
             tl.debug_barrier()
         v_rest = -(background + tl.log2(before).to(tl.float64))
         background += tl.log2(factor).to(tl.float64)
         _absorb(u, row_factor, first_row, end_row, _BLOCK)
         v_highest = _absorb(v, point_factor, 0, num_points, _BLOCK)
         tl.debug_barrier()
+        done += burst
     tl.store(u_background + image, background)
 
     if RESCALE:
@@ -309,11 +311,6 @@ def _sinkhorn_kernel(
         _decode(gt_index, iou, boxes, gt_boxes, peaks, 1.0, background_shift, flat_point, edges)
     else:
         _decode(gt_index, iou, boxes, gt_boxes, u, -1.0, -background, flat_point, edges)
-
-
-def _burst(growth: float) -> int:
-    """Iterations that fit float32 when each changes a factor at most `growth` times: up to 2^126."""
-    return min(10, int(120 / math.log2(max(growth, 2))))
 
 
 def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Potentials]:
@@ -331,11 +328,12 @@ def sinkhorn(pairs: Pairs, inputs: Inputs, config: OTAConfig) -> tuple[Assignmen
     # points have room for the columns of another image, at most N.
     room = num_points + N
     potentials = Potentials(float64(G), float64(B), float64(room), int32(num_slots).zero_(), first_point)
-    by_pair = int32(num_slots), float32(num_slots), float32(num_slots), float32(num_slots)
-    lists = int32(num_points + B), int32(num_points // POINTS.value + B), int32(num_points)
-    scratch = *by_pair, *lists, float32(num_points), float32(room), float32(G), float64(G), int32(G)
+    by_edge = int32(2 * num_slots), float32(2 * num_slots), float32(2 * num_slots), int32(num_slots + B)
+    lists = int32(num_points // POINTS.value + 2 * B), int32(num_points + B), int32(num_points)
+    by_point = int32(num_points), float32(num_points), float32(room)
+    scratch = *by_edge, *lists, float32(num_slots), *by_point, float32(G), float64(G), int32(G)
     sorting, truth = (sorted_point, order, first_edge), (inputs.boxes, inputs.gt_boxes, inputs.gt_offsets)
-    settings = G, N, config.iterations, _burst(N), _burst(N / EMPTY_SUPPLY), config.rescale
+    settings = G, N, config.iterations, config.rescale
     options = _OPTIONS | register_limit()
     _sinkhorn_kernel[(B,)](match[:2], potentials, scratch, sorting, pairs[1:], truth, *settings, **options)
     return match, potentials

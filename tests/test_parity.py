@@ -19,8 +19,8 @@ def backend(request) -> str:
 
 
 def for_backend(config: OTAConfig, backend: str) -> OTAConfig:
-    """At most 12 iterations for the interpreter, two bursts of the Triton kernel instead of five."""
-    return for_interpreter(backend, replace(config, iterations=min(config.iterations, 12)), config)
+    """At most 20 iterations for the interpreter, several bursts of the Triton kernel among them."""
+    return for_interpreter(backend, replace(config, iterations=min(config.iterations, 20)), config)
 
 
 OVERFULL = PointGrid((32, 64), ((3, 3), (1, 2)))  # 11 points
