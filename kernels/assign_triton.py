@@ -1,7 +1,8 @@
 """Optimal transport assignment in Triton: find_pairs, a library sort by point, sinkhorn.
 
 A call launches the copy of a table, six fills (two aranges among them), find_pairs, a stable sort, a searchsorted and
-sinkhorn. Nothing waits for the device and no shape depends on data, so a CUDA graph can capture a call of compiled kernels.
+sinkhorn. Nothing waits for the device and no shape depends on data, so a CUDA graph can capture a call of compiled
+kernels.
 """
 
 import math
