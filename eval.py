@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable, read_split
+from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable, read_split
 from errors import UserError, run_script
 from model import Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -137,12 +137,7 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
             note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
             print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
         print(f"evaluation on {split.annotations}: {describe(dataset)}")
-    theirs, ours = ({*zip(c["category_ids"], c["class_names"], strict=True)} for c in (classes, dataset.classes))
-    sides = {classes["source"]: theirs - ours, split.annotations: ours - theirs}
-    examples = {source: [f"{i} {printable(name)}" for i, name in sorted(only)[:5]] for source, only in sides.items()}
-    if differences := "; ".join(f"only in {source}: {', '.join(e)}" for source, e in examples.items() if e):
-        remedy = "Training and evaluation need the same classes: pass the fitting data set with --data."
-        raise DatasetError(f"the classes do not fit: {differences}. {remedy}")
+    dataset.require_classes(classes)
     return dataset
 
 

@@ -50,7 +50,7 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         self.split, self.transform = split, transform
         records = read_split(split, bad_images == "stop") if records is None else records
-        self.grouping, self.digest = _grouping(records, known_ids), records.digest
+        self.grouping, self.digest, self.repairs = _grouping(records, known_ids), records.digest, records.repairs
         records = self._used = records if first is None else records.first_images(first)
         self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
         self.class_names = [category["name"] for category in self.categories]
@@ -85,9 +85,15 @@ class CocoDataset(torch.utils.data.Dataset):
 
     def share_under(self, side_px: float, image_size: tuple[int, int]) -> float:
         """Return the share of the targets whose shorter side is under `side_px` in the resized images."""
-        scale = self.resized_sizes(image_size) / self._sizes
-        sides = (self._boxes[:, 2:] - self._boxes[:, :2]) * np.repeat(scale[:, ::-1], np.diff(self._offsets), axis=0)
-        return float((sides.min(1) < side_px)[self._labels != IGNORE].mean())
+        boxes = self.targets(image_size)[1]
+        return float(((boxes[:, 2:] - boxes[:, :2]).min(1) < side_px).mean())
+
+    def targets(self, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return image index (num_boxes,), box (num_boxes, 4) in px of the resized image, and label of every target."""
+        images = np.repeat(np.arange(len(self)), np.diff(self._offsets))
+        scale = (self.resized_sizes(image_size) / self._sizes)[images][:, [1, 0, 1, 0]]
+        kept = self._labels != IGNORE
+        return images[kept], (self._boxes * scale)[kept], self._labels[kept]
 
     @cached_property
     def images(self) -> list[dict]:
@@ -103,6 +109,15 @@ class CocoDataset(torch.utils.data.Dataset):
         rows = zip(*(column[kept].tolist() for column in fields.values()), strict=True)
         annotations = [dict(zip(fields, row, strict=True)) for row in rows]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
+
+    def require_classes(self, classes: dict) -> None:
+        """Raise DatasetError unless the classes are those in `classes`: class_names, category_ids, and their source."""
+        theirs, ours = ({*zip(c["category_ids"], c["class_names"], strict=True)} for c in (classes, self.classes))
+        sides = {classes["source"]: theirs - ours, self.split.annotations: ours - theirs}
+        examples = {file: [f"{i} {printable(name)}" for i, name in sorted(only)[:5]] for file, only in sides.items()}
+        if differences := "; ".join(f"only in {file}: {', '.join(e)}" for file, e in examples.items() if e):
+            remedy = "Training and evaluation need the same classes: pass the fitting data set with --data."
+            raise DatasetError(f"the classes do not fit: {differences}. {remedy}")
 
     def __len__(self) -> int:
         return len(self._image_ids)

@@ -80,15 +80,26 @@ def ota_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
+def add_data_flags(add: Callable) -> None:
+    """Add the flags for how a data set is read and how the training sees it."""
+    add("--follow-links", action="store_true", help="read images that are links to other folders")
+    add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
+    add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
+    add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
+
+
+def add_ota_flag(add: Callable) -> None:
+    defaults = " ".join(f"{name}={json.dumps(value)}" for name, value in OTA_DEFAULTS.items()).replace('"', "")
+    help_ota = f"settings of --assigner ota, as in kernels/config.py; the paper's: {defaults}"
+    add("--ota", type=ota_setting, nargs="+", metavar="KEY=VALUE", help=help_ota)
+
+
 def create_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in a layout of docs/data.md")
-    add("--follow-links", action="store_true", help="read images that are links to other folders")
-    add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
-    add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
-    add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
+    add_data_flags(add)
     add("--workers", type=not_negative, help="loader processes per rank")
     add("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
     add("--overfit", type=positive, metavar="K", help="learn the first K images by heart: 500 steps, no augmentation")
@@ -115,9 +126,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0)
     add = parser.add_argument_group("assignment").add_argument
     add("--assigner", choices=STRATEGIES, default="ota", help="strategy of label assignment")
-    defaults = " ".join(f"{name}={json.dumps(value)}" for name, value in OTA_DEFAULTS.items()).replace('"', "")
-    help_ota = f"settings of --assigner ota, as in kernels/config.py; the paper's: {defaults}"
-    add("--ota", type=ota_setting, nargs="+", metavar="KEY=VALUE", help=help_ota)
+    add_ota_flag(add)
     add = parser.add_argument_group("speed").add_argument
     add("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; default: on GPUs that have it")
     add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), help="mode of torch.compile")
@@ -142,12 +151,23 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:
         parser.error(f"--ota is for --assigner ota, not for {args.assigner}")
+    changes = OVERFIT if args.overfit else {}
+    fill_in(args, parser, changes | ({"epochs": None, "steps": None} if args.epochs or args.steps else {}))
+    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
+    if args.multi_scale and args.overfit:
+        parser.error("--overfit trains without augmentation, so not with --multi-scale")
+    if args.compile == "reduce-overhead" and args.accumulate > 1:
+        parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
+    return args
+
+
+def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser, changes: dict) -> None:
+    """Fill in what no flag gives, from the data set's recipe with `changes`; `ota` becomes OTAConfig's settings."""
     form = find_form(args.data)
     if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
-    recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
-    if args.epochs or args.steps:
-        recipe["epochs"] = recipe["steps"] = None
+    recipe = RECIPES.get(form.recipe or args.data, OWN) | changes
     given, ota = dict(args.ota or ()), dict(recipe["ota"])
     if given.get("center_prior", "closest") != "closest":
         ota.pop("radius", None)  # the recipes' radius belongs to "closest"
@@ -156,19 +176,12 @@ def parse_args(description: str = "") -> argparse.Namespace:
     except (TypeError, ValueError) as error:
         parser.error(f"--ota: {error}")
     vars(args).update((name, value) for name, value in recipe.items() if getattr(args, name, None) is None)
-    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
     if len(size := args.image_size) == 1:
         size = args.image_size = [*size, round(size[0] * 1333 / 800)]
     if len(size) != 2 or not size[0] <= size[1] <= MAX_SIDE_PX:
         parser.error(f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {size}")
     if args.multi_scale and max(args.multi_scale) > size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {size}")
-    if args.multi_scale and args.overfit:
-        parser.error("--overfit trains without augmentation, so not with --multi-scale")
-    if args.compile == "reduce-overhead" and args.accumulate > 1:
-        parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
-    return args
 
 
 def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
