@@ -61,6 +61,7 @@ class Records(NamedTuple):
     crowd: np.ndarray  # (m,) bool, iscrowd
     areas: np.ndarray  # (m,) float64, px^2; NaN if the file has none
     digest: str = ""  # SHA-256 of the annotation files, hex
+    repairs: dict[str, list[str]] = {}  # kind of repair -> one line for each culprit
 
     def first_images(self, count: int) -> "Records":
         """Return the records of the first `count` images that have boxes."""
@@ -241,12 +242,19 @@ def raise_problems(source: Path, problems: Problems, missing: list[str], folder:
     """Raise a DatasetError with every kind of problem, its first culprits, and where missing files may be, if any."""
     if not problems:
         return
-    lines = [f"{source}: {sum(map(len, problems.values()))} problem(s); correct the file or take these records out"]
+    head = f"{source}: {sum(map(len, problems.values()))} problem(s); correct the file or take these records out"
+    remarks = [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]
+    raise DatasetError("\n".join([head, *culprit_lines(problems), *remarks]))
+
+
+def culprit_lines(problems: Problems) -> list[str]:
+    """Return a line for each kind, with its count, and lines for its first culprits."""
+    lines = []
     for kind, culprits in problems.items():
         more = len(culprits) - CULPRITS_SHOWN
         shown = [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         lines += [f"  {kind}: {len(culprits)}", *shown, *[f"    and {more} more"] * (more > 0)]
-    raise DatasetError("\n".join(lines + [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]))
+    return lines
 
 
 def _shortened(line: str) -> str:
