@@ -1,0 +1,161 @@
+"""python -m data check: its tables, problems, written sets and pictures."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.__main__ as command
+from data import CocoDataset, train_transform
+from data.dataset import SeededDataset
+from data.report import most_points
+from kernels import OTAConfig, PointGrid, ota_assign
+from kernels.assign_reference import center_prior
+from tests.support.sets import box_record, dataset_of, image_record, write_coco, write_scenes
+
+
+@pytest.fixture
+def check(call, tmp_path, capsys):
+    """Return a function: the exit status of a check, and what it printed."""
+
+    def check(root: Path, *flags) -> tuple[int, str]:
+        try:
+            return 0, call(command, "check", root, "--sheet", tmp_path / "check.jpg", "--image-size", 96, *flags)
+        except SystemExit as stop:
+            return stop.code, "".join(capsys.readouterr())
+
+    return check
+
+
+def rows_of(said: str) -> dict[str, list[str]]:
+    """Return the cells of the tables, by the name of their row."""
+    found = re.findall(r"^(\S.*?) {2,}(\d.*)$", said, re.MULTILINE)
+    return {name: re.split(r" {2,}", cells) for name, cells in found}
+
+
+def test_counts_sizes_and_points(tmp_path, check):
+    """Images twice as large at 160 px. Of the first three boxes, 6 px, 3 px and 6 px wide then, the second lies between
+    the points, and the third has one."""
+    boxes = [(1, 1, 3, 30), (2.25, 2.25, 1.5, 1.5), (4.5, 4.5, 3, 3), (10, 10, 40, 5), (0, 0, 80, 80), (20, 20, 0, 5)]
+    records = [box_record(i, box) for i, box in enumerate(boxes, 1)] + [box_record(9, (5, 5, 20, 20), iscrowd=1)]
+    categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    write_coco(tmp_path, [image_record(i, f"{i}.png", 80 + i, 80) for i in (1, 2)], records, categories)
+    status, said = check(tmp_path, "--image-size", 160, 200)
+    rows = rows_of(said)
+    totals = ("images", "images without boxes", "boxes", "dropped boxes", "regions to ignore")
+    assert status == 0 and [rows[name] for name in totals] == [["2"], ["1"], ["5"], ["1"], ["1"]]
+    assert rows["cat"] == ["5", "100.0%"] and rows["dog"] == ["0", "0.0%"]
+    assert [rows[name][0] for name in ("under 1", "1 to 2", "2 to 4", "16 to 32")] == ["3", "1", "0", "1"]
+    points = [rows[name] for name in ("none inside: the closest", "one", "more")]
+    assert points == [["1", "20.0%"], ["1", "20.0%"], ["3", "60.0%"]]
+    assert "val: none" in said and "no problems" in said
+
+
+@pytest.mark.parametrize("settings", [{}, {"per_q": 3}, {"center_prior": "radius", "top_q": 4}], ids=str)
+def test_points_of_a_box_are_the_assignments(settings):
+    """For predictions that are the box itself, one box an image; 0 where no point lies inside."""
+    config, generator = OTAConfig(**settings), torch.Generator().manual_seed(0)
+    start = 120 * torch.rand(40, 2, generator=generator)
+    boxes = torch.cat([start, start + 40 * torch.rand(40, 2, generator=generator) ** 2 + 0.5], 1).clamp(max=128)
+    grid = PointGrid.for_image((128, 128))
+    predicted = boxes[:, None].expand(-1, grid.num_points, -1)
+    k = ota_assign(predicted[..., :1] * 0, predicted, boxes, torch.zeros(40).long(), torch.arange(41), grid, config).k
+    inside = (center_prior(boxes, grid, config) & points_inside(boxes, grid)).any(1)
+    found = most_points(boxes.numpy(), 128, config)
+    assert found.tolist() == torch.where(inside, k, 0).tolist() and {0, 1, 2} <= {*found.tolist()}
+
+
+def points_inside(boxes: torch.Tensor, grid: PointGrid) -> torch.Tensor:
+    x, y = grid.points().unbind(1)
+    left, top, right, bottom = boxes[..., None].unbind(1)
+    return (x > left) & (x < right) & (y > top) & (y < bottom)
+
+
+def test_images_that_occur_twice_are_problems(changed, check):
+    """A file of the same size with other bytes is none."""
+    root = changed()
+    train, val = root / "train", root / "val"
+    shutil.copy(train / "000001.jpg", val / "000002.jpg")
+    shutil.copy(train / "000002.jpg", train / "000003.jpg")
+    size = (train / "000002.jpg").stat().st_size
+    other = (train / "000004.jpg").read_bytes()
+    (train / "000004.jpg").write_bytes(other + bytes(max(0, size - len(other))))
+    status, said = check(root)
+    assert status == 1 and "in both halves (same bytes): 1\n    train image 1 (000001.jpg) = val image 2 (" in said
+    assert "more than once in train (same bytes): 1\n    train image 2 (000002.jpg) = train image 3 (" in said
+    assert said.count(" = ") == 2
+
+
+def test_class_in_one_half_only_is_marked(changed, check):
+    def leave_out(content: dict) -> None:
+        if len(content["images"]) == 2:
+            content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 3]
+
+    status, said = check(changed(leave_out))
+    lonely = [line.split()[0] for line in said.splitlines() if line.endswith("in one half only")]
+    assert status == 0 and "triangle" in lonely and rows_of(said)["triangle"][2:4] == ["0", "0.0%"]
+
+
+def test_both_halves_are_read_though_one_cannot_be(changed, check):
+    """Nothing is written then."""
+
+    def spoil(content: dict) -> None:
+        content["annotations"][0]["category_id"] = 77
+
+    root = changed(spoil)
+    status, said = check(root, "--write", root / "out")
+    assert status == 1 and said.count("category_id 77") == 2 and not (root / "out").exists()
+    assert "--write" in said and "not written" in said
+
+
+def test_other_classes_of_a_half_are_a_problem(changed, check):
+    def rename(content: dict) -> None:
+        if len(content["images"]) == 2:
+            content["categories"][0]["name"] = "disc"
+
+    status, said = check(changed(rename))
+    assert status == 1 and "the classes do not fit" in said and rows_of(said)["disc"][0] == "0"
+
+
+@pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
+def test_written_set_is_read_alike_and_has_nothing_to_repair(tmp_path, check, form):
+    """A box that sticks out, one without area, one to be ignored, and an image without boxes."""
+    boxes = [([-0.5, 6, 10, 12], False), ([5, 5, 30, 9], True), ([20, 2, 8, 8], False), ([30, 3, 0, 5], False)]
+    write_scenes(tmp_path / "set", form, {"a": boxes, "b": []}, size=(41, 30))
+    out = tmp_path / "out"
+    assert "wrote" in check(tmp_path / "set", "--write", out)[1]
+    before, after = dataset_of(tmp_path / "set"), dataset_of(out)
+    for (image, target), (other_image, other) in zip(before, after, strict=True):
+        assert torch.equal(image, other_image) and torch.equal(target["labels"], other["labels"])
+        assert torch.equal(target["boxes"], other["boxes"]) and torch.equal(target["ignore"], other["ignore"])
+    assert not after.repairs and after.dropped_boxes == 0 and after.class_names == before.class_names
+    content = (out / "annotations" / "instances_train.json").read_bytes()
+    status, said = check(tmp_path / "set", "--write", out)
+    assert status == 2 and "exists; name another folder" in said
+    assert (out / "annotations" / "instances_train.json").read_bytes() == content
+
+
+def test_sheet_shows_what_the_training_sees(tmp_path, check):
+    """One image with a box on its left in 24 epochs, flipped in those in which a training with this seed flips it."""
+    split = write_coco(tmp_path, boxes=[box_record()])
+    said = check(tmp_path, "--seed", 5, "--image-size", 480, "--sheet", tmp_path / "check.png")[1]
+    sheet = np.asarray(Image.open(tmp_path / "check.png"))
+    cells = [(2 + 362 * row, 2 + 482 * column) for row in range(6) for column in range(4)]
+    drawn = [[sheet[y + 150, x + side].tolist() == [255, 38, 38] for side in (61, 301)] for y, x in cells]
+    samples = SeededDataset(CocoDataset(split, train_transform((480, 800))), seed=5)
+    left = [bool(samples[epoch, 0][1]["boxes"][0, 0] < 240) for epoch in range(24)]
+    assert drawn == [[x, not x] for x in left] and len({*left}) == 2 and "check.png" in said
+
+
+def test_sheet_that_cannot_be_written_or_drawn_is_a_problem(tmp_path, check):
+    split = write_coco(tmp_path, boxes=[box_record()])
+    status, said = check(tmp_path, "--sheet", tmp_path / "sheet.xyz")
+    assert status == 1 and "--sheet" in said.split("problems:")[1]
+    cut_off = split.images / "a.jpg"
+    cut_off.write_bytes(cut_off.read_bytes()[:-20])
+    status, said = check(tmp_path)
+    assert status == 1 and "a.jpg cannot be read" in said.split("problems:")[1]
