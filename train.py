@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
-from data.dataset import SeededDataset, batches_from, seed_of
+from data.dataset import SeededDataset, batches_from, seed_of, training_sides
 from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
@@ -50,7 +51,7 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
     split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
+    transform = train_transform(args.image_size, args.augment, args.multi_scale)
     records = from_main(lambda: read_split(split, args.bad_images == "stop"))
     dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)
     say(f"training on {split.annotations}: {describe(dataset)}")
@@ -80,7 +81,10 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
     if args.init:
         say(init_weights(detector, args.init, dataset.class_names))
     images = args.batch_size // (int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
-    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
+    longest = args.image_size[1]
+    sizes = dataset.resized_sizes((max(training_sides(args.image_size, args.augment, args.multi_scale)), longest))
+    if args.augment == "strong":  # crops are wide or tall, and a batch is padded for both
+        sizes = np.array([[longest, longest]])
     if warning := memory_warning(detector, images, sizes, args.optimizer, args.bf16):
         say(warning, flush=True)
     origin = f"from {args.init}" if args.init else "pretrained" if args.pretrained else "from scratch"
@@ -90,7 +94,8 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
 
 def compile_detector(detector: Detector, args: argparse.Namespace, say: Callable) -> tuple[int, ...]:
     """Compile the detector in place; return the few sides that images are padded to, px."""
-    sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
+    shortest = min(training_sides(args.image_size, args.augment, args.multi_scale))
+    sides = static_sides(shortest, args.image_size[1])
     torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
     torch.backends.cudnn.benchmark = True
     parts = detector.compile_training(args.compile)

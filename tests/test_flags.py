@@ -25,6 +25,11 @@ def test_coco_recipe_is_the_papers(parse):
     assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
     assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
     assert train.detector_config(args, 80) == DetectorConfig(80, frozen_norm=True)
+    assert [parse(f"--data {line}").augment for line in ("coco", "crowdhuman", "coco --overfit 4")] == [
+        "flip",
+        "flip",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,8 @@ REFUSED = {
     "--ema 1": "--ema: 1 is not a decay between 0 and 1",
     "--image-size 64 32": "--image-size takes the shorter and the longest side",
     "--multi-scale 64 300": "--multi-scale 300 is over the longest side",
-    "--overfit 4 --multi-scale 64": "--overfit trains without augmentation",
+    "--overfit 4 --multi-scale 64": "--overfit trains without augmentation, so not with --multi-scale",
+    "--overfit 4 --augment light": "--overfit trains without augmentation, so not with --augment light",
     "--compile reduce-overhead --accumulate 2": "--compile reduce-overhead overwrites the gradients",
     "--ota radius=2.5": "OTAConfig.radius is 2.5: 'closest'",
     "--ota alpha=x": "OTAConfig.alpha is 'x', it must be a number",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data import BOXES, find_form
+from data import AUGMENTATIONS, BOXES, find_form
 from errors import UserError
 from kernels import OTAConfig
 from kernels.grid import MAX_SIDE_PX
@@ -22,7 +22,7 @@ from model.assigners.hungarian import NO_SCIPY
 COCO = dict(  # the paper's (section 4.1), and so are CROWDHUMAN's; an image there has up to 400 people
     pretrained=True, backbone="resnet50", channels=256, head_convs=4, image_size=[800], steps=90_000, epochs=None,
     batch_size=16, optimizer="sgd", lr=0.01, weight_decay=1e-4, schedule="step", warmup=1000, eval_every=3,
-    max_detections=100, ota={},
+    max_detections=100, augment="flip", ota={},
 )  # fmt: skip
 CROWDHUMAN = COCO | dict(image_size=[800, 1400], steps=30_000, eval_every=5, max_detections=500, box="fbox")
 OWN = COCO | dict(
@@ -35,7 +35,7 @@ SHAPES = OWN | dict(
 )  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
-OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
+OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9, "augment": "none"}  # evaluated at the end only
 # Settings that may change when a run is continued; for data the annotation file is compared.
 FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
 
@@ -88,6 +88,8 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     add("--follow-links", action="store_true", help="read images that are links to other folders")
     add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in AUGMENTATIONS.items())
+    add("--augment", choices=AUGMENTATIONS, help=meanings)
     add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
     add("--workers", type=not_negative, help="loader processes per rank")
     add("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
@@ -142,6 +144,9 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:
         parser.error(f"--ota is for --assigner ota, not for {args.assigner}")
+    if args.overfit and (args.multi_scale or args.augment not in (None, "none")):
+        flag = "--multi-scale" if args.multi_scale else f"--augment {args.augment}"
+        parser.error(f"--overfit trains without augmentation, so not with {flag}")
     form = find_form(args.data)
     if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
@@ -164,8 +169,6 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {size}")
     if args.multi_scale and max(args.multi_scale) > size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {size}")
-    if args.multi_scale and args.overfit:
-        parser.error("--overfit trains without augmentation, so not with --multi-scale")
     if args.compile == "reduce-overhead" and args.accumulate > 1:
         parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
     return args
