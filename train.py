@@ -41,9 +41,10 @@ from model.losses import mean_positives
 from training.environment import environment, memory_warning
 from training.folder import LOWER_LR, WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
-from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, fit_to_machine, parse_args
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, explain, fit_to_machine, parse_args
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
+TIMED_STEPS = 10  # after which the time of the others is estimated
 
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
@@ -235,7 +236,8 @@ def main() -> None:
         raise UserError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
     rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
-    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")
+    say(explain(args, dataset, steps))
+    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}", flush=True)
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
@@ -287,9 +289,14 @@ def main() -> None:
         stopped_by = stop.agreed()  # waits for the other ranks, not for a GPU
         logging = done % args.log_every == 0 or done == steps
         saving = stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0
-        if logging or saving or device.type == "cpu":  # elsewhere reading waits for the device
+        timing = done == start + TIMED_STEPS < steps
+        if logging or saving or timing or device.type == "cpu":  # elsewhere reading waits for the device
             window += read_losses(pending, list(values), dataset.split.annotations)
             pending.clear()
+        if timing and is_main:
+            left = tqdm.format_interval((steps - done) * (time.perf_counter() - clock) / (done - logged))
+            tqdm.write(f"some {left} for the other {steps - done} steps, without evaluations")
+            sys.stdout.flush()
         if logging and is_main:
             seconds, lr = time.perf_counter() - clock, optimizer.param_groups[0]["lr"]
             line = {"step": done, "epoch": round(done / epoch_steps, 3), "lr": lr}
@@ -311,6 +318,8 @@ def main() -> None:
         with eagerly(args.compile):
             folder.finish(evaluated, val_dataset, metrics, time.time() - started)
         print_table(metrics)
+        scripts = (("eval.py", ""), ("predict.py", " photo.jpg"), ("export.py", ""))
+        print("next:", "; ".join(f"python {s} --weights {out / 'ota.safetensors'}{more}" for s, more in scripts))
     if world > 1:
         dist.destroy_process_group()
 

@@ -87,6 +87,11 @@ class CocoDataset(torch.utils.data.Dataset):
         self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
         self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Class c -> number of its boxes that are targets."""
+        return np.bincount(self._labels[self._labels != IGNORE], minlength=len(self.class_names)).tolist()
+
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
         sizes, which = np.unique(self._sizes, axis=0, return_inverse=True)

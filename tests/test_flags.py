@@ -1,6 +1,7 @@
 """Flags of train.py: recipes, what overrides them, the learning rate, and the message for each refusal."""
 
 import sys
+from unittest import mock
 
 import pytest
 
@@ -53,6 +54,19 @@ def test_settings_of_ota_override_the_recipe(parse):
     assert train.detector_config(args, 5).ota == OTAConfig(radius=3, top_q=7, rescale=False)
     args = parse("--ota center_prior=radius")  # the recipe's radius belongs to "closest"
     assert train.detector_config(args, 5).ota.radius == 2.5
+
+
+def test_a_run_says_its_classes_and_the_flags_that_replace_those_of_the_recipe(parse):
+    args = parse("--data coco --steps 30 --no-pretrained --seed 3")
+    dataset = mock.MagicMock(class_counts=[5, 0, 7, *range(10, 90)], class_names=[f"c{c}" for c in range(83)])
+    dataset.__len__.return_value = 160
+    said = train.explain(args, dataset, args.steps)
+    assert "83 classes" in said and ": c82 89, c81 88, " in said
+    assert said.splitlines()[0].endswith("c76 83, 73 more, the rarest three, c2 7, c0 5, c1 0")
+    assert said.endswith(
+        "3.0 epochs, shorter side 800 px, longest 1333 px, --augment flip, from the recipe for coco "
+        "in docs/training.md except for --steps --no-pretrained"
+    )
 
 
 REFUSED = {

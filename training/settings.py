@@ -6,12 +6,13 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import AUGMENTATIONS, BOXES, find_form
+from data import AUGMENTATIONS, BOXES, CocoDataset, find_form, printable
 from errors import UserError
 from kernels import OTAConfig
 from kernels.grid import MAX_SIDE_PX
@@ -34,6 +35,7 @@ SHAPES = OWN | dict(
     warmup=100, eval_every=7, ota={"radius": 3, "top_q": 10},
 )  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
+CLASSES_SHOWN = 10
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9, "augment": "none"}  # evaluated at the end only
 # Settings that may change when a run is continued; for data the annotation file is compared.
@@ -67,6 +69,12 @@ seed = number(int, lambda n: -(2**63) <= n < 2**63, "an integer of 64 bits")
 above_zero = number(float, lambda x: x > 0, "a finite number above 0")
 at_least_zero = number(float, lambda x: x >= 0, "a finite number of at least 0")
 decay = number(float, lambda x: 0 < x < 1, "a decay between 0 and 1, such as 0.9998")
+
+
+def recipe_for(data: str) -> tuple[str, dict]:
+    """Return the name, a column of docs/training.md, and the flags of the recipe for --data."""
+    name = find_form(data).recipe or data
+    return (name, RECIPES[name]) if name in RECIPES else ("other data", OWN)
 
 
 def ota_setting(text: str) -> tuple[str, object]:
@@ -150,7 +158,7 @@ def parse_args(description: str = "") -> argparse.Namespace:
     form = find_form(args.data)
     if args.box and not form.boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
-    recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
+    recipe = recipe_for(args.data)[1] | (OVERFIT if args.overfit else {})
     if args.epochs or args.steps:
         recipe["epochs"] = recipe["steps"] = None
     given, ota = dict(args.ota or ()), dict(recipe["ota"])
@@ -185,6 +193,23 @@ def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, 
     if args.batch_size % (world * args.accumulate) or args.batch_size > images:
         rule = f"divide by {world} ranks x {args.accumulate} passes (--accumulate) and not pass the {images} images"
         raise UserError(f"--batch-size {args.batch_size} must {rule}")
+
+
+def explain(args: argparse.Namespace, dataset: CocoDataset, steps: int) -> str:
+    """Return the lines that say what a run learns, for how long and in which sizes, and what decides that."""
+    ranked = sorted(zip(dataset.class_counts, dataset.class_names, strict=True), key=lambda row: -row[0])
+    boxes = [f"{printable(name)} {count}" for count, name in ranked]
+    if len(boxes) > CLASSES_SHOWN:
+        boxes = [*boxes[: CLASSES_SHOWN - 3], f"{len(boxes) - CLASSES_SHOWN} more, the rarest three", *boxes[-3:]]
+    name, recipe = recipe_for(args.data)
+    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    given = [flag for flag in flags if flag.removeprefix("--").removeprefix("no-").replace("-", "_") in recipe]
+    epochs, (shorter, longest) = steps * args.batch_size / len(dataset), args.image_size
+    return (
+        f"{len(ranked)} classes, from the annotation file, and their boxes: {', '.join(boxes)}\n"
+        f"{epochs:.1f} epochs, shorter side {shorter} px, longest {longest} px, --augment {args.augment}, "
+        f"from the recipe for {name} in docs/training.md{' except for ' * bool(given)}{' '.join(given)}"
+    )
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:
