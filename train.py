@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
-from data.dataset import SeededDataset, batches_from, seed_of
+from data.dataset import SeededDataset, batches_from, seed_of, training_sides
 from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
@@ -40,9 +41,10 @@ from model.losses import mean_positives
 from training.environment import environment, memory_warning
 from training.folder import LOWER_LR, WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
-from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, fit_to_machine, parse_args
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, explain, fit_to_machine, parse_args
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
+TIMED_STEPS = 10  # after which the time of the others is estimated
 
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
@@ -50,7 +52,7 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
     split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
+    transform = train_transform(args.image_size, args.augment, args.multi_scale)
     records = from_main(lambda: read_split(split, args.bad_images == "stop"))
     dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)
     say(f"training on {split.annotations}: {describe(dataset)}")
@@ -80,7 +82,10 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
     if args.init:
         say(init_weights(detector, args.init, dataset.class_names))
     images = args.batch_size // (int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
-    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
+    longest = args.image_size[1]
+    sizes = dataset.resized_sizes((max(training_sides(args.image_size, args.augment, args.multi_scale)), longest))
+    if args.augment == "strong":  # crops are wide or tall, and a batch is padded for both
+        sizes = np.array([[longest, longest]])
     if warning := memory_warning(detector, images, sizes, args.optimizer, args.bf16):
         say(warning, flush=True)
     origin = f"from {args.init}" if args.init else "pretrained" if args.pretrained else "from scratch"
@@ -90,7 +95,8 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
 
 def compile_detector(detector: Detector, args: argparse.Namespace, say: Callable) -> tuple[int, ...]:
     """Compile the detector in place; return the few sides that images are padded to, px."""
-    sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
+    shortest = min(training_sides(args.image_size, args.augment, args.multi_scale))
+    sides = static_sides(shortest, args.image_size[1])
     torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
     torch.backends.cudnn.benchmark = True
     parts = detector.compile_training(args.compile)
@@ -230,7 +236,8 @@ def main() -> None:
         raise UserError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
     rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
-    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")
+    say(explain(args, dataset, steps))
+    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}", flush=True)
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
@@ -282,9 +289,14 @@ def main() -> None:
         stopped_by = stop.agreed()  # waits for the other ranks, not for a GPU
         logging = done % args.log_every == 0 or done == steps
         saving = stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0
-        if logging or saving or device.type == "cpu":  # elsewhere reading waits for the device
+        timing = done == start + TIMED_STEPS < steps
+        if logging or saving or timing or device.type == "cpu":  # elsewhere reading waits for the device
             window += read_losses(pending, list(values), dataset.split.annotations)
             pending.clear()
+        if timing and is_main:
+            left = tqdm.format_interval((steps - done) * (time.perf_counter() - clock) / (done - logged))
+            tqdm.write(f"some {left} for the other {steps - done} steps, without evaluations")
+            sys.stdout.flush()
         if logging and is_main:
             seconds, lr = time.perf_counter() - clock, optimizer.param_groups[0]["lr"]
             line = {"step": done, "epoch": round(done / epoch_steps, 3), "lr": lr}
@@ -306,6 +318,8 @@ def main() -> None:
         with eagerly(args.compile):
             folder.finish(evaluated, val_dataset, metrics, time.time() - started)
         print_table(metrics)
+        scripts = (("eval.py", ""), ("predict.py", " photo.jpg"), ("export.py", ""))
+        print("next:", "; ".join(f"python {s} --weights {out / 'ota.safetensors'}{more}" for s, more in scripts))
     if world > 1:
         dist.destroy_process_group()
 

@@ -25,6 +25,15 @@ from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10  # more bad images than both are an error
+AUGMENTATIONS = {
+    "none": "resizing only",
+    "flip": "horizontal flip",
+    "light": "flip, photometric distortion and scale jitter",
+    "strong": "light's, zoom-out and IoU crop",
+}
+JITTERED = ("light", "strong")
+SCALE_JITTER = 0.8, 1.25  # of the shorter side
+ZOOM_OUT, MEAN_COLOUR = (1.0, 2.0), (124, 116, 104)  # sides of the canvas; ImageNet's mean, nearly 0 once normalised
 
 
 class CocoDataset(torch.utils.data.Dataset):
@@ -78,6 +87,11 @@ class CocoDataset(torch.utils.data.Dataset):
         self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
         self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Class c -> number of its boxes that are targets."""
+        return np.bincount(self._labels[self._labels != IGNORE], minlength=len(self.class_names)).tolist()
+
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
         sizes, which = np.unique(self._sizes, axis=0, return_inverse=True)
@@ -88,12 +102,12 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes = self.targets(image_size)[1]
         return float(((boxes[:, 2:] - boxes[:, :2]).min(1) < side_px).mean())
 
-    def targets(self, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return image index (num_boxes,), box (num_boxes, 4) in px of the resized image, and label of every target."""
+    def targets(self, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return image index (num_boxes,) and box (num_boxes, 4) in px of the resized image of all targets."""
         images = np.repeat(np.arange(len(self)), np.diff(self._offsets))
         scale = (self.resized_sizes(image_size) / self._sizes)[images][:, [1, 0, 1, 0]]
         kept = self._labels != IGNORE
-        return images[kept], (self._boxes * scale)[kept], self._labels[kept]
+        return images[kept], (self._boxes * scale)[kept]
 
     @cached_property
     def images(self) -> list[dict]:
@@ -189,14 +203,43 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     return images, targets
 
 
-def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize, clip, and drop boxes under 1 px a side. With `sides` (px), the shorter side
-    of every image becomes one of them at random."""
+def train_transform(
+    image_size: tuple[int, int], augment: str = "light", sides: Collection[int] | None = None
+) -> v2.Transform:
+    """Return a transform that resizes, clips, and drops boxes under 1 px a side; `augment` is one of AUGMENTATIONS.
+
+    The shorter side becomes one of `sides` (px) at random, by default of `training_sides`. A crop is made before
+    resizing; colours are distorted after it, so that a large photo takes no longer than a small one."""
+    sides = training_sides(image_size, augment, sides)
     resize = eval_transform(image_size)
-    if sides:
+    if sides != [image_size[0]]:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
-    clean = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0))
-    return v2.Compose([v2.RandomHorizontalFlip(flip), resize, *clean])
+    steps = [v2.RandomHorizontalFlip(0.0 if augment == "none" else 0.5), resize]
+    if augment in JITTERED:
+        steps.append(v2.RandomPhotometricDistort())
+    if augment == "strong":
+        steps = [v2.RandomZoomOut(MEAN_COLOUR, ZOOM_OUT), Crop(), *steps]
+    return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)])
+
+
+def training_sides(image_size: tuple[int, int], augment: str, sides: Collection[int] | None = None) -> list[int]:
+    """Return the shorter sides in px that training draws from: `sides`, or the image size's, or those around it."""
+    shorter, longest = image_size
+    low, high = SCALE_JITTER if augment in JITTERED else (1, 1)
+    return [*(sides or range(round(low * shorter), min(round(high * shorter), longest) + 1))]
+
+
+class Crop(v2.RandomIoUCrop):
+    """SSD's crop. An object stays if its centre, hence a quarter of its area or more, is inside; what is left of any
+    other one becomes a region to ignore, as it is neither a target nor background. Regions to ignore are clipped."""
+
+    def forward(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+        if not (params := self.make_params([image, target["boxes"]])):
+            return image, target
+        labels = target["labels"].where(params["is_within_crop_area"], IGNORE)
+        params["is_within_crop_area"] = torch.ones_like(labels, dtype=torch.bool)  # torchvision's crop empties others
+        boxes = self.transform(target["boxes"], params)
+        return self.transform(image, params), target | {"boxes": boxes, "labels": labels}
 
 
 def eval_transform(image_size: tuple[int, int]) -> v2.Transform:

@@ -60,7 +60,7 @@ def print_tables(halves: list[CocoDataset], image_size: tuple[int, int], config:
 
 def counts_of(dataset: CocoDataset, image_size: tuple[int, int], config: OTAConfig) -> dict[str, dict[str, int]]:
     """Return title of a table -> name of a row -> count."""
-    images, boxes, labels = dataset.targets(image_size)
+    images, boxes = dataset.targets(image_size)
     totals = {
         "images": len(dataset),
         "images without boxes": len(dataset) - len(np.unique(images)),
@@ -68,13 +68,12 @@ def counts_of(dataset: CocoDataset, image_size: tuple[int, int], config: OTAConf
         "dropped boxes": dataset.dropped_boxes,
         "regions to ignore": dataset.crowd_boxes,
     }
-    classes = np.bincount(labels, minlength=len(dataset.class_names)).tolist()
     sides = np.histogram((boxes[:, 2:] - boxes[:, :2]).min(1) / STRIDE_PX, SIDES)[0].tolist()
     ranges = ["under 1", *(f"{low} to {high}" for low, high in pairwise(SIDES[1:-1])), f"{SIDES[-2]} and more"]
     points = np.bincount(most_points(boxes, max(image_size), config).clip(max=2), minlength=3).tolist()
     return {
         "": totals,
-        CLASSES: dict(zip(map(printable, dataset.class_names), classes, strict=True)),
+        CLASSES: dict(zip(map(printable, dataset.class_names), dataset.class_counts, strict=True)),
         f"shorter side in strides of {STRIDE_PX} px": dict(zip(ranges, sides, strict=True)),
         "points that a box gets at most": dict(zip(("none inside: the closest", "one", "more"), points, strict=True)),
     }

@@ -142,11 +142,11 @@ def test_written_set_is_read_alike_and_has_nothing_to_repair(tmp_path, check, fo
 def test_sheet_shows_what_the_training_sees(tmp_path, check):
     """One image with a box on its left in 24 epochs, flipped in those in which a training with this seed flips it."""
     split = write_coco(tmp_path, boxes=[box_record()])
-    said = check(tmp_path, "--seed", 5, "--image-size", 480, "--sheet", tmp_path / "check.png")[1]
+    said = check(tmp_path, "--seed", 5, "--augment", "flip", "--image-size", 480, "--sheet", tmp_path / "check.png")[1]
     sheet = np.asarray(Image.open(tmp_path / "check.png"))
     cells = [(2 + 362 * row, 2 + 482 * column) for row in range(6) for column in range(4)]
     drawn = [[sheet[y + 150, x + side].tolist() == [255, 38, 38] for side in (61, 301)] for y, x in cells]
-    samples = SeededDataset(CocoDataset(split, train_transform((480, 800))), seed=5)
+    samples = SeededDataset(CocoDataset(split, train_transform((480, 800), "flip")), seed=5)
     left = [bool(samples[epoch, 0][1]["boxes"][0, 0] < 240) for epoch in range(24)]
     assert drawn == [[x, not x] for x in left] and len({*left}) == 2 and "check.png" in said
 

@@ -53,6 +53,10 @@ def trained(call, two_images, tmp_path_factory) -> Path:
         *("--lr", 0.032, "--warmup", 20, "--ota", "radius=3", "top_q=10", "--eval-every", 1000, "--out", out),
     )
     assert "100 steps of 2 images on 1 x cpu in float32; learning rate 0.004 = 0.032 x 2 / 16" in said
+    assert "5 classes, from the annotation file, and their boxes: " in said
+    assert "100.0 epochs, shorter side 96 px, longest 160 px, --augment flip, from the recipe for other data" in said
+    assert " for the other 90 steps, without evaluations" in said
+    assert said.splitlines()[-1].count(f"--weights {out / 'ota.safetensors'}") == 3
     assert f"AP {metrics_of(out)['AP']:.3f}  AP50" in said and "warning" not in said
     return out
 
@@ -63,7 +67,16 @@ def test_two_images_are_learned_by_heart(trained):
     assert (first["step"], last["step"], evaluation["split"]) == (50, 100, "train")
     assert last["loss"] < 0.5 * first["loss"] == pytest.approx(0.5 * sum(first[name] for name in ("cls", "box", "iou")))
     line = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
-    assert {"lr", "images_per_s", "data_wait", "positives_per_gt", "mean_k", "ambiguous", "residual"} <= set(line)
+    assert {
+        "lr",
+        "images_per_s",
+        "data_wait",
+        "positives_per_gt",
+        "mean_k",
+        "one_point",
+        "ambiguous",
+        "residual",
+    } <= set(line)
 
 
 def test_folder_of_a_run_holds_what_is_promised(trained, two_images):
@@ -191,7 +204,7 @@ def test_system_without_triton_locks_and_posix_signals_and_an_ascii_terminal(cha
 
     ascii_only = {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     said = run("-c", LESS_THAN_LINUX, "--data", changed(rename), *SHORT, "--out", tmp_path / "out", **ascii_only)
-    assert said.count("two\\nlines") == 1 and "\\u81ea" in said and "\x1b[31m" not in said
+    assert said.count("two\\nlines") == 2 and "\\u81ea" in said and "\x1b[31m" not in said
     assert set(metrics_of(tmp_path / "out")["per_class"]) == set(NAMES)
 
 
