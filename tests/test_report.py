@@ -13,6 +13,7 @@ import data.__main__ as command
 from data import CocoDataset, train_transform
 from data.dataset import SeededDataset
 from data.report import most_points
+from data.shapes import CLASSES
 from kernels import OTAConfig, PointGrid, ota_assign
 from kernels.assign_reference import center_prior
 from tests.support.sets import box_record, dataset_of, image_record, write_coco, write_scenes
@@ -38,9 +39,9 @@ def rows_of(said: str) -> dict[str, list[str]]:
 
 
 def test_counts_sizes_and_points(tmp_path, check):
-    """Images twice as large at 160 px. Of the first three boxes, 6 px, 3 px and 6 px wide then, the second lies between
-    the points, and the third has one."""
-    boxes = [(1, 1, 3, 30), (2.25, 2.25, 1.5, 1.5), (4.5, 4.5, 3, 3), (10, 10, 40, 5), (0, 0, 80, 80), (20, 20, 0, 5)]
+    """Images twice as large at 160 px. Then the first box has two points, which count as one with the recipe's per_q=3;
+    the second lies between the points, the third has one."""
+    boxes = [(1, 1, 3, 7), (2.25, 2.25, 1.5, 1.5), (4.5, 4.5, 3, 3), (10, 10, 40, 5), (0, 0, 80, 80), (20, 20, 0, 5)]
     records = [box_record(i, box) for i, box in enumerate(boxes, 1)] + [box_record(9, (5, 5, 20, 20), iscrowd=1)]
     categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
     write_coco(tmp_path, [image_record(i, f"{i}.png", 80 + i, 80) for i in (1, 2)], records, categories)
@@ -50,9 +51,11 @@ def test_counts_sizes_and_points(tmp_path, check):
     assert status == 0 and [rows[name] for name in totals] == [["2"], ["1"], ["5"], ["1"], ["1"]]
     assert rows["cat"] == ["5", "100.0%"] and rows["dog"] == ["0", "0.0%"]
     assert [rows[name][0] for name in ("under 1", "1 to 2", "2 to 4", "16 to 32")] == ["3", "1", "0", "1"]
-    points = [rows[name] for name in ("none inside: the closest", "one", "more")]
-    assert points == [["1", "20.0%"], ["1", "20.0%"], ["3", "60.0%"]]
+    points = ("none inside: the closest", "one", "more")
+    assert [rows[name] for name in points] == [["1", "20.0%"], ["2", "40.0%"], ["2", "40.0%"]]
     assert "val: none" in said and "no problems" in said
+    rows = rows_of(check(tmp_path, "--image-size", 160, 200, "--ota", "per_q=1")[1])
+    assert [rows[name][0] for name in points] == ["1", "1", "3"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"per_q": 3}, {"center_prior": "radius", "top_q": 4}], ids=str)
@@ -97,7 +100,8 @@ def test_class_in_one_half_only_is_marked(changed, check):
 
     status, said = check(changed(leave_out))
     lonely = [line.split()[0] for line in said.splitlines() if line.endswith("in one half only")]
-    assert status == 0 and "triangle" in lonely and rows_of(said)["triangle"][2:4] == ["0", "0.0%"]
+    assert status == 0 and "triangle" in lonely and {*lonely} <= {*CLASSES}
+    assert rows_of(said)["triangle"][2] == "0"
 
 
 def test_both_halves_are_read_though_one_cannot_be(changed, check):
@@ -110,6 +114,15 @@ def test_both_halves_are_read_though_one_cannot_be(changed, check):
     status, said = check(root, "--write", root / "out")
     assert status == 1 and said.count("category_id 77") == 2 and not (root / "out").exists()
     assert "--write" in said and "not written" in said
+
+
+def test_half_without_boxes_or_images_to_learn_from_is_a_problem(changed, check):
+    root = changed(lambda content: content["annotations"].clear())
+    status, said = check(root)
+    assert status == 1 and all(f"instances_{half}.json has no boxes" in said for half in ("train", "val"))
+    (root / "annotations" / "instances_train.json").unlink()
+    status, said = check(root)
+    assert status == 1 and "no training half" in said and rows_of(said)["images"] == ["2"]
 
 
 def test_other_classes_of_a_half_are_a_problem(changed, check):
@@ -139,16 +152,22 @@ def test_written_set_is_read_alike_and_has_nothing_to_repair(tmp_path, check, fo
     assert (out / "annotations" / "instances_train.json").read_bytes() == content
 
 
-def test_sheet_shows_what_the_training_sees(tmp_path, check):
-    """One image with a box on its left in 24 epochs, flipped in those in which a training with this seed flips it."""
-    split = write_coco(tmp_path, boxes=[box_record()])
-    said = check(tmp_path, "--seed", 5, "--augment", "flip", "--image-size", 480, "--sheet", tmp_path / "check.png")[1]
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_sheet_shows_what_the_training_sees(tmp_path, check, augment):
+    """One image in 24 epochs, flipped in those in which a training with this seed flips it: a box on its left in red,
+    and a region to ignore in white."""
+    split = write_coco(tmp_path, boxes=[box_record(), box_record(2, (25, 20, 10, 8), iscrowd=1)])
+    flags = ("--seed", 5, "--augment", augment, "--image-size", 480, "--sheet", tmp_path / "check.png")
+    assert "check.png" in check(tmp_path, *flags)[1]
     sheet = np.asarray(Image.open(tmp_path / "check.png"))
     cells = [(2 + 362 * row, 2 + 482 * column) for row in range(6) for column in range(4)]
-    drawn = [[sheet[y + 150, x + side].tolist() == [255, 38, 38] for side in (61, 301)] for y, x in cells]
-    samples = SeededDataset(CocoDataset(split, train_transform((480, 800), "flip")), seed=5)
+    left_and_right = [(sheet[:, x + 61], sheet[:, x + 301], y) for y, x in cells]
+    red = [[side[y + 150].tolist() == [255, 38, 38] for side in sides] for *sides, y in left_and_right]
+    white = [[side[y + 300].tolist() == [255, 255, 255] for side in sides] for *sides, y in left_and_right]
+    samples = SeededDataset(CocoDataset(split, train_transform((480, 800), augment)), seed=5)
     left = [bool(samples[epoch, 0][1]["boxes"][0, 0] < 240) for epoch in range(24)]
-    assert drawn == [[x, not x] for x in left] and len({*left}) == 2 and "check.png" in said
+    assert red == [[x, not x] for x in left] == [pair[::-1] for pair in white]
+    assert len({*left}) == (1 if augment == "none" else 2)
 
 
 def test_sheet_that_cannot_be_written_or_drawn_is_a_problem(tmp_path, check):
