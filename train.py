@@ -49,7 +49,7 @@ TIMED_STEPS = 10  # after which the time of the others is estimated
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
     """Return the training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
-    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
+    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links, args.strict))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, args.augment, args.multi_scale)

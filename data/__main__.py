@@ -63,7 +63,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.write and args.write.exists():
         parser.error(f"--write {args.write} exists; name another folder")
     transform = train_transform(args.image_size, args.augment, args.multi_scale)
-    splits = find_splits(args.data, args.box, args.follow_links)
+    splits = find_splits(args.data, args.box, args.follow_links, args.strict)
     halves, problems = open_halves(splits, transform)
     sound = not problems
     for dataset in halves:

@@ -130,8 +130,6 @@ def write_coco(halves: list[CocoDataset], root: Path) -> None:
     """Write the halves as read to a new folder in COCO layout, whose image folders are links to the halves' own."""
     (root / "annotations").mkdir(parents=True)
     for dataset in halves:
-        name, content = dataset.split.name, dataset.annotations
-        for record in content["annotations"]:
-            record["area"] = record["area"] if record["area"] > 0 else record["bbox"][2] * record["bbox"][3]
+        name = dataset.split.name
         (root / name).symlink_to(dataset.split.images.absolute(), target_is_directory=True)
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content, allow_nan=False))
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(dataset.annotations))

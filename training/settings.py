@@ -39,7 +39,9 @@ CLASSES_SHOWN = 10
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9, "augment": "none"}  # evaluated at the end only
 # Settings that may change when a run is continued; for data the annotation file is compared.
-FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
+FREE_FLAGS = (
+    "data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links", "strict",
+)  # fmt: skip
 
 OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
 GONE = {  # flags of before -> the remedy
@@ -91,6 +93,7 @@ def ota_setting(text: str) -> tuple[str, object]:
 def add_data_flags(add: Callable) -> None:
     """Add the flags for how a data set is read and how the training sees it."""
     add("--follow-links", action="store_true", help="read images that are links to other folders")
+    add("--strict", action="store_true", help="stop for flaws that would be repaired, too")
     add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in AUGMENTATIONS.items())
