@@ -12,11 +12,13 @@ from PIL import Image
 import data.__main__ as command
 from data import CocoDataset, train_transform
 from data.dataset import SeededDataset
+from data.repairs import GROUPING
 from data.report import most_points
 from data.shapes import CLASSES
 from kernels import OTAConfig, PointGrid, ota_assign
 from kernels.assign_reference import center_prior
 from tests.support.sets import box_record, dataset_of, image_record, write_coco, write_scenes
+from tests.test_repairs import REPAIRED
 
 
 @pytest.fixture
@@ -168,6 +170,19 @@ def test_sheet_shows_what_the_training_sees(tmp_path, check, augment):
     left = [bool(samples[epoch, 0][1]["boxes"][0, 0] < 240) for epoch in range(24)]
     assert red == [[x, not x] for x in left] == [pair[::-1] for pair in white]
     assert len({*left}) == (1 if augment == "none" else 2)
+
+
+def test_repairs_are_listed_and_the_written_set_needs_none(tmp_path, check):
+    categories = [{"id": 0, "name": "pets"}, {"id": 3, "name": "cat", "supercategory": "pets"}]
+    records = [box_record(10 + i, area=60) | fields for i, (fields, *_) in enumerate(REPAIRED.values())]
+    write_coco(tmp_path / "set", boxes=records, categories=categories)
+    status, said = check(tmp_path / "set", "--write", tmp_path / "out")
+    assert status == 0 and all(kind in said for kind in (GROUPING, *(kind for _, kind, _ in REPAIRED.values())))
+    status, said = check(tmp_path / "out", "--strict")
+    assert status == 0 and "nothing to repair" in said
+    assert dataset_of(tmp_path / "out").annotations == dataset_of(tmp_path / "set").annotations
+    status, said = check(tmp_path / "set", "--strict")
+    assert status == 1 and GROUPING in said
 
 
 def test_sheet_that_cannot_be_written_or_drawn_is_a_problem(tmp_path, check):
