@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from data import CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, resized_size, train_transform
-from data.dataset import IGNORE, Crop, SeededDataset, batches_from
+from data.dataset import IGNORE, Crop, SeededDataset, batches_from, training_sides
 from data.layouts import COCO
 from eval import coco_metrics
 from tests.support.sets import box_record, dataset_of, image_record, refusal, write_coco
@@ -165,24 +165,41 @@ def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path):
 
 @pytest.mark.parametrize(
     ("augment", "sides"),
-    {"none": {60}, "flip": {60}, "light": set(range(48, 76)), "strong": set(range(48, 76))}.items(),
+    {"none": {60}, "flip": {60}, "light": {*range(48, 71)}, "strong": {*range(48, 71)}}.items(),
 )
 def test_augmented_samples_keep_the_longest_side_and_follow_seed_epoch_and_image(shapes, augment, sides):
     dataset = dataset_of(shapes)
-    dataset.transform = train_transform((60, 75), augment)
+    dataset.transform = train_transform((60, 70), augment)
     keys = [(epoch, i) for epoch in range(4) for i in range(21)]
     loader = partial(DataLoader, SeededDataset(dataset, 0), batch_size=None, sampler=keys)
     samples = list(loader())
     torch.manual_seed(99)
     for (image, target), (again, same) in zip(samples, loader(num_workers=2), strict=True):
         boxes = torch.cat([target["boxes"], target["ignore"]])
-        assert image.dtype == torch.uint8 and max(image.shape) <= 75
+        assert image.dtype == torch.uint8 and max(image.shape) <= 70
         assert (boxes[:, 2:] - boxes[:, :2] >= 1).all() and (boxes >= 0).all()
         assert (boxes[:, 2:] <= torch.tensor(image.shape[:0:-1])).all()
         assert torch.equal(image, again) and all(torch.equal(target[k], same[k]) for k in ("boxes", "labels", "ignore"))
     drawn = {min(image.shape[1:]) for image, _ in samples}
+    assert set(training_sides((60, 70), augment)) == sides
     assert drawn == sides if len(sides) == 1 else len(drawn & sides) > 10
     assert (augment == "strong") == any(len(target["ignore"]) for _, target in samples)
+
+
+@pytest.mark.parametrize(
+    ("augment", "recoloured", "zoomed_out"), [("flip", False, False), ("light", True, False), ("strong", True, True)]
+)
+def test_light_distorts_colours_and_strong_zooms_out(augment, recoloured, zoomed_out):
+    """Of an image of one colour; a canvas around it has another."""
+    image = tv_tensors.Image(torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None].expand(3, 30, 40))
+    boxes = tv_tensors.BoundingBoxes([[5.0, 5, 20, 20]], format="XYXY", canvas_size=(30, 40))
+    corners = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        picture, _ = train_transform((30, 50), augment)(image, {"boxes": boxes, "labels": torch.tensor([0])})
+        corners.append(picture[:, (0, 0, -1, -1), (0, -1, 0, -1)])
+    assert any((corner != image[:, 0, :4]).any() for corner in corners) == recoloured
+    assert any((corner != corner[:, :1]).any() for corner in corners) == zoomed_out
 
 
 def test_crop_keeps_objects_by_their_centre_and_ignores_what_it_leaves_of_others():

@@ -4,6 +4,7 @@ import sys
 from unittest import mock
 
 import pytest
+import torch
 
 import train
 from kernels import OTAConfig
@@ -54,6 +55,14 @@ def test_settings_of_ota_override_the_recipe(parse):
     assert train.detector_config(args, 5).ota == OTAConfig(radius=3, top_q=7, rescale=False)
     args = parse("--ota center_prior=radius")  # the recipe's radius belongs to "closest"
     assert train.detector_config(args, 5).ota.radius == 2.5
+
+
+def test_images_are_padded_to_sides_from_the_smallest_that_is_drawn(parse, monkeypatch):
+    for module, name in ((torch._dynamo.config, "recompile_limit"), (torch.backends.cudnn, "benchmark")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    flags = ("", "--augment light", "--augment light --multi-scale 32 60")
+    sides = [train.compile_detector(mock.Mock(), parse(f"--image-size 100 160 {more}"), print) for more in flags]
+    assert [(found[0], found[-1]) for found in sides] == [(128, 160), (96, 160), (32, 160)]
 
 
 def test_a_run_says_its_classes_and_the_flags_that_replace_those_of_the_recipe(parse):

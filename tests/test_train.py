@@ -153,14 +153,20 @@ def test_set_without_boxes_is_refused(call, changed, tmp_path):
 
 
 def test_small_boxes_and_too_little_memory_are_warned_of(call, changed, tmp_path, monkeypatch):
+    """The size in the warning, and what is learned, follow --augment."""
+
     def shrink(content: dict) -> None:
         for record in content["annotations"]:
             record["bbox"] = [5, 5, 1.5, 30] if record["id"] % 2 else [5, 5, 30, 30]
 
     monkeypatch.setattr(environment, "available_bytes", lambda *_: 2**20)
-    said = call(train, "--data", changed(shrink), *SHORT, "--out", tmp_path / "out")
-    assert "% of the boxes are under 2 px wide or high at --image-size 64 107" in said
-    assert "warning: a step of 2 images of up to 64 x 64 px" in said and "--image-size" in said
+    root, losses = changed(shrink), set()
+    for augment, size in {"none": "64 x 64", "flip": "64 x 64", "light": "80 x 80", "strong": "107 x 107"}.items():
+        said = call(train, "--data", root, *SHORT, "--augment", augment, "--out", tmp_path / augment)
+        assert "% of the boxes are under 2 px wide or high at --image-size 64 107" in said
+        assert f"warning: a step of 2 images of up to {size} px" in said and "--image-size" in said
+        losses.add(log_of(tmp_path / augment)[0]["loss"])
+    assert len(losses) == 4
 
 
 # To try things out
