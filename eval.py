@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable, read_split
 from data.checks import repair_lines
+from data.layouts import data_name
 from errors import UserError, run_script
 from model import Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -171,7 +172,7 @@ def main() -> None:
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict)
     metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
-        names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]
+        names = [name for name in (args.data and data_name(args.data), args.box) if name]
         folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
         out = args.out or folder / "-".join([name, *names])
         out.mkdir(parents=True, exist_ok=True)

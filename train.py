@@ -3,7 +3,7 @@
     python train.py                                        generated shapes, minutes on a CPU
     torchrun --nproc_per_node 8 train.py --data coco       the COCO recipe of the paper
     torchrun --nproc_per_node 8 train.py --data crowdhuman people in crowds, as in the paper
-    python train.py --data DIR --epochs 25 ...             a data set of your own: COCO layout, CrowdHuman's, Pascal VOC
+    python train.py --data DIR --epochs 25 ...             a data set of your own: COCO layout, YOLO, Pascal VOC, ...
 
 Writes ota.safetensors, best.safetensors, log.jsonl, args.json, metrics.json, curves.png and samples.png into --out,
 and checkpoints: the same command with the same --out continues a run that was ended, exactly.
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
 from data.dataset import SeededDataset, batches_from, seed_of, training_sides
+from data.layouts import data_name
 from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
@@ -160,7 +161,7 @@ def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], 
 
 def describe_run(args: argparse.Namespace, dataset: CocoDataset, device: torch.device) -> tuple[Path, dict, dict]:
     """Return the run's folder, its settings, and those of them that decide its result."""
-    out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = args.out or Path("runs") / f"{data_name(args.data)}-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
     identity |= {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in FREE_FLAGS}

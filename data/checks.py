@@ -1,5 +1,6 @@
 """Checks of an annotation file before anything is trained on it. A box is x, y, width, height in px, as COCO has it."""
 
+import hashlib
 import math
 import os
 from collections import Counter, defaultdict
@@ -31,7 +32,18 @@ MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, 
 LEAVING = "file names that leave the image folder"
 
 Problems = dict[str, list[str]]  # kind -> one line for each culprit
-ReadBytes = Callable[[Path], bytes]  # reads a file, whose content becomes part of the split's digest
+
+
+class ReadBytes:
+    """Reads files, whose contents become part of the split's digest."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def __call__(self, path: Path) -> bytes:
+        content = path.read_bytes()
+        self.digest.update(content)
+        return content
 
 
 class Form(NamedTuple):
@@ -42,6 +54,7 @@ class Form(NamedTuple):
     recipe: str | None = None  # its name in train.py
     boxes: tuple[str, ...] = ()  # the kinds to choose from, the default first
     metrics: Callable[[dict, list[dict]], dict[str, float]] | None = None  # of annotations and results, beside COCO's
+    image_folder: Callable[[Path, str], Path | None] | None = None  # of annotation file and split, if the file names it
 
 
 @dataclass(frozen=True)
