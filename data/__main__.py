@@ -41,7 +41,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_data_flags(add)
     add_ota_flag(add)
     add("--seed", type=seed, default=0, help="of the samples that are drawn, as in train.py")
-    add("--sheet", type=Path, default="check.png", metavar="FILE", help=f"picture of {SAMPLES} samples; %(default)s")
+    add("--sheet", type=Path, default="check.png", metavar="FILE", help=f"of {SAMPLES} samples; default: %(default)s")
     add("--write", type=Path, metavar="DIR", help="write the set as read, in COCO layout; must not exist")
     return parser
 

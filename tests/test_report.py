@@ -17,7 +17,7 @@ from data.report import most_points
 from data.shapes import CLASSES
 from kernels import OTAConfig, PointGrid, ota_assign
 from kernels.assign_reference import center_prior
-from tests.support.sets import box_record, dataset_of, image_record, write_coco, write_scenes
+from tests.support.sets import box_record, dataset_of, image_record, write_coco, write_scenes, write_yolo
 from tests.test_repairs import REPAIRED
 
 
@@ -136,11 +136,27 @@ def test_other_classes_of_a_half_are_a_problem(changed, check):
     assert status == 1 and "the classes do not fit" in said and rows_of(said)["disc"][0] == "0"
 
 
-@pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
+def test_class_that_groups_others_is_kept_in_validation_where_training_uses_it(changed, check):
+    def group(content: dict) -> None:
+        for category in content["categories"]:
+            category["supercategory"] = "shape"
+        content["categories"].append({"id": 9, "name": "shape"})
+        if len(content["images"]) == 4:
+            content["annotations"][0]["category_id"] = 9
+
+    status, said = check(changed(group))
+    assert status == 0 and rows_of(said)["shape"][2:] == ["0", "0.0%", "in one half only"]
+
+
+@pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc", "yolo"])
 def test_written_set_is_read_alike_and_has_nothing_to_repair(tmp_path, check, form):
     """A box that sticks out, one without area, one to be ignored, and an image without boxes."""
     boxes = [([-0.5, 6, 10, 12], False), ([5, 5, 30, 9], True), ([20, 2, 8, 8], False), ([30, 3, 0, 5], False)]
-    write_scenes(tmp_path / "set", form, {"a": boxes, "b": []}, size=(41, 30))
+    if form == "yolo":
+        rows = {"train/images/a.jpg": "0 0.1 0.4 0.2 0.3\n", "train/images/b.jpg": None}
+        write_yolo(tmp_path / "set", rows, train="../train/images", names=["person"])
+    else:
+        write_scenes(tmp_path / "set", form, {"a": boxes, "b": []}, size=(41, 30))
     out = tmp_path / "out"
     assert "wrote" in check(tmp_path / "set", "--write", out)[1]
     before, after = dataset_of(tmp_path / "set"), dataset_of(out)
