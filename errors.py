@@ -17,4 +17,4 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         module = sys.modules["__main__"].__spec__  # of python -m, else None
-        sys.exit(f"{module.name if module else Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{module.name.removesuffix('.__main__') if module else Path(sys.argv[0]).name}: {error}")

@@ -3,7 +3,7 @@
     python train.py                                        generated shapes, minutes on a CPU
     torchrun --nproc_per_node 8 train.py --data coco       the COCO recipe of the paper
     torchrun --nproc_per_node 8 train.py --data crowdhuman people in crowds, as in the paper
-    python train.py --data DIR --epochs 25 ...             a data set of your own: COCO layout, CrowdHuman's, Pascal VOC
+    python train.py --data DIR --epochs 25 ...             a data set of your own: COCO layout, YOLO, Pascal VOC, ...
 
 Writes ota.safetensors, best.safetensors, log.jsonl, args.json, metrics.json, curves.png and samples.png into --out,
 and checkpoints: the same command with the same --out continues a run that was ended, exactly.
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
-from data.dataset import SeededDataset, batches_from, seed_of
+from data.dataset import SeededDataset, batches_from, seed_of, training_sides
+from data.layouts import data_name
 from errors import UserError, run_script
 from eval import describe, evaluate, evaluation_dataset, print_table
 from model import Detector, init_weights
@@ -40,17 +42,18 @@ from model.losses import mean_positives
 from training.environment import environment, memory_warning
 from training.folder import LOWER_LR, WARMUP_STEPS, RunFolder, resume, start_trace
 from training.process import StopRequest, from_main, ignore_interrupts, setup_distributed
-from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, fit_to_machine, parse_args
+from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, explain, fit_to_machine, parse_args
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
+TIMED_STEPS = 10  # after which the time of the others is estimated
 
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
     """Return the training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
-    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
+    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links, args.strict))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
-    transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)
+    transform = train_transform(args.image_size, args.augment, args.multi_scale)
     records = from_main(lambda: read_split(split, args.bad_images == "stop"))
     dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)
     say(f"training on {split.annotations}: {describe(dataset)}")
@@ -80,7 +83,10 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
     if args.init:
         say(init_weights(detector, args.init, dataset.class_names))
     images = args.batch_size // (int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
-    sizes = dataset.resized_sizes((max(args.multi_scale or args.image_size[:1]), args.image_size[1]))
+    longest = args.image_size[1]
+    sizes = dataset.resized_sizes((max(training_sides(args.image_size, args.augment, args.multi_scale)), longest))
+    if args.augment == "strong":  # crops are wide or tall, and a batch is padded for both
+        sizes = np.array([[longest, longest]])
     if warning := memory_warning(detector, images, sizes, args.optimizer, args.bf16):
         say(warning, flush=True)
     origin = f"from {args.init}" if args.init else "pretrained" if args.pretrained else "from scratch"
@@ -90,7 +96,8 @@ def create_detector(args: argparse.Namespace, dataset: CocoDataset, device: torc
 
 def compile_detector(detector: Detector, args: argparse.Namespace, say: Callable) -> tuple[int, ...]:
     """Compile the detector in place; return the few sides that images are padded to, px."""
-    sides = static_sides(min(args.multi_scale or args.image_size), args.image_size[1])
+    shortest = min(training_sides(args.image_size, args.augment, args.multi_scale))
+    sides = static_sides(shortest, args.image_size[1])
     torch._dynamo.config.recompile_limit = max(8, len(sides) ** 2)
     torch.backends.cudnn.benchmark = True
     parts = detector.compile_training(args.compile)
@@ -154,7 +161,7 @@ def read_losses(pending: list[tuple[int, list[int], Tensor]], names: list[str], 
 
 def describe_run(args: argparse.Namespace, dataset: CocoDataset, device: torch.device) -> tuple[Path, dict, dict]:
     """Return the run's folder, its settings, and those of them that decide its result."""
-    out = args.out or Path("runs") / f"{Path(args.data).resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = args.out or Path("runs") / f"{data_name(args.data)}-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     identity = {"annotation file (SHA-256)": dataset.digest[:16], "images": len(dataset)}
     identity |= {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in FREE_FLAGS}
@@ -230,7 +237,8 @@ def main() -> None:
         raise UserError(f"--profile {args.profile} takes {end - start} steps, the run has {steps - start}")
     rate = f"{args.lr * args.batch_size / LR_BATCH:g} = {args.lr:g} x {args.batch_size} / {LR_BATCH}"
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
-    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}")
+    say(explain(args, dataset, steps))
+    say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}", flush=True)
     metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
@@ -282,9 +290,14 @@ def main() -> None:
         stopped_by = stop.agreed()  # waits for the other ranks, not for a GPU
         logging = done % args.log_every == 0 or done == steps
         saving = stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0
-        if logging or saving or device.type == "cpu":  # elsewhere reading waits for the device
+        timing = done == start + TIMED_STEPS < steps
+        if logging or saving or timing or device.type == "cpu":  # elsewhere reading waits for the device
             window += read_losses(pending, list(values), dataset.split.annotations)
             pending.clear()
+        if timing and is_main:
+            left = tqdm.format_interval((steps - done) * (time.perf_counter() - clock) / (done - logged))
+            tqdm.write(f"some {left} for the other {steps - done} steps, without evaluations")
+            sys.stdout.flush()
         if logging and is_main:
             seconds, lr = time.perf_counter() - clock, optimizer.param_groups[0]["lr"]
             line = {"step": done, "epoch": round(done / epoch_steps, 3), "lr": lr}
@@ -306,6 +319,8 @@ def main() -> None:
         with eagerly(args.compile):
             folder.finish(evaluated, val_dataset, metrics, time.time() - started)
         print_table(metrics)
+        scripts = (("eval.py", ""), ("predict.py", " photo.jpg"), ("export.py", ""))
+        print("next:", "; ".join(f"python {s} --weights {out / 'ota.safetensors'}{more}" for s, more in scripts))
     if world > 1:
         dist.destroy_process_group()
 

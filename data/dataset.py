@@ -21,10 +21,20 @@ from torchvision.transforms import v2
 from data.checks import Records, Split
 from data.files import DatasetError, path_inside, printable
 from data.forms import read_split
+from data.repairs import clipped_corners, grouping_category
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
 MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10  # more bad images than both are an error
+AUGMENTATIONS = {
+    "none": "resizing only",
+    "flip": "horizontal flip",
+    "light": "flip, photometric distortion and scale jitter",
+    "strong": "light's, zoom-out and IoU crop",
+}
+JITTERED = ("light", "strong")
+SCALE_JITTER = 0.8, 1.25  # of the shorter side
+ZOOM_OUT, MEAN_COLOUR = (1.0, 2.0), (124, 116, 104)  # sides of the canvas; ImageNet's mean, nearly 0 once normalised
 
 
 class CocoDataset(torch.utils.data.Dataset):
@@ -37,6 +47,7 @@ class CocoDataset(torch.utils.data.Dataset):
     num_boxes      boxes that are targets
     crowd_boxes    iscrowd boxes: regions to ignore, not targets
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
+    repairs        kind of repair of the annotation file -> one line for each culprit
     """
 
     def __init__(
@@ -50,7 +61,9 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         self.split, self.transform = split, transform
         records = read_split(split, bad_images == "stop") if records is None else records
-        self.grouping, self.digest = _grouping(records, known_ids), records.digest
+        used_ids = {*np.unique(records.category_ids).tolist(), *known_ids}
+        self.grouping = grouping_category(records.categories, used_ids)
+        self.digest, self.repairs = records.digest, records.repairs
         records = self._used = records if first is None else records.first_images(first)
         self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
         self.class_names = [category["name"] for category in self.categories]
@@ -65,11 +78,7 @@ class CocoDataset(torch.utils.data.Dataset):
             self._bad_lock = multiprocessing.Lock()
 
         # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
-        boxes, limits = records.boxes.copy(), np.tile(self._sizes[records.owners, ::-1], 2)
-        with np.errstate(over="ignore", invalid="ignore"):
-            boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, limits, out=boxes).astype(np.float32)
-        self._valid = np.isfinite(records.boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, self._valid = clipped_corners(records.boxes, self._sizes[records.owners, ::-1])
         labels = np.where(records.crowd, IGNORE, np.searchsorted(self.category_ids, records.category_ids))
         rows = np.lexsort((records.crowd, records.owners))
         rows = rows[self._valid[rows]]
@@ -78,6 +87,11 @@ class CocoDataset(torch.utils.data.Dataset):
         self.num_boxes, self.crowd_boxes = int((self._labels != IGNORE).sum()), int(records.crowd.sum())
         self.dropped_boxes = int((~self._valid & ~records.crowd).sum())
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Class c -> number of its boxes that are targets."""
+        return np.bincount(self._labels[self._labels != IGNORE], minlength=len(self.class_names)).tolist()
+
     def resized_sizes(self, image_size: tuple[int, int]) -> np.ndarray:
         """Return (len, 2) height and width of every image in px, resized for training or evaluation."""
         sizes, which = np.unique(self._sizes, axis=0, return_inverse=True)
@@ -85,9 +99,15 @@ class CocoDataset(torch.utils.data.Dataset):
 
     def share_under(self, side_px: float, image_size: tuple[int, int]) -> float:
         """Return the share of the targets whose shorter side is under `side_px` in the resized images."""
-        scale = self.resized_sizes(image_size) / self._sizes
-        sides = (self._boxes[:, 2:] - self._boxes[:, :2]) * np.repeat(scale[:, ::-1], np.diff(self._offsets), axis=0)
-        return float((sides.min(1) < side_px)[self._labels != IGNORE].mean())
+        boxes = self.targets(image_size)[1]
+        return float(((boxes[:, 2:] - boxes[:, :2]).min(1) < side_px).mean())
+
+    def targets(self, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return image index (num_boxes,) and box (num_boxes, 4) in px of the resized image of all targets."""
+        images = np.repeat(np.arange(len(self)), np.diff(self._offsets))
+        scale = (self.resized_sizes(image_size) / self._sizes)[images][:, [1, 0, 1, 0]]
+        kept = self._labels != IGNORE
+        return images[kept], (self._boxes * scale)[kept]
 
     @cached_property
     def images(self) -> list[dict]:
@@ -97,12 +117,21 @@ class CocoDataset(torch.utils.data.Dataset):
     @cached_property
     def annotations(self) -> dict:
         """The content of a COCO file for evaluation: regions to ignore have iscrowd 1, dropped boxes are left out."""
-        used, kept = self._used, np.flatnonzero(self._valid | self._used.crowd)
+        used, kept = self._used, np.flatnonzero(self._valid)
         fields = {"id": used.ids, "image_id": used.image_ids[used.owners], "category_id": used.category_ids}
         fields |= {"bbox": used.boxes, "area": used.areas, "iscrowd": used.crowd.astype(int)}
         rows = zip(*(column[kept].tolist() for column in fields.values()), strict=True)
         annotations = [dict(zip(fields, row, strict=True)) for row in rows]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
+
+    def require_classes(self, classes: dict) -> None:
+        """Raise DatasetError unless the classes are those in `classes`: class_names, category_ids, and their source."""
+        theirs, ours = ({*zip(c["category_ids"], c["class_names"], strict=True)} for c in (classes, self.classes))
+        sides = {classes["source"]: theirs - ours, self.split.annotations: ours - theirs}
+        examples = {file: [f"{i} {printable(name)}" for i, name in sorted(only)[:5]] for file, only in sides.items()}
+        if differences := "; ".join(f"only in {file}: {', '.join(e)}" for file, e in examples.items() if e):
+            remedy = "Training and evaluation need the same classes: pass the fitting data set with --data."
+            raise DatasetError(f"the classes do not fit: {differences}. {remedy}")
 
     def __len__(self) -> int:
         return len(self._image_ids)
@@ -158,15 +187,6 @@ class CocoDataset(torch.utils.data.Dataset):
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
 
 
-def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
-    """Return the category that nothing uses and all others name as `supercategory` (Roboflow): never learned."""
-    used = {*np.unique(records.category_ids).tolist(), *known_ids}
-    for category in records.categories:
-        others = [other for other in records.categories if other is not category]
-        if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
-            return category
-
-
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
     """Return images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
     images = [image.as_subclass(Tensor) for image, _ in batch]
@@ -174,14 +194,43 @@ def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     return images, targets
 
 
-def train_transform(image_size: tuple[int, int], flip: float = 0.5, sides: list[int] | None = None) -> v2.Transform:
-    """Flip with probability `flip`, resize, clip, and drop boxes under 1 px a side. With `sides` (px), the shorter side
-    of every image becomes one of them at random."""
+def train_transform(
+    image_size: tuple[int, int], augment: str = "light", sides: Collection[int] | None = None
+) -> v2.Transform:
+    """Return a transform that resizes, clips, and drops boxes under 1 px a side; `augment` is one of AUGMENTATIONS.
+
+    The shorter side becomes one of `sides` (px) at random, by default of `training_sides`. A crop is made before
+    resizing; colours are distorted after it, so that a large photo takes no longer than a small one."""
+    sides = training_sides(image_size, augment, sides)
     resize = eval_transform(image_size)
-    if sides:
+    if sides != [image_size[0]]:
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
-    clean = (v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0))
-    return v2.Compose([v2.RandomHorizontalFlip(flip), resize, *clean])
+    steps = [v2.RandomHorizontalFlip(0.0 if augment == "none" else 0.5), resize]
+    if augment in JITTERED:
+        steps.append(v2.RandomPhotometricDistort())
+    if augment == "strong":
+        steps = [v2.RandomZoomOut(MEAN_COLOUR, ZOOM_OUT), Crop(), *steps]
+    return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)])
+
+
+def training_sides(image_size: tuple[int, int], augment: str, sides: Collection[int] | None = None) -> list[int]:
+    """Return the shorter sides in px that training draws from: `sides`, or the image size's, or those around it."""
+    shorter, longest = image_size
+    low, high = SCALE_JITTER if augment in JITTERED else (1, 1)
+    return [*(sides or range(round(low * shorter), min(round(high * shorter), longest) + 1))]
+
+
+class Crop(v2.RandomIoUCrop):
+    """SSD's crop. An object stays if its centre, hence a quarter of its area or more, is inside; what is left of any
+    other one becomes a region to ignore, as it is neither a target nor background. Regions to ignore are clipped."""
+
+    def forward(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+        if not (params := self.make_params([image, target["boxes"]])):
+            return image, target
+        labels = target["labels"].where(params["is_within_crop_area"], IGNORE)
+        params["is_within_crop_area"] = torch.ones_like(labels, dtype=torch.bool)  # torchvision's crop empties others
+        boxes = self.transform(target["boxes"], params)
+        return self.transform(image, params), target | {"boxes": boxes, "labels": labels}
 
 
 def eval_transform(image_size: tuple[int, int]) -> v2.Transform:

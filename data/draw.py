@@ -48,24 +48,34 @@ def draw_detections(
     image: Tensor, truth: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor, class_names: list[str]
 ) -> Tensor:
     """Draw true boxes (n, 4) in white and detections in a colour per class, with name and score; uint8 (3, H, W). Small
-    images are enlarged. A name that no font of this machine can write is drawn as "#3"."""
+    images are enlarged."""
     scale = max(1.0, min(MIN_SIDE_PX / min(image.shape[-2:]), MAX_ENLARGED_PX / max(image.shape[-2:])))
     picture = resize(image, [round(s * scale) for s in image.shape[-2:]], antialias=True)
+    return draw_boxes(picture, truth * scale, boxes.cpu() * scale, labels, class_names, scores)
+
+
+def draw_boxes(
+    picture: Tensor, plain: Tensor, boxes: Tensor, labels: Tensor, class_names: list[str], scores: Tensor | None = None
+) -> Tensor:
+    """Draw boxes (n, 4) in a colour per class, with its name and the score, over `plain` boxes in white. A name that no
+    font of this machine can write is drawn as "#3"."""
     font_px = max(MIN_FONT_PX, round(FONT_SHARE * math.sqrt(picture.shape[1] * picture.shape[2])))
     width = max(2, round(font_px / 6))
-    if len(truth):
-        picture = draw_bounding_boxes(picture, truth * scale, colors="white", width=2 * width)
+    if len(plain):
+        picture = draw_bounding_boxes(picture, plain, colors="white", width=2 * width)
     names = [printable(name) for name in class_names]
     fonts, by_font = fonts_of(tuple(names)) if len(labels) else {}, {}
     for row, label in reversed(list(enumerate(labels.tolist()))):  # the best on top
         by_font.setdefault(fonts.get(names[label], next(font_files())), []).append((row, label))
     for font, rows in by_font.items():
-        captions = [f"{names[c] if names[c] in fonts else f'#{c}'} {scores[row]:.2f}" for row, c in rows]
+        captions = [names[c] if names[c] in fonts else f"#{c}" for _, c in rows]
+        if scores is not None:
+            captions = [f"{caption} {scores[row]:.2f}" for caption, (row, _) in zip(captions, rows, strict=True)]
         hues = [colorsys.hsv_to_rgb(c * 0.618 % 1, 0.85, 1.0) for _, c in rows]
         colors = [tuple(int(255 * part) for part in hue) for hue in hues]
         text = ["black" if 0.3 * r + 0.59 * g + 0.11 * b > 0.43 else "white" for r, g, b in hues]
         style = {"width": width, "font": font, "font_size": font_px, "fill_labels": True, "label_colors": text}
-        picture = draw_bounding_boxes(picture, boxes.cpu()[[r for r, _ in rows]] * scale, captions, colors, **style)
+        picture = draw_bounding_boxes(picture, boxes[[r for r, _ in rows]], captions, colors, **style)
     return picture
 
 

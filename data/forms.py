@@ -9,7 +9,6 @@ Annotations/NAME.xml has file name, size and objects of an image; pixels count f
 
 import codecs
 import gc
-import hashlib
 import json
 import math
 import os
@@ -34,17 +33,11 @@ def read_split(split: Split, look_at_files: bool = True) -> Records:
     if not split.images.is_dir():
         folder = split.images.absolute()
         raise DatasetError(f"{split.annotations.absolute()} is there, but its image folder {folder} is not")
-    digest = hashlib.sha256()
-
-    def read_bytes(path: Path) -> bytes:
-        content = path.read_bytes()
-        digest.update(content)
-        return content
-
+    read_bytes = ReadBytes()
     gc.disable()  # its passes over the millions of objects of a large file take a third of the time
     try:
         records = check_annotations(split.form.read(split, read_bytes, look_at_files), split, look_at_files)
-        return records._replace(digest=digest.hexdigest())
+        return records._replace(digest=read_bytes.digest.hexdigest())
     except OSError as error:
         raise DatasetError(f"{error.filename or split.annotations}: cannot be read: {error}") from error
     finally:
@@ -65,11 +58,14 @@ def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> objec
         raise DatasetError(f"{split.annotations}: {error}{remark}") from error
 
 
-def _coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
-    """Return the content of a COCO file from images and their objects; an object's `name` is one of `names`."""
+def coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
+    """Return the content of a COCO file from images and their objects: `name`, one of `names`, `bbox`, `iscrowd`."""
     ids = {name: number for number, name in enumerate(names, 1)}
     rows = enumerate(((image["id"], record) for image, objects in scenes for record in objects), 1)
-    annotations = [r | {"id": i, "image_id": image, "category_id": ids[r["name"]]} for i, (image, r) in rows]
+    annotations = [
+        record | {"id": i, "image_id": image, "category_id": ids[record["name"]], "area": math.prod(record["bbox"][2:])}
+        for i, (image, record) in rows
+    ]
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": [image for image, _ in scenes], "annotations": annotations, "categories": categories}
 
@@ -101,7 +97,7 @@ def read_crowdhuman(split: Split, read_bytes: ReadBytes, look_at_files: bool) ->
         w, h = size or _extent(boxes)
         objects = [{"name": name, "bbox": _clipped(box, w, h), "iscrowd": crowd} for box, crowd in boxes]
         scenes.append(({"id": number, "file_name": file_name, "width": w, "height": h}, objects))
-    return _coco_content(scenes, [name])
+    return coco_content(scenes, [name])
 
 
 def _parse_line(text: str, kind: str) -> tuple[str, list[tuple[list[float], int]]]:
@@ -171,7 +167,7 @@ def read_voc(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
         options = (image["file_name"], *(name + form for suffix in IMAGE_SUFFIXES for form in (suffix, suffix.upper())))
         present = (form for form in options if not leaves_folder(form) and os.path.isfile(split.images / form))
         listed.append((image | {"id": number, "file_name": next(present, image["file_name"])}, objects))
-    return _coco_content(listed, sorted({record["name"] for _, objects in scenes.values() for record in objects}))
+    return coco_content(listed, sorted({record["name"] for _, objects in scenes.values() for record in objects}))
 
 
 def _numbers(path: Path, folder: Path, read_bytes: ReadBytes) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The table of forms and layouts, and `find_splits`, which finds a data set in one of them."""
 
 import os
-import re
+from dataclasses import replace
 from pathlib import Path
 
 from data.checks import Form, Split
@@ -9,10 +9,12 @@ from data.crowd_metrics import crowd_metrics
 from data.files import DatasetError
 from data.forms import BOXES, read_coco, read_crowdhuman, read_voc
 from data.shapes import generate_shapes, shapes_folder
+from data.yolo import YAML_SUFFIXES, image_folder, read_yolo
 
 COCO = Form("COCO", read_coco)
 CROWDHUMAN = Form("CrowdHuman", read_crowdhuman, "crowdhuman", tuple(BOXES), crowd_metrics)
 VOC = Form("Pascal VOC", read_voc)
+YOLO = Form("YOLO", read_yolo, image_folder=image_folder)
 
 # form, (annotation file, image folder) of train, and of val
 LAYOUTS = (
@@ -22,6 +24,7 @@ LAYOUTS = (
     (CROWDHUMAN, ("annotation_train.odgt", "Images"), ("annotation_val.odgt", "Images")),
     (VOC, ("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
     (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
+    (YOLO, ("data.yaml", ""), ("data.yaml", "")),  # which names the folders
 )
 NO_COCO = """COCO is not in {root}: no annotations/instances_train2017.json there. Unzip these three into that folder \
 (or set OTA_DATA to the folder that holds coco/):
@@ -34,17 +37,20 @@ CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/d
 OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
 
 
-def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
+def find_splits(
+    data: str, box: str | None = None, follow_links: bool = False, strict: bool = False
+) -> tuple[Split | None, Split | None]:
     """Return the train and the val split, one of which may be missing. Raises DatasetError if both are.
 
     data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
-    or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one.
+    or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one. The YAML
+    file of a YOLO data set stands for its folder, and may have any name.
     """
     root = _root(data)
     if data == "shapes" and not root.is_dir():
         print(f"generating the shapes data set in {root}: some seconds, once")
         generate_shapes(root)
-    halves = _halves(root, box, follow_links)
+    halves = _halves(root, box, follow_links, strict)
     if not any(halves):
         raise DatasetError(_missing_message(data, root.absolute()))
     return halves
@@ -56,41 +62,55 @@ def find_form(data: str) -> Form:
     return next((split.form for split in _halves(_root(data)) if split), missing)
 
 
+def data_name(data: str) -> str:
+    """Return the name of `data` in the names of folders: the last part, of a YAML file the last two."""
+    path = Path(data).resolve()
+    return f"{path.parent.name}-{path.stem}" if path.suffix in YAML_SUFFIXES else path.name
+
+
 def _root(data: str) -> Path:
     home = Path(os.environ.get("OTA_DATA", "datasets"))
     named = {"coco": home / "coco", "crowdhuman": home / "crowdhuman", "shapes": home / shapes_folder()}
     return named.get(data, Path(data).expanduser())
 
 
-def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
-    known = []
-    for form, *halves in LAYOUTS:
+def _halves(
+    root: Path, box: str | None = None, follow_links: bool = False, strict: bool = False
+) -> tuple[Split | None, Split | None]:
+    known, is_yaml = [], root.suffix in YAML_SUFFIXES and os.path.isfile(root)
+    for form, *halves in [(YOLO, ("", ""), ("", ""))] if is_yaml else LAYOUTS:
         kind, named = (box or form.boxes[0]) if form.boxes else None, zip(("train", "val"), halves, strict=True)
-        splits = [Split(name, root / file, root / images, form, kind, follow_links) for name, (file, images) in named]
-        known.append(tuple(split if os.path.isfile(split.annotations) else None for split in splits))
+        how = (form, kind, follow_links, strict)
+        splits = [Split(name, root / file, root / images, *how) for name, (file, images) in named]
+        known.append(tuple(map(_present, splits)))
+        if all(known[-1]):
+            break
     return next(filter(all, known), None) or next(filter(any, known), (None, None))
+
+
+def _present(split: Split) -> Split | None:
+    """Return the split, with the image folder that its annotation file names, or None if it is not there."""
+    if not os.path.isfile(split.annotations):
+        return None
+    if split.form.image_folder is None:
+        return split
+    folder = split.form.image_folder(split.annotations, split.name)
+    return replace(split, images=folder) if folder else None
 
 
 def _missing_message(data: str, root: Path) -> str:
     if data in ("coco", "crowdhuman"):
         return (NO_COCO if data == "coco" else NO_CROWDHUMAN).format(root=root)
-    layouts = "".join(f"\n  {annotations} with images in {images}/" for _, (annotations, images), _ in LAYOUTS)
-    if _is_yolo(root):
-        state = "is in the form of YOLO, which is not read yet: convert it to COCO layout, the second or third of"
+    layouts = "".join(f"\n  {file} with images in {folder or 'folders it names'}/" for _, (file, folder), _ in LAYOUTS)
+    if root.suffix in YAML_SUFFIXES and os.path.isfile(root):
+        state = "names neither train nor val. Wanted a YAML file that does, or a folder with one of"
     elif os.path.isfile(root):
         folder = next((folder for folder in root.parents[:3] if any(_halves(folder))), None)
         state = f"is a file; --data takes the folder of a data set{f', here {folder}' if folder else ''}, with one of"
+    elif any(next(folder.rglob("*.txt"), None) for way in ("labels", "*/labels") for folder in root.glob(way)):
+        state = "has label files of YOLO, but no data.yaml with train, val and names. Wanted one of"
+    elif yaml := next((path for suffix in YAML_SUFFIXES for path in root.glob(f"*{suffix}")), None):
+        state = f"has none of these; if {yaml} is the file of a YOLO data set, pass it with --data"
     else:
         state = "has none of" if os.path.isdir(root) else "does not exist; wanted a folder with one of"
     return f'no data set for --data {data} ("coco", "crowdhuman", "shapes" or a folder): {root} {state}{layouts}'
-
-
-def _is_yolo(root: Path) -> bool:
-    """Return whether this is a YOLO data set's data.yaml, or a folder with one, or with boxes in labels/*.txt."""
-    try:
-        yamls = [root] if root.suffix in (".yaml", ".yml") else [*root.glob("*.yaml"), *root.glob("*.yml")]
-        heads = [path.read_text(errors="replace") for path in yamls if path.is_file()]
-        labels = any(next(folder.rglob("*.txt"), None) for way in ("labels", "*/labels") for folder in root.glob(way))
-    except OSError:
-        return False
-    return labels or any(re.search(r"^ *(names|train) *:", head, re.MULTILINE) for head in heads)

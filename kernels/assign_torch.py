@@ -62,8 +62,8 @@ def _pair_cost(
     return cls + config.alpha * reg, iou
 
 
-def _supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tensor:
-    """k (G,) int64; `gt` (P,) ascending."""
+def supplies(gt: Tensor, iou: Tensor, num_rows: int, config: OTAConfig) -> Tensor:
+    """k (G,) int64 of P pairs: row of the ground truth (P,), ascending, and IoU (P,); 0 without a pair."""
     count = torch.bincount(gt, minlength=num_rows)
     if config.fixed_k is not None:
         return count.clamp(max=config.fixed_k)
@@ -138,7 +138,7 @@ def solve(inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Plan]:
     if not finite.all():
         gt, image, point, cost, iou = gt[finite], image[finite], point[finite], cost[finite], iou[finite]
 
-    k = _supplies(gt, iou, num_rows, config)
+    k = supplies(gt, iou, num_rows, config)
     flat_point = image * num_points + point
     points, column = torch.unique(flat_point, return_inverse=True)
     num_pairs, num_active = gt.numel(), points.numel()

@@ -101,19 +101,24 @@ def _closest_point(center: Tensor, grid: PointGrid) -> Tensor:
     return (level_start + place[..., 1] * size[:, 0] + place[..., 0]).gather(1, level)[:, 0]
 
 
-def candidate_pairs(gt_boxes: Tensor, valid: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, Tensor]:
-    """Row in gt_boxes and point (0..N-1) of all candidate pairs, (P,) each, sorted by row."""
-    rows = valid.nonzero()[:, 0]
-    boxes = gt_boxes[rows].float()
+def pairs_inside(boxes: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, Tensor]:
+    """Row in float32 boxes (n, 4) and point (0..N-1) of the candidate pairs, sorted by row; a box may have none."""
     center = box_centers(boxes)
     ranges = _candidate_ranges(boxes, center, grid, config)
     if config.center_prior == "closest":
-        gt, point = _closest(center, *ranges, grid, int(config.radius) ** 2)
-    else:
-        gt, point = _all_in_ranges(*ranges, grid)
+        return _closest(center, *ranges, grid, int(config.radius) ** 2)
+    return _all_in_ranges(*ranges, grid)
+
+
+def candidate_pairs(gt_boxes: Tensor, valid: Tensor, grid: PointGrid, config: OTAConfig) -> tuple[Tensor, Tensor]:
+    """Row in gt_boxes and point (0..N-1) of all candidate pairs, (P,) each, sorted by row. A ground truth without a
+    point inside has the closest one."""
+    rows = valid.nonzero()[:, 0]
+    boxes = gt_boxes[rows].float()
+    gt, point = pairs_inside(boxes, grid, config)
     without = torch.bincount(gt, minlength=len(rows)) == 0
     if without.any():
         added = without.nonzero()[:, 0]
         gt, order = torch.cat([gt, added]).sort(stable=True)
-        point = torch.cat([point, _closest_point(center[added], grid)])[order]
+        point = torch.cat([point, _closest_point(box_centers(boxes[added]), grid)])[order]
     return rows[gt], point

@@ -24,6 +24,7 @@ def assignment_statistics(inputs: Inputs, config: OTAConfig) -> tuple[Assignment
 
     positives_per_gt  points assigned to a ground truth, per ground truth that takes part
     mean_k            units that such a ground truth supplies
+    one_point         share of these ground truths that supply one unit, the least there is
     ambiguous         share of the candidate points whose largest supplier sends less than 0.9 of what they receive
     residual          mean over these of |units received - 1|, the error of Sinkhorn's columns; its rows are exact
     """
@@ -36,6 +37,7 @@ def assignment_statistics(inputs: Inputs, config: OTAConfig) -> tuple[Assignment
     numbers = {
         "positives_per_gt": (match.gt_index >= 0).sum() / num_gts,
         "mean_k": plan.k.sum() / num_gts,
+        "one_point": (plan.k == 1).sum() / num_gts,
         "ambiguous": ambiguous.sum().float() / num_points,
         "residual": (received - 1).abs().sum().float() / num_points,
     }

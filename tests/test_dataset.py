@@ -5,6 +5,7 @@ import itertools
 import resource
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from data import CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, resized_size, train_transform
-from data.dataset import SeededDataset, batches_from
+from data.dataset import IGNORE, Crop, SeededDataset, batches_from, training_sides
 from data.layouts import COCO
 from eval import coco_metrics
-from tests.support.sets import box_record, image_record, refusal, write_coco
+from tests.support.sets import box_record, dataset_of, image_record, refusal, write_coco
 
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -118,7 +119,8 @@ def test_flip_and_resizing_take_boxes_and_regions_along(tmp_path):
     split = write_coco(tmp_path, boxes=boxes)
     half = np.repeat(np.uint8([[0] * 20 + [255] * 20]), 30, 0)
     Image.fromarray(half).save(split.images / "a.jpg")
-    dataset = CocoDataset(split, train_transform((60, 100), flip=1.0))
+    dataset = CocoDataset(split, train_transform((60, 100), "flip"))
+    torch.manual_seed(0)  # which flips
     image, target = dataset[0]
     assert image.shape == (3, 60, 80) and target["orig_size"] == (30, 40)
     assert image[:, :, :38].min() > 200 and image[:, :, 42:].max() < 50
@@ -146,7 +148,7 @@ def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path):
     """Not the number of loader processes, nor what was drawn before."""
     images = [image_record(i, f"{i}.jpg") for i in range(24)]
     split = write_coco(tmp_path, images, [box_record(i + 1, (0, 6, 10, 12), i) for i in range(24)])
-    dataset = CocoDataset(split, train_transform((30, 80), sides=[15, 30, 60]))
+    dataset = CocoDataset(split, train_transform((30, 80), "flip", sides=[15, 30, 60]))
 
     def drawn(seed: int, keys: list[tuple[int, int]], workers: int = 0) -> list[tuple[int, bool]]:
         loader = DataLoader(SeededDataset(dataset, seed), 4, sampler=keys, num_workers=workers, collate_fn=collate)
@@ -159,6 +161,67 @@ def test_size_and_flip_follow_seed_epoch_and_image_alone(tmp_path):
     torch.manual_seed(99)
     assert drawn(3, keys[::-1], workers=2) == first[::-1]
     assert first[:24] != first[24:] and drawn(4, keys) != first
+
+
+@pytest.mark.parametrize(
+    ("augment", "sides"),
+    {"none": {60}, "flip": {60}, "light": {*range(48, 71)}, "strong": {*range(48, 71)}}.items(),
+)
+def test_augmented_samples_keep_the_longest_side_and_follow_seed_epoch_and_image(shapes, augment, sides):
+    dataset = dataset_of(shapes)
+    dataset.transform = train_transform((60, 70), augment)
+    keys = [(epoch, i) for epoch in range(4) for i in range(21)]
+    loader = partial(DataLoader, SeededDataset(dataset, 0), batch_size=None, sampler=keys)
+    samples = list(loader())
+    torch.manual_seed(99)
+    for (image, target), (again, same) in zip(samples, loader(num_workers=2), strict=True):
+        boxes = torch.cat([target["boxes"], target["ignore"]])
+        assert image.dtype == torch.uint8 and max(image.shape) <= 70
+        assert (boxes[:, 2:] - boxes[:, :2] >= 1).all() and (boxes >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor(image.shape[:0:-1])).all()
+        assert torch.equal(image, again) and all(torch.equal(target[k], same[k]) for k in ("boxes", "labels", "ignore"))
+    drawn = {min(image.shape[1:]) for image, _ in samples}
+    assert set(training_sides((60, 70), augment)) == sides
+    assert drawn == sides if len(sides) == 1 else len(drawn & sides) > 10
+    assert (augment == "strong") == any(len(target["ignore"]) for _, target in samples)
+
+
+@pytest.mark.parametrize(
+    ("augment", "recoloured", "zoomed_out"), [("flip", False, False), ("light", True, False), ("strong", True, True)]
+)
+def test_light_distorts_colours_and_strong_zooms_out(augment, recoloured, zoomed_out):
+    """Of an image of one colour; a canvas around it has another."""
+    image = tv_tensors.Image(torch.tensor([10, 200, 30], dtype=torch.uint8)[:, None, None].expand(3, 30, 40))
+    boxes = tv_tensors.BoundingBoxes([[5.0, 5, 20, 20]], format="XYXY", canvas_size=(30, 40))
+    corners = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        picture, _ = train_transform((30, 50), augment)(image, {"boxes": boxes, "labels": torch.tensor([0])})
+        corners.append(picture[:, (0, 0, -1, -1), (0, -1, 0, -1)])
+    assert any((corner != image[:, 0, :4]).any() for corner in corners) == recoloured
+    assert any((corner != corner[:, :1]).any() for corner in corners) == zoomed_out
+
+
+def test_crop_keeps_objects_by_their_centre_and_ignores_what_it_leaves_of_others():
+    """The pixels hold their own places. Without a box, and for regions to ignore alone, the same holds."""
+    y, x = torch.meshgrid(torch.arange(120), torch.arange(160), indexing="ij")
+    image = tv_tensors.Image(torch.stack([x, y, y]).to(torch.uint8))
+    boxes = torch.tensor([[10.0, 10, 50, 40], [60, 50, 140, 110], [0, 0, 160, 60], [100, 5, 104, 9]])
+    cut = 0
+    for seed, (rows, labels) in enumerate(30 * [(4, [0, 1, IGNORE, 2]), (1, [IGNORE]), (0, [])]):
+        torch.manual_seed(seed)
+        truth = tv_tensors.BoundingBoxes(boxes[4 - rows :], format="XYXY", canvas_size=(120, 160))
+        cropped, target = Crop()(image, {"boxes": truth, "labels": torch.tensor(labels, dtype=torch.int64)})
+        (left, top), (height, width) = cropped[:2, 0, 0].tolist(), cropped.shape[1:]
+        limits = torch.tensor([width, height] * 2)
+        moved = torch.minimum((truth - torch.tensor([left, top] * 2)).clamp(min=0), limits)
+        centres = (truth[:, :2] + truth[:, 2:]) / 2 - torch.tensor([left, top])
+        inside = ((centres > 0) & (centres < limits[:2])).all(1)
+        assert torch.equal(target["boxes"].as_subclass(torch.Tensor), moved.as_subclass(torch.Tensor))
+        assert target["labels"].tolist() == [c if i else IGNORE for c, i in zip(labels, inside, strict=True)]
+        assert rows or cropped.shape == image.shape
+        cut += int((~inside).sum())
+    assert cut > 20
 
 
 def test_ranks_share_each_batch_of_an_order_by_seed_and_step():
@@ -180,7 +243,7 @@ def write_large(root: Path, images: int, boxes: int) -> Split:
     polygon = ",".join(f"{i}.25" for i in range(40))
     files = (f'{{"id":{i},"file_name":"{i:012d}.jpg","width":640,"height":480}}' for i in range(images))
     records = (
-        f'{{"segmentation":[[{polygon}]],"area":1000.5,"iscrowd":{int(k % 85 == 0)},"image_id":{k * 7919 % images},'
+        f'{{"segmentation":[[{polygon}]],"area":400.5,"iscrowd":{int(k % 85 == 0)},"image_id":{k * 7919 % images},'
         f'"bbox":[{k % 500}.25,{k % 400}.5,{20 + k % 100}.5,{20 + k % 50}.75],"category_id":{1 + k % 80},"id":{k}}}'
         for k in range(boxes)
     )

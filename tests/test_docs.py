@@ -24,7 +24,7 @@ from data.shapes import shapes_folder
 from kernels import OTAConfig, PointGrid, ota_assign
 from tests.support.detectors import EXPORT_FLAGS
 from tests.support.runs import CPU, DETECTOR
-from tests.support.sets import generate_crowds
+from tests.support.sets import copy_as_yolo, generate_crowds
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,6 +44,7 @@ def workspace(tmp_path_factory, call, exported):
     """A folder with everything that the commands name."""
     folder = tmp_path_factory.mktemp("docs")
     generate_shapes(folder / "my-data", train_images=4, val_images=4, size_px=96)
+    copy_as_yolo(folder / "my-data", folder / "my-yolo-data")
     for name in ("path/to/bccd", "datasets/coco", f"datasets/{shapes_folder()}"):
         shutil.copytree(folder / "my-data", folder / name)
     for half in ("train", "val"):

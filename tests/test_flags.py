@@ -1,8 +1,10 @@
 """Flags of train.py: recipes, what overrides them, the learning rate, and the message for each refusal."""
 
 import sys
+from unittest import mock
 
 import pytest
+import torch
 
 import train
 from kernels import OTAConfig
@@ -25,6 +27,11 @@ def test_coco_recipe_is_the_papers(parse):
     assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
     assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
     assert train.detector_config(args, 80) == DetectorConfig(80, frozen_norm=True)
+    assert [parse(f"--data {line}").augment for line in ("coco", "crowdhuman", "coco --overfit 4")] == [
+        "flip",
+        "flip",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,27 @@ def test_settings_of_ota_override_the_recipe(parse):
     assert train.detector_config(args, 5).ota.radius == 2.5
 
 
+def test_images_are_padded_to_sides_from_the_smallest_that_is_drawn(parse, monkeypatch):
+    for module, name in ((torch._dynamo.config, "recompile_limit"), (torch.backends.cudnn, "benchmark")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    flags = ("", "--augment light", "--augment light --multi-scale 32 60")
+    sides = [train.compile_detector(mock.Mock(), parse(f"--image-size 100 160 {more}"), print) for more in flags]
+    assert [(found[0], found[-1]) for found in sides] == [(128, 160), (96, 160), (32, 160)]
+
+
+def test_a_run_says_its_classes_and_the_flags_that_replace_those_of_the_recipe(parse):
+    args = parse("--data coco --steps 30 --no-pretrained --seed 3")
+    dataset = mock.MagicMock(class_counts=[5, 0, 7, *range(10, 90)], class_names=[f"c{c}" for c in range(83)])
+    dataset.__len__.return_value = 160
+    said = train.explain(args, dataset, args.steps)
+    assert "83 classes" in said and ": c82 89, c81 88, " in said
+    assert said.splitlines()[0].endswith("c76 83, 73 more, the rarest three, c2 7, c0 5, c1 0")
+    assert said.endswith(
+        "3.0 epochs, shorter side 800 px, longest 1333 px, --augment flip, from the recipe for coco "
+        "in docs/training.md except for --steps --no-pretrained"
+    )
+
+
 REFUSED = {
     "--steps 0": "--steps: 0 is not an integer of at least 1",
     f"--seed {10**20}": "--seed",
@@ -59,7 +87,8 @@ REFUSED = {
     "--ema 1": "--ema: 1 is not a decay between 0 and 1",
     "--image-size 64 32": "--image-size takes the shorter and the longest side",
     "--multi-scale 64 300": "--multi-scale 300 is over the longest side",
-    "--overfit 4 --multi-scale 64": "--overfit trains without augmentation",
+    "--overfit 4 --multi-scale 64": "--overfit trains without augmentation, so not with --multi-scale",
+    "--overfit 4 --augment light": "--overfit trains without augmentation, so not with --augment light",
     "--compile reduce-overhead --accumulate 2": "--compile reduce-overhead overwrites the gradients",
     "--ota radius=2.5": "OTAConfig.radius is 2.5: 'closest'",
     "--ota alpha=x": "OTAConfig.alpha is 'x', it must be a number",

@@ -153,10 +153,10 @@ def test_missing_set_says_where_and_how(tmp_path, monkeypatch):
 
 
 OTHER_FORMS = {  # files, --data, message
-    "yolo": ({"data.yaml": "train: ../images\nnames: ['a']"}, ".", "form of YOLO, which is not"),
-    "yolo-labels": ({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "form of YOLO"),
+    "yolo-labels": ({"train/labels/a.txt": "", "train/images/a.jpg": ""}, ".", "label files of YOLO, but no data.yaml"),
     "json": ({"train/_annotations.coco.json": ""}, "train/_annotations.coco.json", r"is a file; .* here \S+, with"),
-    "other-yaml": ({"a.yaml": "x: 1"}, ".", r"has none of(.|\n)*2017.json(.|\n)*_annotations"),
+    "other-yaml": ({"a.yaml": "train: a"}, ".", r"has none of these; if \S+a.yaml is(.|\n)*2017.json(.|\n)*data.yaml"),
+    "nothing": ({"a.txt": ""}, ".", r"has none of\n(.|\n)*2017.json(.|\n)*_annotations"),
 }
 
 

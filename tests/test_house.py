@@ -13,6 +13,7 @@ MAY_IMPORT = {  # room -> the rooms below it
     "data": GROUND,
     "model": GROUND,
     "training": GROUND | {"data", "model"},
+    "data/__main__": GROUND | {"data", "training"},  # a script: a data set is checked with the settings of a training
     "eval": GROUND | {"data", "model", "training"},
     "train": GROUND | {"data", "model", "training", "eval"},
     "predict": GROUND | {"data", "model", "training", "eval"},
@@ -33,7 +34,8 @@ def files() -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    return path.parts[0].removesuffix(".py")
+    script = path.with_suffix("").as_posix()
+    return script if script in MAY_IMPORT else path.parts[0]
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -1,7 +1,5 @@
 """Generated shapes and drawn pictures: what they show, and where."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+import data.__main__ as command
 from data import CocoDataset, find_splits, generate_shapes
 from data.draw import draw_curves, draw_detections, save_contact_sheet
 from data.shapes import CLASSES, CROWD_OBJECTS, SPARSE_OBJECTS, Scene, Shape
@@ -65,19 +64,15 @@ def test_ring_has_a_hole():
     assert [coverage[20, x] for x in (2, 8, 20, 32, 38)] == [0, 1, 0, 1, 0]
 
 
-def test_command_writes_a_set(tmp_path, monkeypatch, capsys):
-    def write_set(*args) -> None:
-        monkeypatch.setattr(sys, "argv", ["data", *map(str, args)])
-        runpy.run_module("data", run_name="__main__")
-
+def test_command_writes_a_set(tmp_path, call, capsys):
     crowds = tmp_path / "crowds"
-    write_set(crowds, "--train-images", 3, "--val-images", 1, "--size", 64, "--crowded-share", 1, "--one-class")
-    assert f"python train.py --data {crowds}" in capsys.readouterr().out
+    flags = ("--train-images", 3, "--val-images", 1, "--size", 64, "--crowded-share", 1, "--one-class")
+    assert f"python train.py --data {crowds}" in call(command, "generate", crowds, *flags)
     train, val = (CocoDataset(split) for split in find_splits(str(crowds)))
     assert (len(train), len(val), train.class_names) == (3, 1, ["shape"]) and train[0][0].shape == (3, 64, 64)
     for args, story in (([crowds], "exists; name another"), ([tmp_path / "x", "--size", 31], "--size between 32 and")):
         with pytest.raises(SystemExit):
-            write_set(*args)
+            call(command, "generate", *args)
         assert story in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 

@@ -116,12 +116,13 @@ def test_statistics_are_those_of_the_dense_plan():
     expected = {
         "positives_per_gt": (dense["supplier"] < 9).sum() / 9,
         "mean_k": dense["k"].sum() / 9,
+        "one_point": (dense["k"] == 1).sum() / 9,
         "ambiguous": (plan.amax(0) < 0.9 * plan.sum(0)).double().mean(),
         "residual": (plan.sum(0) - 1).abs().mean(),
     }
     found = assignment_statistics(scene, config)[2]
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6)
-    assert 0 < found["ambiguous"] < 1
+    assert 0 < found["ambiguous"] < 1 and 0 < found["one_point"] < 1
     without_gt = make_scene(PointGrid.for_image((64, 64)), (0, 0), 3)
     assert not any(assignment_statistics(without_gt, OTAConfig())[2].values())
 

@@ -168,6 +168,7 @@ def test_statistics(strategy):
     assert_equal(match, assign(strategy, scene, OTAConfig()))
     assert numbers["positives_per_gt"] == pytest.approx((match.gt_index >= 0).sum().item() / 3)
     assert numbers["mean_k"] == pytest.approx(match.k.sum().item() / 3)
+    assert numbers["one_point"] == (strategy == "hungarian")
     assert ambiguous.any() == (strategy != "hungarian") and 0 <= numbers["ambiguous"] <= 1
     if strategy == "fcos":
         x, y = GRID.points()[ambiguous[0]].unbind(1)

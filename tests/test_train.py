@@ -53,6 +53,10 @@ def trained(call, two_images, tmp_path_factory) -> Path:
         *("--lr", 0.032, "--warmup", 20, "--ota", "radius=3", "top_q=10", "--eval-every", 1000, "--out", out),
     )
     assert "100 steps of 2 images on 1 x cpu in float32; learning rate 0.004 = 0.032 x 2 / 16" in said
+    assert "5 classes, from the annotation file, and their boxes: " in said
+    assert "100.0 epochs, shorter side 96 px, longest 160 px, --augment flip, from the recipe for other data" in said
+    assert " for the other 90 steps, without evaluations" in said
+    assert said.splitlines()[-1].count(f"--weights {out / 'ota.safetensors'}") == 3
     assert f"AP {metrics_of(out)['AP']:.3f}  AP50" in said and "warning" not in said
     return out
 
@@ -63,7 +67,16 @@ def test_two_images_are_learned_by_heart(trained):
     assert (first["step"], last["step"], evaluation["split"]) == (50, 100, "train")
     assert last["loss"] < 0.5 * first["loss"] == pytest.approx(0.5 * sum(first[name] for name in ("cls", "box", "iou")))
     line = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
-    assert {"lr", "images_per_s", "data_wait", "positives_per_gt", "mean_k", "ambiguous", "residual"} <= set(line)
+    assert {
+        "lr",
+        "images_per_s",
+        "data_wait",
+        "positives_per_gt",
+        "mean_k",
+        "one_point",
+        "ambiguous",
+        "residual",
+    } <= set(line)
 
 
 def test_folder_of_a_run_holds_what_is_promised(trained, two_images):
@@ -140,14 +153,20 @@ def test_set_without_boxes_is_refused(call, changed, tmp_path):
 
 
 def test_small_boxes_and_too_little_memory_are_warned_of(call, changed, tmp_path, monkeypatch):
+    """The size in the warning, and what is learned, follow --augment."""
+
     def shrink(content: dict) -> None:
         for record in content["annotations"]:
             record["bbox"] = [5, 5, 1.5, 30] if record["id"] % 2 else [5, 5, 30, 30]
 
     monkeypatch.setattr(environment, "available_bytes", lambda *_: 2**20)
-    said = call(train, "--data", changed(shrink), *SHORT, "--out", tmp_path / "out")
-    assert "% of the boxes are under 2 px wide or high at --image-size 64 107" in said
-    assert "warning: a step of 2 images of up to 64 x 64 px" in said and "--image-size" in said
+    root, losses = changed(shrink), set()
+    for augment, size in {"none": "64 x 64", "flip": "64 x 64", "light": "80 x 80", "strong": "107 x 107"}.items():
+        said = call(train, "--data", root, *SHORT, "--augment", augment, "--out", tmp_path / augment)
+        assert "% of the boxes are under 2 px wide or high at --image-size 64 107" in said
+        assert f"warning: a step of 2 images of up to {size} px" in said and "--image-size" in said
+        losses.add(log_of(tmp_path / augment)[0]["loss"])
+    assert len(losses) == 4
 
 
 # To try things out
@@ -191,7 +210,7 @@ def test_system_without_triton_locks_and_posix_signals_and_an_ascii_terminal(cha
 
     ascii_only = {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     said = run("-c", LESS_THAN_LINUX, "--data", changed(rename), *SHORT, "--out", tmp_path / "out", **ascii_only)
-    assert said.count("two\\nlines") == 1 and "\\u81ea" in said and "\x1b[31m" not in said
+    assert said.count("two\\nlines") == 2 and "\\u81ea" in said and "\x1b[31m" not in said
     assert set(metrics_of(tmp_path / "out")["per_class"]) == set(NAMES)
 
 

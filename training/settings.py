@@ -6,12 +6,13 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import BOXES, find_form
+from data import AUGMENTATIONS, BOXES, CocoDataset, find_form, printable
 from errors import UserError
 from kernels import OTAConfig
 from kernels.grid import MAX_SIDE_PX
@@ -22,7 +23,7 @@ from model.assigners.hungarian import NO_SCIPY
 COCO = dict(  # the paper's (section 4.1), and so are CROWDHUMAN's; an image there has up to 400 people
     pretrained=True, backbone="resnet50", channels=256, head_convs=4, image_size=[800], steps=90_000, epochs=None,
     batch_size=16, optimizer="sgd", lr=0.01, weight_decay=1e-4, schedule="step", warmup=1000, eval_every=3,
-    max_detections=100, ota={},
+    max_detections=100, augment="flip", ota={},
 )  # fmt: skip
 CROWDHUMAN = COCO | dict(image_size=[800, 1400], steps=30_000, eval_every=5, max_detections=500, box="fbox")
 OWN = COCO | dict(
@@ -34,10 +35,13 @@ SHAPES = OWN | dict(
     warmup=100, eval_every=7, ota={"radius": 3, "top_q": 10},
 )  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
+CLASSES_SHOWN = 10
 LR_BATCH = 16  # --lr is for this many images a step
-OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
+OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9, "augment": "none"}  # evaluated at the end only
 # Settings that may change when a run is continued; for data the annotation file is compared.
-FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
+FREE_FLAGS = (
+    "data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links", "strict",
+)  # fmt: skip
 
 OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
 GONE = {  # flags of before -> the remedy
@@ -69,6 +73,12 @@ at_least_zero = number(float, lambda x: x >= 0, "a finite number of at least 0")
 decay = number(float, lambda x: 0 < x < 1, "a decay between 0 and 1, such as 0.9998")
 
 
+def recipe_for(data: str) -> tuple[str, dict]:
+    """Return the name, a column of docs/training.md, and the flags of the recipe for --data."""
+    name = find_form(data).recipe or data
+    return (name, RECIPES[name]) if name in RECIPES else ("other data", OWN)
+
+
 def ota_setting(text: str) -> tuple[str, object]:
     """Parse key=value of --ota; a value is a number, true, false, null or a word."""
     name, equals, value = text.partition("=")
@@ -80,15 +90,29 @@ def ota_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
+def add_data_flags(add: Callable) -> None:
+    """Add the flags for how a data set is read and how the training sees it."""
+    add("--follow-links", action="store_true", help="read images that are links to other folders")
+    add("--strict", action="store_true", help="stop for flaws that would be repaired, too")
+    add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
+    add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in AUGMENTATIONS.items())
+    add("--augment", choices=AUGMENTATIONS, help=meanings)
+    add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
+
+
+def add_ota_flag(add: Callable) -> None:
+    defaults = " ".join(f"{name}={json.dumps(value)}" for name, value in OTA_DEFAULTS.items()).replace('"', "")
+    help_ota = f"settings of --assigner ota, as in kernels/config.py; the paper's: {defaults}"
+    add("--ota", type=ota_setting, nargs="+", metavar="KEY=VALUE", help=help_ota)
+
+
 def create_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in a layout of docs/data.md")
-    add("--follow-links", action="store_true", help="read images that are links to other folders")
-    add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
-    add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
-    add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")
+    add_data_flags(add)
     add("--workers", type=not_negative, help="loader processes per rank")
     add("--bad-images", choices=("stop", "skip"), default="stop", help="skip: up to 1 %% or 10 of them")
     add("--overfit", type=positive, metavar="K", help="learn the first K images by heart: 500 steps, no augmentation")
@@ -115,9 +139,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0)
     add = parser.add_argument_group("assignment").add_argument
     add("--assigner", choices=STRATEGIES, default="ota", help="strategy of label assignment")
-    defaults = " ".join(f"{name}={json.dumps(value)}" for name, value in OTA_DEFAULTS.items()).replace('"', "")
-    help_ota = f"settings of --assigner ota, as in kernels/config.py; the paper's: {defaults}"
-    add("--ota", type=ota_setting, nargs="+", metavar="KEY=VALUE", help=help_ota)
+    add_ota_flag(add)
     add = parser.add_argument_group("speed").add_argument
     add("--bf16", action=on_off, help="bfloat16 network, float32 assignment and losses; default: on GPUs that have it")
     add("--compile", nargs="?", const="default", choices=("default", "reduce-overhead"), help="mode of torch.compile")
@@ -142,12 +164,23 @@ def parse_args(description: str = "") -> argparse.Namespace:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:
         parser.error(f"--ota is for --assigner ota, not for {args.assigner}")
-    form = find_form(args.data)
-    if args.box and not form.boxes:
+    if args.overfit and (args.multi_scale or args.augment not in (None, "none")):
+        flag = "--multi-scale" if args.multi_scale else f"--augment {args.augment}"
+        parser.error(f"--overfit trains without augmentation, so not with {flag}")
+    changes = OVERFIT if args.overfit else {}
+    fill_in(args, parser, changes | ({"epochs": None, "steps": None} if args.epochs or args.steps else {}))
+    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
+    if args.compile == "reduce-overhead" and args.accumulate > 1:
+        parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
+    return args
+
+
+def fill_in(args: argparse.Namespace, parser: argparse.ArgumentParser, changes: dict) -> None:
+    """Fill in what no flag gives, from the data set's recipe with `changes`; `ota` becomes OTAConfig's settings."""
+    if args.box and not find_form(args.data).boxes:
         parser.error(f"--box {args.box} is for CrowdHuman; --data {args.data} has one kind of boxes")
-    recipe = RECIPES.get(form.recipe or args.data, OWN) | (OVERFIT if args.overfit else {})
-    if args.epochs or args.steps:
-        recipe["epochs"] = recipe["steps"] = None
+    recipe = recipe_for(args.data)[1] | changes
     given, ota = dict(args.ota or ()), dict(recipe["ota"])
     if given.get("center_prior", "closest") != "closest":
         ota.pop("radius", None)  # the recipes' radius belongs to "closest"
@@ -156,19 +189,12 @@ def parse_args(description: str = "") -> argparse.Namespace:
     except (TypeError, ValueError) as error:
         parser.error(f"--ota: {error}")
     vars(args).update((name, value) for name, value in recipe.items() if getattr(args, name, None) is None)
-    if args.out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        parser.error("--max-restarts needs --out: ranks that start again find their checkpoint by it")
     if len(size := args.image_size) == 1:
         size = args.image_size = [*size, round(size[0] * 1333 / 800)]
     if len(size) != 2 or not size[0] <= size[1] <= MAX_SIDE_PX:
         parser.error(f"--image-size takes the shorter and the longest side, up to {MAX_SIDE_PX} px, not {size}")
     if args.multi_scale and max(args.multi_scale) > size[1]:
         parser.error(f"--multi-scale {max(args.multi_scale)} is over the longest side, --image-size {size}")
-    if args.multi_scale and args.overfit:
-        parser.error("--overfit trains without augmentation, so not with --multi-scale")
-    if args.compile == "reduce-overhead" and args.accumulate > 1:
-        parser.error("--compile reduce-overhead overwrites the gradients that --accumulate adds up; take --compile")
-    return args
 
 
 def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, world: int) -> None:
@@ -182,6 +208,23 @@ def fit_to_machine(args: argparse.Namespace, images: int, device: torch.device, 
     if args.batch_size % (world * args.accumulate) or args.batch_size > images:
         rule = f"divide by {world} ranks x {args.accumulate} passes (--accumulate) and not pass the {images} images"
         raise UserError(f"--batch-size {args.batch_size} must {rule}")
+
+
+def explain(args: argparse.Namespace, dataset: CocoDataset, steps: int) -> str:
+    """Return the lines that say what a run learns, for how long and in which sizes, and what decides that."""
+    ranked = sorted(zip(dataset.class_counts, dataset.class_names, strict=True), key=lambda row: -row[0])
+    boxes = [f"{printable(name)} {count}" for count, name in ranked]
+    if len(boxes) > CLASSES_SHOWN:
+        boxes = [*boxes[: CLASSES_SHOWN - 3], f"{len(boxes) - CLASSES_SHOWN} more, the rarest three", *boxes[-3:]]
+    name, recipe = recipe_for(args.data)
+    flags = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+    given = [flag for flag in flags if flag.removeprefix("--").removeprefix("no-").replace("-", "_") in recipe]
+    epochs, (shorter, longest) = steps * args.batch_size / len(dataset), args.image_size
+    return (
+        f"{len(ranked)} classes, from the annotation file, and their boxes: {', '.join(boxes)}\n"
+        f"{epochs:.1f} epochs, shorter side {shorter} px, longest {longest} px, --augment {args.augment}, "
+        f"from the recipe for {name} in docs/training.md{' except for ' * bool(given)}{' '.join(given)}"
+    )
 
 
 def detector_config(args: argparse.Namespace, num_classes: int) -> DetectorConfig:

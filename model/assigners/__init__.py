@@ -45,5 +45,6 @@ def assign_with_statistics(strategy: str, inputs: Inputs, config: OTAConfig) -> 
     match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
     positives, num_gts = (match.gt_index >= 0).sum().float(), (inputs.gt_labels >= 0).sum().clamp(min=1).float()
     share = ambiguous.sum() / positives.clamp(min=1)
-    numbers = {"positives_per_gt": positives / num_gts, "mean_k": match.k.sum() / num_gts, "ambiguous": share}
+    numbers = {"positives_per_gt": positives / num_gts, "mean_k": match.k.sum() / num_gts}
+    numbers |= {"one_point": (match.k == 1).sum() / num_gts, "ambiguous": share}
     return match, ambiguous, numbers

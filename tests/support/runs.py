@@ -20,7 +20,10 @@ TORCHRUN = ("-m", "torch.distributed.run")
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc_per_node", "2")
 # Wider than 64 px, so that level 6 is wider than a point: torch 2.11 and 2.14 have, with bfloat16 on some CPUs, garbage
 # for the weights' gradient of a 3 x 3 convolution with stride 2 over a single column.
-SWITCHES = ("--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--multi-scale", 72, 88, 104, "--bf16")
+SWITCHES = (
+    *("--ema", 0.9, "--accumulate", 2, "--clip-norm", 0.5, "--bf16"),
+    *("--augment", "light", "--multi-scale", 72, 88, 104),
+)
 TIMES = ("images_per_s", "data_wait")
 
 

@@ -1,4 +1,4 @@
-"""Small data sets in COCO layout, CrowdHuman's form and Pascal VOC's, with grey pictures of 40 x 30 px."""
+"""Small data sets in COCO layout and the forms of CrowdHuman, Pascal VOC and YOLO, with grey pictures of 40 x 30 px."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from data import CocoDataset, DatasetError, Split, find_splits, generate_shapes
@@ -100,7 +101,11 @@ def write_scenes(root: Path, form: str, scenes: Scenes, half: str = "train", siz
     if form == "coco":
         images = [image_record(i, f"{name}.jpg", *size) for i, name in enumerate(scenes, 1)]
         flat = [(i, *entry) for i, boxes in enumerate(scenes.values(), 1) for entry in boxes]
-        records = [box_record(n, box, i, iscrowd=int(ignored)) for n, (i, box, ignored) in enumerate(flat, 1)]
+        areas = [box[2] * box[3] for _, box, _ in flat]
+        records = [
+            box_record(n, box, i, iscrowd=int(ignored), area=area)
+            for n, ((i, box, ignored), area) in enumerate(zip(flat, areas, strict=True), 1)
+        ]
         return write_coco(root, images, records, [{"id": 3, "name": "person"}])
     if form == "crowdhuman":
         entries = {n: [person(box, extra={"ignore": int(ignored)}) for box, ignored in b] for n, b in scenes.items()}
@@ -123,3 +128,41 @@ def generate_crowds(root: Path, size_px: int) -> Path:
         for name, image in zip(scenes, dataset.images, strict=True):
             shutil.copy(dataset.split.images / image["file_name"], split.images / f"{name}.jpg")
     return root
+
+
+def write_yolo(root: Path, labels: dict[str, str | None], size: tuple[int, int] | None = SIZE, **keys) -> Path:
+    """Write data.yaml with `keys` and, by name of an image such as "train/images/a.jpg", its label file's text (None:
+    no file) and with `size` its picture; return the folder."""
+    for name, text in labels.items():
+        path = root / Path("/labels/".join(name.rsplit("/images/", 1))).with_suffix(".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            path.write_text(text)
+        if size:
+            grey(root / name, size)
+    root.mkdir(exist_ok=True)
+    (root / "data.yaml").write_text(yaml.safe_dump(keys))
+    return root
+
+
+def copy_as_yolo(source: Path, root: Path, lists: bool = False) -> Path:
+    """Copy a data set into YOLO's form as Roboflow writes it, or with `lists` as text files of images; return `root`.
+    A class is the category's place in the order of ids."""
+    labels, splits, names = {}, {"train": "../train/images", "val": "../valid/images", "test": "../test/images"}, []
+    for half, folder in enumerate(("train", "valid")):
+        dataset = dataset_of(source, half)
+        images, names = {image["id"]: image for image in dataset.images}, dataset.class_names
+        files = {i: f"{folder}/images/{image['file_name']}" for i, image in images.items()}
+        labels |= dict.fromkeys(files.values(), "")
+        for record in dataset.annotations["annotations"]:
+            (x, y, w, h), image = record["bbox"], images[record["image_id"]]
+            row = np.divide([x + w / 2, y + h / 2, w, h], [image["width"], image["height"]] * 2)
+            row = [dataset.category_ids.index(record["category_id"]), *(f"{share:.17g}" for share in row)]
+            labels[files[record["image_id"]]] += f"{' '.join(map(str, row))}\n"
+        (root / folder / "images").mkdir(parents=True)
+        for i, file in files.items():
+            shutil.copy(dataset.split.images / images[i]["file_name"], root / file)
+        (root / f"{folder}.txt").write_text("".join(f"./{file}\n" for file in files.values()))
+    (root / "README.dataset.txt").write_text("Exported by roboflow.com")
+    splits = {"train": "train.txt", "val": "valid.txt"} if lists else splits
+    return write_yolo(root, labels, None, **splits, nc=len(names), names=names)
