@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BOXES, CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, printable, read_split
+from data.checks import repair_lines
 from errors import UserError, run_script
 from model import Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
@@ -73,13 +74,9 @@ def detect_dataset(detector: Detector, dataset: CocoDataset, batch_size: int, wo
 
 def coco_metrics(annotations: dict, results: list[dict]) -> dict:
     """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
-    # pycocotools takes the id 0 for no match, keeps ids as floats, and leaves out areas outside of [0, 1e10].
-    truth, records, results = COCO(), [], [dict(result) for result in results]  # loadRes writes into results
-    for number, record in enumerate(annotations["annotations"], 1):
-        _, _, width, height = record["bbox"]
-        area = record.get("area") or 0
-        area = area if 0 < area <= (width + 1) * (height + 1) else width * height
-        records.append(record | {"id": number, "area": area})
+    # pycocotools takes the id 0 for no match, and keeps ids as floats.
+    truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into results
+    records = [record | {"id": number} for number, record in enumerate(annotations["annotations"], 1)]
     truth.dataset = {"info": {}, **annotations, "annotations": records}
     with contextlib.redirect_stdout(None):  # print is silent
         truth.createIndex()
@@ -122,9 +119,9 @@ def print_table(metrics: dict) -> None:
 
 
 def describe(dataset: CocoDataset) -> str:
-    group = f", category {g['id']} {printable(g['name'])}, which groups the others" if (g := dataset.grouping) else ""
-    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions{group}"
-    return f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
+    left_out = f"{dataset.dropped_boxes} degenerate boxes, {dataset.crowd_boxes} crowd regions"
+    counts = f"{len(dataset)} images, {len(dataset.class_names)} classes; left out: {left_out}"
+    return "\n  repaired: ".join([counts, *repair_lines(dataset.repairs)])
 
 
 def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict, **options) -> CocoDataset:
@@ -147,14 +144,14 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
 
 
 def load_with_data(
-    weights: Path, data: str | None, box: str | None = None, follow_links: bool = False
+    weights: Path, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
 ) -> tuple[Detector, CocoDataset, str]:
     """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
     `data` and `box` default to those of the training. Raises UserError."""
     detector, metadata = load_weights(weights)
     if (data := data or metadata.get("data")) is None:
         raise UserError(f"{weights} names no data set; name the data set with --data")
-    train_split, val_split = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links))
+    train_split, val_split = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links, strict))
     split = val_split or train_split
     if box and not split.form.boxes:
         raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
@@ -168,6 +165,7 @@ def main() -> None:
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: that of the training")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those of the training")
     parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
+    parser.add_argument("--strict", action="store_true", help="stop for flaws that would be repaired, too")
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
@@ -175,7 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links)
+    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict)
     metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
         names = [name for name in (args.data and Path(args.data).resolve().name, args.box) if name]

@@ -71,9 +71,19 @@ def header_size(path: str | os.PathLike) -> tuple[int, int]:
     """Return (width, height) as displayed, without decoding. Raises Pillow's errors, and ValueError."""
     with Image.open(path) as image:
         check_pixels(image)
-        # PngImageFile.getexif would decode the whole file to look for EXIF behind the pixels.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        turned = _is_turned(image)
         # Whether a TIFF's `size` is that as stored or as displayed depends on Pillow's version; the tags are as stored.
         tags = getattr(image, "tag_v2", None)
         size = (tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]) if tags else image.size
-        return size[::-1] if orientation in (5, 6, 7, 8) else size
+        return size[::-1] if turned else size
+
+
+def is_turned(path: str | os.PathLike) -> bool:
+    """Return whether the EXIF orientation swaps width and height, without decoding. Raises Pillow's errors."""
+    with Image.open(path) as image:
+        return _is_turned(image)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    # PngImageFile.getexif would decode the whole file to look for EXIF behind the pixels.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)

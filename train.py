@@ -47,7 +47,7 @@ SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small af
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
     """Return the training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
-    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links))
+    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links, args.strict))
     if split is None:
         raise DatasetError(f"--data {args.data} has a validation part, but no training part")
     transform = train_transform(args.image_size, 0.0 if args.overfit else 0.5, args.multi_scale)

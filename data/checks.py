@@ -13,11 +13,20 @@ from typing import NamedTuple
 import numpy as np
 
 from data.files import VALUE, DatasetError, leaves_folder, near_misses, path_inside, printable
-from images import header_size
+from data.repairs import (
+    GROUPING,
+    NOT_TURNED,
+    TURNED,
+    fits_only_as_shown,
+    free_ids,
+    grouping_category,
+    repair_boxes,
+    repair_fields,
+)
+from images import header_size, is_turned
 
-OUTSIDE_TOLERANCE_PX = 1
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
-CULPRITS_SHOWN, CULPRIT_LENGTH = 5, 400
+CULPRITS_SHOWN, REPAIRS_SHOWN, CULPRIT_LENGTH = 5, 3, 400
 MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, not tiny objects
 LEAVING = "file names that leave the image folder"
 
@@ -45,6 +54,7 @@ class Split:
     form: Form
     box: str | None = None  # one of the form's kinds
     follow_links: bool = False  # read links to files outside the folders of images and annotations
+    strict: bool = False  # repairs are problems
 
 
 class Records(NamedTuple):
@@ -59,35 +69,44 @@ class Records(NamedTuple):
     category_ids: np.ndarray  # (m,) int64
     boxes: np.ndarray  # (m, 4) float64
     crowd: np.ndarray  # (m,) bool, iscrowd
-    areas: np.ndarray  # (m,) float64, px^2; NaN if the file has none
+    areas: np.ndarray  # (m,) float64, px^2
     digest: str = ""  # SHA-256 of the annotation files, hex
+    repairs: Problems = {}  # empty if nothing was repaired
 
     def first_images(self, count: int) -> "Records":
         """Return the records of the first `count` images that have boxes."""
         rows = np.unique(self.owners[~self.crowd])[:count]
         kept = np.isin(self.owners, rows)
         columns = (*(column[rows] for column in self[1:4]), *(column[kept] for column in self[4:10]))
-        return Records(self.categories, *columns, self.digest)._replace(owners=np.searchsorted(rows, self.owners[kept]))
+        records = Records(self.categories, *columns, *self[10:])
+        return records._replace(owners=np.searchsorted(rows, self.owners[kept]))
 
 
 def check_annotations(content: object, split: Split, look_at_files: bool = True) -> Records:
     """Return the records of a parsed file, or raise one DatasetError that lists every problem.
 
     With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000.
-    Degenerate boxes and boxes up to 1 px outside pass: the dataset drops and clips them.
+    What is certain is repaired, see data/repairs.py; with `split.strict` that is a problem too.
     """
     problems: Problems = defaultdict(list)
+    repairs: Problems = defaultdict(list)
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
-    (categories, images, objects), known = zip(*(_sound_records(key, content, problems) for key in FIELDS), strict=True)
+    sound = (_sound_records(key, content, problems, repairs) for key in FIELDS)
+    (categories, images, objects), known = zip(*sound, strict=True)
     for name, count in Counter(category["name"] for category in categories).items():
         if count > 1:
             problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
-    _check_boxes(records, objects, known, problems)
-    missing = _check_files(images, split, look_at_files, problems)
+    if group := grouping_category(categories, set(records.category_ids.tolist())):
+        repairs[GROUPING].append(f"category {group['id']} {VALUE.repr(group['name'])}")
+    turned, missing = _check_files(images, split, look_at_files, problems)
+    records = _turn_sizes(records, turned, problems, repairs)
+    records = _check_boxes(records, objects, known, problems, repairs)
+    if split.strict:
+        problems |= {f"{kind} (without --strict)": culprits for kind, culprits in repairs.items()}
     raise_problems(split.annotations, problems, missing, split.images)
-    return records
+    return records._replace(repairs=dict(repairs))
 
 
 def _is_id(value: object) -> bool:
@@ -110,7 +129,7 @@ FIELDS = {  # that a record must have: name -> (predicate, the required value in
 }
 
 
-def _sound_records(key: str, content: dict, problems: Problems) -> tuple[list[dict], list[int]]:
+def _sound_records(key: str, content: dict, problems: Problems, repairs: Problems) -> tuple[list[dict], list[int]]:
     """Return the well-formed records under a top-level key, each id once, and the ids of all records."""
     records = content.get(key)
     if not isinstance(records, list):
@@ -118,17 +137,27 @@ def _sound_records(key: str, content: dict, problems: Problems) -> tuple[list[di
         return [], []
     if not records and key != "annotations":
         problems["empty top-level lists"].append(f"{key!r} has no records")
-    sound: dict[int, dict] = {}
+    rules, sound, malformed_ids = FIELDS[key], {}, []
+    id_fields = [name for name, rule in rules.items() if rule is ID]
+    free = free_ids(records) if key == "annotations" else None
     for row, record in enumerate(records):
-        flaw = _flaw(record, FIELDS[key])
+        flaw = _flaw(record, rules)
         if not flaw and sound.setdefault(record["id"], record) is record:
             continue
         names = ("id", "image_id", "file_name", "name") if isinstance(record, dict) else ()
         line = ", ".join([f"record {row}", *(f"{n} {VALUE.repr(record[n])}" for n in names if n in record)])
-        kind = "malformed records" if flaw else "ids that occur twice"
-        problems[f"{kind} in {key!r}"].append(f"{line}: {flaw}" if flaw else line)
-    ids = [record["id"] for record in records if isinstance(record, dict) and _is_id(record.get("id"))]
-    return list(sound.values()), ids
+        changes: dict[str, str] = {}
+        if flaw and isinstance(record, dict):
+            record, changes = repair_fields(record, id_fields, free)
+            flaw = _flaw(record, rules)
+        if flaw:
+            problems[f"malformed records in {key!r}"].append(f"{line}: {flaw}")
+            malformed_ids += [record["id"]] if isinstance(record, dict) and _is_id(record.get("id")) else []
+        elif sound.setdefault(record["id"], record) is not record:
+            problems[f"ids that occur twice in {key!r}"].append(line)
+        for kind, change in changes.items() if not flaw else ():
+            repairs[kind].append(f"{line}: {change}")
+    return list(sound.values()), [*sound, *malformed_ids]
 
 
 def _flaw(record: object, fields: dict[str, tuple[Callable[[object], bool], str]]) -> str | None:
@@ -139,8 +168,8 @@ def _flaw(record: object, fields: dict[str, tuple[Callable[[object], bool], str]
             return f"{name} is missing"
         if not is_valid(record[name]):
             return f"{name} is {VALUE.repr(record[name])}, not {wanted}"
-    if record.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {VALUE.repr(record['iscrowd'])}, not 0 or 1"
+    if type(crowd := record.get("iscrowd", 0)) is not int or crowd not in (0, 1):
+        return f"iscrowd is {VALUE.repr(crowd)}, not 0 or 1"
 
 
 def _columns(categories: list[dict], images: list[dict], objects: list[dict]) -> Records:
@@ -157,34 +186,58 @@ def _columns(categories: list[dict], images: list[dict], objects: list[dict]) ->
     return Records(categories, image_ids, names, sizes, ids, owners, kinds, boxes, crowd, np.array(areas, np.float64))
 
 
-def _check_boxes(records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems) -> None:
-    """Check that annotations refer to `known` ids (malformed records' too) and that boxes lie in their images."""
-    owners, starts, sides = records.owners, records.boxes[:, :2], records.boxes[:, 2:]
+def _turn_sizes(records: Records, turned: list[int], problems: Problems, repairs: Problems) -> Records:
+    """Swap width and height of the images with `turned` ids where that is certain."""
+    sizes, finite = records.sizes.copy(), np.isfinite(records.boxes).all(1)
+    for row in np.flatnonzero(np.isin(records.image_ids, turned)).tolist():
+        boxes = records.boxes[finite & (records.owners == row)]
+        height, width = sizes[row].tolist()
+        certain = fits_only_as_shown(boxes, (width, height))
+        kind = TURNED if certain else NOT_TURNED
+        who = f"image {records.image_ids[row]} ({records.file_names[row]})"
+        line = f"{who}: {width} x {height} in the record, shown as {height} x {width}, {len(boxes)} boxes"
+        (repairs if certain else problems)[kind].append(line)
+        sizes[row] = (width, height) if certain else (height, width)
+    return records._replace(sizes=sizes)
+
+
+def _check_boxes(
+    records: Records, objects: list[dict], known: tuple[list[int], ...], problems: Problems, repairs: Problems
+) -> Records:
+    """Check that annotations refer to `known` ids (malformed records' too); return records with repaired boxes."""
+    owners, sides = records.owners, records.boxes[:, 2:]
     image_ids = np.array([record["image_id"] for record in objects], np.int64)
-    sizes = np.append(records.sizes, [(0, 0)], axis=0)[owners]  # row -1: no image
+    limits = np.append(records.sizes[:, ::-1], [(math.inf, math.inf)], axis=0)[owners]  # row -1: no image
+    boxes, areas, repaired, unlikely = repair_boxes(records.boxes, records.areas, limits)
     with np.errstate(over="ignore", invalid="ignore"):
-        ends, positive = starts + sides, (sides > 0).all(1)
-        far = (starts < -OUTSIDE_TOLERANCE_PX) | (ends > sizes[:, ::-1] + OUTSIDE_TOLERANCE_PX)
-        outside = far.any(1) & positive & np.isfinite(records.boxes).all(1) & (owners >= 0)
+        ends, positive = records.boxes[:, :2] + sides, (sides > 0).all(1)
         tiny = positive & ((sides <= 1).all(1) | (ends <= 1).all(1))
     share = tiny.sum() / max(1, positive.sum())
-    tiny &= share >= MOST_BOXES
     remedy = "(normalised, fractions of the image's sides? They have to be in px)"
-    for kind, wrong, remark in (
-        ("annotations of unknown categories", ~np.isin(records.category_ids, known[0]), ": category_id {c}"),
-        ("annotations of unknown images", ~np.isin(image_ids, known[1]), ""),
-        ("boxes more than 1 px outside their image (x, y, width, height in px?)", outside, ": {box} in {w} x {h}"),
-        (f"boxes of a pixel at most, {share:.0%} of all {remedy}", tiny, ": {box}"),
-    ):
-        for row in np.flatnonzero(wrong).tolist():
-            file_name = f" ({records.file_names[owners[row]]})" if owners[row] >= 0 else ""
-            (h, w), c, box = sizes[row], records.category_ids[row], objects[row]["bbox"]
-            line = f"annotation {records.ids[row]}, image {image_ids[row]}{file_name}"
-            problems[kind].append(line + remark.format(c=c, box=box, w=w, h=h))
+    wrong = {
+        "annotations of unknown categories": ~np.isin(records.category_ids, known[0]),
+        "annotations of unknown images": ~np.isin(image_ids, known[1]),
+        f"boxes of a pixel at most, {share:.0%} of all {remedy}": tiny & (share >= MOST_BOXES),
+    }
+    for found, kinds in ((problems, wrong | unlikely), (repairs, repaired)):
+        for kind, rows in kinds.items():
+            for row in np.flatnonzero(rows).tolist():
+                found[kind].append(_annotation(records, objects[row], row))
+    return records._replace(boxes=boxes, areas=areas)
 
 
-def _check_files(images: list[dict], split: Split, look_at_files: bool, problems: Problems) -> list[str]:
-    """Compare recorded sizes with those in the files' headers; return the names of missing files."""
+def _annotation(records: Records, record: dict, row: int) -> str:
+    who = f"annotation {record['id']}, image {record['image_id']}"
+    if (owner := records.owners[row]) >= 0:
+        height, width = records.sizes[owner].tolist()
+        who += f" ({records.file_names[owner]}, {width} x {height})"
+    area = f", area {VALUE.repr(record['area'])}" if "area" in record else ""
+    return f"{who}: category_id {record['category_id']}, bbox {record['bbox']}{area}"
+
+
+def _check_files(images: list[dict], split: Split, look_at_files: bool, problems: Problems) -> tuple[list, list]:
+    """Compare recorded sizes with those in the files' headers. Return the ids of images with the size from before their
+    EXIF rotation, none if only some files are looked at, and the names of missing files."""
     first_with: dict[str, dict] = {}
     for record in images:
         name = record["file_name"]
@@ -195,17 +248,23 @@ def _check_files(images: list[dict], split: Split, look_at_files: bool, problems
     missing = [name for name in first_with if leaves_folder(name) and not os.path.exists(split.images / name)]
     sample, coverage = [record for name, record in first_with.items() if not leaves_folder(name)], ""
     if not look_at_files:
-        return missing
+        return [], missing
     if len(sample) > ALL_FILES_UP_TO:
         coverage = f" (in {FILES_SAMPLED} of {len(sample)} files looked at)"
         sample = [sample[i * len(sample) // FILES_SAMPLED] for i in range(FILES_SAMPLED)]
     sizes, more = read_sizes([(_image(record), record["file_name"]) for record in sample], split, problems, coverage)
+    turned = []
     for record, size in zip(sample, sizes, strict=True):
-        if size and size != (record["width"], record["height"]):
+        recorded = (record["width"], record["height"])
+        if not size or size == recorded:
+            continue
+        if not coverage and size == recorded[::-1] and is_turned(split.images / record["file_name"]):
+            turned.append(record["id"])
+        else:
             kind = "sizes that disagree with the image (its EXIF orientation applied)" + coverage
-            both = f"{record['width']} x {record['height']} in the record, {size[0]} x {size[1]} in the file"
+            both = f"{recorded[0]} x {recorded[1]} in the record, {size[0]} x {size[1]} in the file"
             problems[kind].append(f"{_image(record)}: {both}")
-    return missing + more
+    return turned, missing + more
 
 
 def _image(record: dict) -> str:
@@ -247,6 +306,15 @@ def raise_problems(source: Path, problems: Problems, missing: list[str], folder:
         shown = [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
         lines += [f"  {kind}: {len(culprits)}", *shown, *[f"    and {more} more"] * (more > 0)]
     raise DatasetError("\n".join(lines + [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]))
+
+
+def repair_lines(repairs: Problems) -> list[str]:
+    """Return a line for each kind of repair, with its count and first culprits."""
+    lines = []
+    for kind, culprits in repairs.items():
+        shown = [*map(_shortened, culprits[:REPAIRS_SHOWN]), *[f"and {len(culprits) - REPAIRS_SHOWN} more"]]
+        lines.append(f"{kind}: {len(culprits)}; " + "; ".join(shown[: len(culprits)]))
+    return lines
 
 
 def _shortened(line: str) -> str:

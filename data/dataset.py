@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from data.checks import Records, Split
 from data.files import DatasetError, path_inside, printable
 from data.forms import read_split
+from data.repairs import clipped_corners, grouping_category
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -37,6 +38,7 @@ class CocoDataset(torch.utils.data.Dataset):
     num_boxes      boxes that are targets
     crowd_boxes    iscrowd boxes: regions to ignore, not targets
     dropped_boxes  boxes left out: width or height <= 0 px after clipping, or not finite
+    repairs        kind of repair of the annotation file -> one line for each culprit
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class CocoDataset(torch.utils.data.Dataset):
     ) -> None:
         self.split, self.transform = split, transform
         records = read_split(split, bad_images == "stop") if records is None else records
-        self.grouping, self.digest = _grouping(records, known_ids), records.digest
+        used_ids = {*np.unique(records.category_ids).tolist(), *known_ids}
+        self.grouping = grouping_category(records.categories, used_ids)
+        self.digest, self.repairs = records.digest, records.repairs
         records = self._used = records if first is None else records.first_images(first)
         self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
         self.class_names = [category["name"] for category in self.categories]
@@ -65,11 +69,7 @@ class CocoDataset(torch.utils.data.Dataset):
             self._bad_lock = multiprocessing.Lock()
 
         # Image i has rows _offsets[i] to _offsets[i+1] of _boxes and _labels, the regions to ignore last.
-        boxes, limits = records.boxes.copy(), np.tile(self._sizes[records.owners, ::-1], 2)
-        with np.errstate(over="ignore", invalid="ignore"):
-            boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clip(0, limits, out=boxes).astype(np.float32)
-        self._valid = np.isfinite(records.boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, self._valid = clipped_corners(records.boxes, self._sizes[records.owners, ::-1])
         labels = np.where(records.crowd, IGNORE, np.searchsorted(self.category_ids, records.category_ids))
         rows = np.lexsort((records.crowd, records.owners))
         rows = rows[self._valid[rows]]
@@ -97,7 +97,7 @@ class CocoDataset(torch.utils.data.Dataset):
     @cached_property
     def annotations(self) -> dict:
         """The content of a COCO file for evaluation: regions to ignore have iscrowd 1, dropped boxes are left out."""
-        used, kept = self._used, np.flatnonzero(self._valid | self._used.crowd)
+        used, kept = self._used, np.flatnonzero(self._valid)
         fields = {"id": used.ids, "image_id": used.image_ids[used.owners], "category_id": used.category_ids}
         fields |= {"bbox": used.boxes, "area": used.areas, "iscrowd": used.crowd.astype(int)}
         rows = zip(*(column[kept].tolist() for column in fields.values()), strict=True)
@@ -156,15 +156,6 @@ class CocoDataset(torch.utils.data.Dataset):
                         sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
                         sys.stderr.flush()
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
-
-
-def _grouping(records: Records, known_ids: Collection[int]) -> dict | None:
-    """Return the category that nothing uses and all others name as `supercategory` (Roboflow): never learned."""
-    used = {*np.unique(records.category_ids).tolist(), *known_ids}
-    for category in records.categories:
-        others = [other for other in records.categories if other is not category]
-        if others and category["id"] not in used and all(o.get("supercategory") == category["name"] for o in others):
-            return category
 
 
 def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

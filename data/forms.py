@@ -66,10 +66,13 @@ def read_coco(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> objec
 
 
 def _coco_content(scenes: list[tuple[dict, list[dict]]], names: list[str]) -> dict:
-    """Return the content of a COCO file from images and their objects; an object's `name` is one of `names`."""
+    """Return the content of a COCO file from images and their objects: `name`, one of `names`, `bbox`, `iscrowd`."""
     ids = {name: number for number, name in enumerate(names, 1)}
     rows = enumerate(((image["id"], record) for image, objects in scenes for record in objects), 1)
-    annotations = [r | {"id": i, "image_id": image, "category_id": ids[r["name"]]} for i, (image, r) in rows]
+    annotations = [
+        record | {"id": i, "image_id": image, "category_id": ids[record["name"]], "area": math.prod(record["bbox"][2:])}
+        for i, (image, record) in rows
+    ]
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": [image for image, _ in scenes], "annotations": annotations, "categories": categories}
 

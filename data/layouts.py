@@ -34,7 +34,9 @@ CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/d
 OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
 
 
-def find_splits(data: str, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
+def find_splits(
+    data: str, box: str | None = None, follow_links: bool = False, strict: bool = False
+) -> tuple[Split | None, Split | None]:
     """Return the train and the val split, one of which may be missing. Raises DatasetError if both are.
 
     data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
@@ -44,7 +46,7 @@ def find_splits(data: str, box: str | None = None, follow_links: bool = False) -
     if data == "shapes" and not root.is_dir():
         print(f"generating the shapes data set in {root}: some seconds, once")
         generate_shapes(root)
-    halves = _halves(root, box, follow_links)
+    halves = _halves(root, box, follow_links, strict)
     if not any(halves):
         raise DatasetError(_missing_message(data, root.absolute()))
     return halves
@@ -62,11 +64,14 @@ def _root(data: str) -> Path:
     return named.get(data, Path(data).expanduser())
 
 
-def _halves(root: Path, box: str | None = None, follow_links: bool = False) -> tuple[Split | None, Split | None]:
+def _halves(
+    root: Path, box: str | None = None, follow_links: bool = False, strict: bool = False
+) -> tuple[Split | None, Split | None]:
     known = []
     for form, *halves in LAYOUTS:
         kind, named = (box or form.boxes[0]) if form.boxes else None, zip(("train", "val"), halves, strict=True)
-        splits = [Split(name, root / file, root / images, form, kind, follow_links) for name, (file, images) in named]
+        how = (form, kind, follow_links, strict)
+        splits = [Split(name, root / file, root / images, *how) for name, (file, images) in named]
         known.append(tuple(split if os.path.isfile(split.annotations) else None for split in splits))
     return next(filter(all, known), None) or next(filter(any, known), (None, None))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,8 @@ REFUSED = {
     "key-twice": (spoiled(id=7).replace('"id": 7', '"id": 7, "id": 8'), r"'id' is given twice in \{"),
     "bbox-401-digits": (spoiled(bbox=[10**400, 1, 5, 5]), r"bbox is \[1000.*\.\.\..*most 64 bits"),
     "width-inf": (spoiled().replace('"width": 40', '"width": 1e400'), "width is inf, not a number of pixels"),
+    "id-rounded": (spoiled(id=2.0**60), r"id is 1.15\d+e\+18, not an integer"),
+    "id-true": (spoiled(image_id=True), "image_id is True, not an integer"),
     "fractions": (spoiled(bbox=[0.1, 0.2, 0.5, 0.5]), r"a pixel at most, 100% of all \(normalised, fractions of"),
     "fractions-outside": (spoiled(bbox=[-0.3, -0.2, 1.25, 1.1]), r"a pixel at most, 100% of all \(normalised"),
 }
@@ -54,7 +57,7 @@ def test_every_problem_in_one_error(tmp_path):
     (split.images / "d.jpg").write_bytes(b"no image")
     said = refusal(split)
     for part in (
-        f"{split.annotations}: 24 problem(s)",
+        f"{split.annotations}: 16 problem(s)",
         "ids that occur twice in 'images': 1\n    record 1, id 1, file_name 'b.jpg'",
         "malformed records in 'images': 1\n    record 6, id 6: file_name is missing",
         "file names that occur twice: 1\n    a.jpg: images 1 and 2",
@@ -63,19 +66,21 @@ def test_every_problem_in_one_error(tmp_path):
         "image files that cannot be read: 1\n    image 5 (d.jpg)",
         "ids that occur twice in 'annotations': 1",
         "annotations of unknown images: 1\n    annotation 9, image 77",
-        "annotations of unknown categories: 1\n    annotation 10, image 1 (a.jpg): category_id 66",
+        "annotations of unknown categories: 1\n    annotation 10, image 1 (a.jpg, 40 x 30): category_id 66",
         "malformed records in 'annotations': 4\n    record 11, id 11: image_id is missing",
         "bbox is [1, 2, 3], not four numbers",
         "image_id is '1', not an integer",
         "iscrowd is 2, not 0 or 1",
-        "px?): 8\n    annotation 1, image 1 (a.jpg): [30, 0, 20, 5] in 40 x 30",
-        "and 3 more",
         "ids that occur twice in 'categories': 1",
         "malformed records in 'categories': 1\n    record 2, id 4: name is missing",
         "category names that occur twice: 1\n    'cat'",
     ):
         assert part in said
     assert "annotations of unknown categories" in refusal(split, bad_images="skip")  # which excuses images alone
+    said = refusal(replace(split, strict=True))
+    assert f"{split.annotations}: 35 problem(s)" in said
+    assert "clipped (without --strict): 8\n    annotation 1, image 1 (a.jpg, 40 x 30): category_id 3, bbox [30," in said
+    assert "and 3 more" in said and "wholly outside" not in said  # nothing is outside of an unknown image
 
 
 def test_large_sets_are_sampled(tmp_path):
@@ -89,6 +94,11 @@ def test_large_sets_are_sampled(tmp_path):
     ("name", "on_disk", "way"),
     [
         pytest.param("/home/me/set/{}.jpg", "{}.jpg", "without the folder /home/me/set", id="absolute"),
+        pytest.param("images/{}.jpg", "{}.jpg", "without the folder images", id="first-folder"),
+        pytest.param("{}.jpg", "{}.png", "with another extension", id="extension"),
+        pytest.param("A{}.JPG", "a{}.jpg", "with upper and lower case changed", id="case"),
+        pytest.param("sub\\{}.jpg", "sub/{}.jpg", "with / for \\", id="backslash"),
+        pytest.param("a%20{}.jpg", "a {}.jpg", "with %20 and the like decoded", id="url"),
         pytest.param("{}.jpg", "sub/{}.jpg", "in the folder {root}/train/sub", id="folder-added"),
         pytest.param("{}.jpg", "../pictures/{}.jpg", "in the folder {root}/pictures", id="beside"),
         pytest.param("C:\\Data\\A%20{}.JPG", "sub/a {}.png", "with %20 and the like decoded and with / for \\ and with"

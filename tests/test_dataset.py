@@ -180,7 +180,7 @@ def write_large(root: Path, images: int, boxes: int) -> Split:
     polygon = ",".join(f"{i}.25" for i in range(40))
     files = (f'{{"id":{i},"file_name":"{i:012d}.jpg","width":640,"height":480}}' for i in range(images))
     records = (
-        f'{{"segmentation":[[{polygon}]],"area":1000.5,"iscrowd":{int(k % 85 == 0)},"image_id":{k * 7919 % images},'
+        f'{{"segmentation":[[{polygon}]],"area":400.5,"iscrowd":{int(k % 85 == 0)},"image_id":{k * 7919 % images},'
         f'"bbox":[{k % 500}.25,{k % 400}.5,{20 + k % 100}.5,{20 + k % 50}.75],"category_id":{1 + k % 80},"id":{k}}}'
         for k in range(boxes)
     )

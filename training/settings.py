@@ -37,7 +37,9 @@ RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 LR_BATCH = 16  # --lr is for this many images a step
 OVERFIT = {"epochs": None, "steps": 500, "eval_every": 10**9}  # evaluated at the end only
 # Settings that may change when a run is continued; for data the annotation file is compared.
-FREE_FLAGS = ("data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links")
+FREE_FLAGS = (
+    "data", "workers", "out", "save_every", "eval_every", "log_every", "device", "profile", "follow_links", "strict",
+)  # fmt: skip
 
 OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
 GONE = {  # flags of before -> the remedy
@@ -86,6 +88,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="coco, crowdhuman, shapes or a folder in a layout of docs/data.md")
     add("--follow-links", action="store_true", help="read images that are links to other folders")
+    add("--strict", action="store_true", help="stop for flaws that would be repaired, too")
     add("--box", choices=BOXES, help="CrowdHuman's full, visible or head boxes; default: fbox")
     add("--image-size", type=side_px, nargs="+", metavar="PX", help="shorter side [longest side]")
     add("--multi-scale", type=side_px, nargs="+", metavar="PX", help="draw each image's shorter side from these")

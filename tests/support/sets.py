@@ -100,7 +100,11 @@ def write_scenes(root: Path, form: str, scenes: Scenes, half: str = "train", siz
     if form == "coco":
         images = [image_record(i, f"{name}.jpg", *size) for i, name in enumerate(scenes, 1)]
         flat = [(i, *entry) for i, boxes in enumerate(scenes.values(), 1) for entry in boxes]
-        records = [box_record(n, box, i, iscrowd=int(ignored)) for n, (i, box, ignored) in enumerate(flat, 1)]
+        areas = [box[2] * box[3] for _, box, _ in flat]
+        records = [
+            box_record(n, box, i, iscrowd=int(ignored), area=area)
+            for n, ((i, box, ignored), area) in enumerate(zip(flat, areas, strict=True), 1)
+        ]
         return write_coco(root, images, records, [{"id": 3, "name": "person"}])
     if form == "crowdhuman":
         entries = {n: [person(box, extra={"ignore": int(ignored)}) for box, ignored in b] for n, b in scenes.items()}
