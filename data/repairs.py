@@ -105,7 +105,7 @@ def repair_boxes(boxes: np.ndarray, areas: np.ndarray, limits: np.ndarray) -> tu
         sticking_out = real & ((starts < -OUTSIDE_TOLERANCE_PX) | (ends > limits + OUTSIDE_TOLERANCE_PX)).any(1)
         lost = sticking_out & (inside < 0.5 * sizes)
         wholly_outside = real & ((ends <= 0) | (starts >= limits)).any(1)
-        fits = (areas > 0) & (areas >= LEAST_COVER * sizes) & (areas <= (sides + 1).prod(1))  # False for NaN
+        fits = (areas >= LEAST_COVER * sizes) & (areas <= (sides + 1).prod(1))  # False for NaN
     clipped, wrong_area = sticking_out & usable, usable & ~fits
     rows = {CLIPPED: clipped, OUTSIDE: wholly_outside, EMPTY: ~usable & ~wholly_outside, AREA: wrong_area}
     share = lost.sum() / max(1, real.sum())

@@ -15,7 +15,7 @@ from PIL import Image
 import data.checks
 import eval as eval_script
 import train
-from data import CocoDataset, DatasetError, generate_shapes
+from data import CocoDataset, DatasetError, generate_shapes, read_split
 from data.dataset import SeededDataset
 from data.repairs import AREA, CLIPPED, EMPTY, FLOAT_ID, ISCROWD, NO_ID, NOT_TURNED, OUTSIDE, TURNED
 from errors import UserError
@@ -87,7 +87,9 @@ def test_sound_file_is_not_repaired(tmp_path, form):
 
 
 def test_other_forms_have_the_same_repairs(tmp_path):
-    dataset = CocoDataset(write_scenes(tmp_path, "voc", {"a": [([30, 20, 15, 20], False), ([50, 5, 9, 6], False)]}))
+    split = write_scenes(tmp_path, "voc", {"a": [([30, 20, 15, 20], False), ([50, 5, 9, 6], False)]})
+    dataset = CocoDataset(split)
+    assert read_split(split).first_images(1).repairs == dataset.repairs
     assert {kind: len(lines) for kind, lines in dataset.repairs.items()} == {CLIPPED: 1, OUTSIDE: 1}
     assert dataset.annotations["annotations"][0]["bbox"] == [30, 20, 10, 10]
 
