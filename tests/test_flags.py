@@ -58,10 +58,10 @@ def test_settings_of_ota_override_the_recipe(parse):
 
 
 def test_images_are_padded_to_sides_from_the_smallest_that_is_drawn(parse, monkeypatch):
-    for module, name in ((torch._dynamo.config, "recompile_limit"), (torch.backends.cudnn, "benchmark")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # restored after the test
     flags = ("", "--augment light", "--augment light --multi-scale 32 60")
-    sides = [train.compile_detector(mock.Mock(), parse(f"--image-size 100 160 {more}"), print) for more in flags]
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would leave the configuration without it
+        sides = [train.compile_detector(mock.Mock(), parse(f"--image-size 100 160 {more}"), print) for more in flags]
     assert [(found[0], found[-1]) for found in sides] == [(128, 160), (96, 160), (32, 160)]
 
 
