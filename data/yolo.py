@@ -50,7 +50,7 @@ def read_yolo(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
         problems["images without a label file, which are all (images/a.jpg has labels/a.txt)"] = missing
     named = [(f"image {number} ({file})", file) for number, file in enumerate(files, 1)]
     sizes, missing = read_sizes(named, split, problems if look_at_files else defaultdict(list))
-    raise_problems(source, problems, missing if look_at_files else [], split.images)
+    raise_problems(source, problems, missing, split.images)
     scenes = []
     for number, (file, rows, size) in enumerate(zip(files, labels, sizes, strict=True), 1):
         w, h = size or (1, 1)
@@ -121,7 +121,7 @@ def _image_files(split: Split, places: list[tuple[Path, Path]], read_bytes: Read
     paths = []
     for base, place in places:
         if place.is_dir():
-            for folder, folders, files in os.walk(place, followlinks=split.follow_links):
+            for folder, folders, files in os.walk(place, followlinks=True):  # links are refused when they are read
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
                 paths += [os.path.join(folder, name) for name in images]

@@ -134,7 +134,9 @@ def test_layout_is_found(tmp_path, file, folder, halves):
     for path in (*paths, tmp_path / "annotations" / "instances_train2017.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    (tmp_path / "data.yaml").write_text("[ of another program")
     splits = find_splits(str(tmp_path))
+    (tmp_path / "data.yaml").unlink()
     assert [(s.name, s.annotations) for s in splits] == [("train", paths[0]), ("val", paths[1])]
     assert [split.images for split in splits] == [tmp_path / folder.format(half) for half in halves]
     (tmp_path / "annotations" / "instances_train2017.json").unlink()

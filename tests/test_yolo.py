@@ -62,10 +62,11 @@ def test_images_of_a_split(tmp_path, keys, files):
 def test_folders_outside_and_splits_that_are_missing(tmp_path):
     """../train/images is beside the folder of data.yaml if it is there; names are the numbers of the classes."""
     write_yolo(tmp_path, {"train/images/a.jpg": BOX})
-    other = write_yolo(tmp_path / "set", {}, train="../train/images", test="../train/images", nc=2)
+    folders = ["../train/images", "images"]
+    other = write_yolo(tmp_path / "set", {"images/b.jpg": BOX}, train=folders, test="../train/images", nc=2)
     train_split, val_split = find_splits(str((other / "data.yaml").rename(other / "my.yml")))
     assert val_split is None and CocoDataset(train_split).class_names == ["0", "1"]
-    assert CocoDataset(train_split).num_boxes == 1
+    assert CocoDataset(train_split).num_boxes == 2
 
 
 ROWS = {  # text of a label file -> boxes x1 y1 x2 y2 in a picture of 40 x 30 px
@@ -85,9 +86,12 @@ ROWS = {  # text of a label file -> boxes x1 y1 x2 y2 in a picture of 40 x 30 px
 
 @pytest.mark.parametrize(("text", "boxes"), ROWS.values(), ids=ROWS)
 def test_label_files(tmp_path, text, boxes):
-    root = write_yolo(tmp_path, {"train/images/a.jpg": None, "train/images/b.jpg": BOX}, **SPLITS | {"val": None}, nc=2)
+    """They are in labels/ beside the last folder images/ of the path."""
+    root = write_yolo(
+        tmp_path, {"images/x/images/a.jpg": None, "images/x/images/b.jpg": BOX}, train=".", val=None, nc=2
+    )
     if text is not None:
-        (root / "train" / "labels" / "a.txt").write_bytes(text)
+        (root / "images" / "x" / "labels" / "a.txt").write_bytes(text)
     dataset = dataset_of(root)
     torch.testing.assert_close(
         torch.as_tensor(dataset[0][1]["boxes"]), torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
@@ -178,12 +182,15 @@ def test_links_are_followed_only_with_the_flag(tmp_path):
     (root / "train" / "labels" / "b.txt").symlink_to("gone.txt")
     (root / "train" / "images" / "c.jpg").rename(tmp_path / "c.jpg")
     (root / "train" / "images" / "c.jpg").symlink_to(tmp_path / "c.jpg")
+    grey(tmp_path / "more" / "d.jpg")
+    (root / "train" / "images" / "more").symlink_to(tmp_path / "more")
     said = refusal(root)
-    assert "secret\n" not in said and len(re.findall("--follow-links reads it", said)) == 2
+    assert "secret\n" not in said and len(re.findall("--follow-links reads it", said)) == 3
     assert "b.txt: 'labels/b.txt' is a link to" in said
     (tmp_path / "secret.txt").write_text(BOX)
     (root / "train" / "labels" / "b.txt").unlink()
-    assert dataset_of(root, follow_links=True).num_boxes == 1
+    dataset = dataset_of(root, follow_links=True)
+    assert (len(dataset), dataset.num_boxes) == (4, 1)
 
 
 def test_digest_knows_which_label_file_is_whose(tmp_path):
@@ -203,28 +210,13 @@ def test_set_trains_evaluates_and_predicts(call, tmp_path, lists):
     flags = (*DETECTOR, *CPU, "--image-size", 64, "--batch-size", 4, "--steps", 3, "--bad-images", "skip")
     call(train, "--data", root / "data.yaml", *flags, "--out", out)
     assert "AP" in metrics_of(out) and "is complete" in call(train, "--data", root, *flags, "--out", out)
-    call(eval_script, "--weights", out / "ota.safetensors", *CPU)
-    call(
-        eval_script,
-        "--weights",
-        out / "ota.safetensors",
-        *CPU,
-        "--data",
-        tmp_path / "shapes",
-        "--out",
-        tmp_path / "coco",
-    )
-    assert metrics_of(out) | {"data": None} == metrics_of(tmp_path / "coco") | {"data": None}
-    predictions = (
-        root / "valid" / "images",
-        "--weights",
-        out / "ota.safetensors",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "found",
-    )
-    assert "4 pictures" in call(predict_script, *predictions)
+    weights, metrics = ("--weights", out / "ota.safetensors"), []
+    for data, name in ((root / "data.yaml", "eval-yolo-data"), (tmp_path / "shapes", "eval-shapes")):
+        call(eval_script, *weights, "--data", data, *CPU)
+        metrics.append(metrics_of(out / name) | {"data": None})
+    assert metrics[0] == metrics[1]
+    found = call(predict_script, *weights, "--device", "cpu", "--out", tmp_path / "found", root / "valid" / "images")
+    assert "4 pictures" in found
 
 
 def moved(dataset: CocoDataset) -> list[dict]:

@@ -134,7 +134,7 @@ def write_yolo(root: Path, labels: dict[str, str | None], size: tuple[int, int] 
     """Write data.yaml with `keys` and, by name of an image such as "train/images/a.jpg", its label file's text (None:
     no file) and with `size` its picture; return the folder."""
     for name, text in labels.items():
-        path = root / Path("/labels/".join(name.rsplit("/images/", 1))).with_suffix(".txt")
+        path = Path("/labels/".join(f"{root}/{name}".rsplit("/images/", 1))).with_suffix(".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             path.write_text(text)
