@@ -29,11 +29,12 @@ MAX_BAD_SHARE, MIN_BAD_CAP = 0.01, 10  # more bad images than both are an error
 AUGMENTATIONS = {
     "none": "resizing only",
     "flip": "horizontal flip",
-    "light": "flip, photometric distortion and scale jitter",
+    "light": "flip, colour jitter and scale jitter",
     "strong": "light's, zoom-out and IoU crop",
 }
 JITTERED = ("light", "strong")
 SCALE_JITTER = 0.8, 1.25  # of the shorter side
+COLOUR_JITTER = 0.125, 0.5, 0.5, 0.05  # brightness, contrast, saturation, hue: SSD's without its swapped channels
 ZOOM_OUT, MEAN_COLOUR = (1.0, 2.0), (124, 116, 104)  # sides of the canvas; ImageNet's mean, nearly 0 once normalised
 
 
@@ -207,7 +208,7 @@ def train_transform(
         resize = v2.RandomShortestSize(sides, image_size[1], antialias=True)
     steps = [v2.RandomHorizontalFlip(0.0 if augment == "none" else 0.5), resize]
     if augment in JITTERED:
-        steps.append(v2.RandomPhotometricDistort())
+        steps.append(v2.RandomApply([v2.ColorJitter(*COLOUR_JITTER)]))
     if augment == "strong":
         steps = [v2.RandomZoomOut(MEAN_COLOUR, ZOOM_OUT), Crop(), *steps]
     return v2.Compose([*steps, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1.0)])
