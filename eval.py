@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
@@ -25,7 +26,7 @@ from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits
 from data.checks import repair_lines
 from data.layouts import data_name
 from errors import UserError, run_script
-from model import Detections, Detector, is_on_hub, load_weights, local_file
+from model import DEFAULT_SCORE, Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
 from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
 from training.settings import not_negative, positive
@@ -74,7 +75,8 @@ def detect_dataset(detector: Detector, dataset: CocoDataset, batch_size: int, wo
 
 
 def coco_metrics(annotations: dict, results: list[dict]) -> dict:
-    """pycocotools' twelve box numbers, and AP, AP50 and box count of every class; -1 where there are no boxes."""
+    """pycocotools' twelve box numbers, and for every class box count, AP, AP50 and `best_cut`; -1 where there are no
+    boxes."""
     # pycocotools takes the id 0 for no match, and keeps ids as floats.
     truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into results
     records = [record | {"id": number} for number, record in enumerate(annotations["annotations"], 1)]
@@ -85,13 +87,27 @@ def coco_metrics(annotations: dict, results: list[dict]) -> dict:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # IoU threshold, recall, class; all areas, 100 boxes
+    # IoU threshold, recall, class; all areas, 100 boxes
+    precision, scores = (evaluation.eval[name][:, :, :, 0, 2] for name in ("precision", "scores"))
     per_class = {}
-    for category_id, rows in zip(evaluation.params.catIds, precision.transpose(2, 0, 1), strict=True):
+    for c, category_id in enumerate(evaluation.params.catIds):
+        rows = precision[:, :, c]
         boxes = sum(not a["iscrowd"] for a in truth.loadAnns(truth.getAnnIds(catIds=[category_id])))
         ap, ap50 = (float(p[p > -1].mean()) if boxes else -1.0 for p in (rows, rows[0]))
-        per_class[truth.cats[category_id]["name"]] = {"boxes": boxes, "AP": ap, "AP50": ap50}
+        f1, score = best_cut(rows[0], scores[0, :, c], evaluation.params.recThrs)
+        row = {"boxes": boxes, "AP": ap, "AP50": ap50, "F1": f1 if boxes else -1.0, "score": score}
+        per_class[truth.cats[category_id]["name"]] = row
     return {**dict(zip(METRICS, map(float, evaluation.stats[: len(METRICS)]), strict=True)), "per_class": per_class}
+
+
+def best_cut(precision: np.ndarray, scores: np.ndarray, recall: np.ndarray) -> tuple[float, float]:
+    """Return the largest F1 = 2 P R / (P + R) of a class, and the score from which on detections have it.
+
+    The arrays are pycocotools' over recall, where precision is the largest at that recall or above.
+    """
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    best = int(f1.argmax())
+    return (float(f1[best]), float(scores[best])) if f1[best] > 0 else (0.0, DEFAULT_SCORE)
 
 
 def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, workers: int = 2) -> tuple[dict, list]:
@@ -110,10 +126,10 @@ def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, work
 def print_table(metrics: dict) -> None:
     rows = [(printable(name), row) for name, row in metrics["per_class"].items()]
     width = max([5, *(len(name) for name, _ in rows)])
-    print(f"{'class':{width}}   boxes     AP   AP50")
+    print(f"{'class':{width}}   boxes     AP   AP50     F1 from score")
     for name, row in rows:
-        scores = "  ".join("    -" if row[k] < 0 else f"{row[k]:.3f}" for k in ("AP", "AP50"))
-        print(f"{name:{width}} {row['boxes']:7d}  {scores}")
+        scores = "  ".join("    -" if row[k] < 0 else f"{row[k]:.3f}" for k in ("AP", "AP50", "F1"))
+        print(f"{name:{width}} {row['boxes']:7d}  {scores}      {row['score']:.3f}")
     crowd = [name for name in metrics if name.startswith("crowd_")]
     for names in filter(None, (METRICS[:6], METRICS[6:], crowd)):
         print("  ".join(f"{name} {metrics[name]:.3f}" for name in names))

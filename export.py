@@ -10,7 +10,7 @@ Outputs  boxes (B, K, 4) float32 x1 y1 x2 y2 px, scores (B, K) float32, best fir
          no detection come last, with score 0, label -1 and a box of zeros. Without --nms: the candidates for NMS
 
 Normalisation is inside; resizing is not. The metadata (ONNX: metadata_props; .pt2: the extra file ota.json) are JSON:
-class_names, category_ids, image_size, preprocessing, nms and the thresholds.
+class_names, category_ids, cuts (lowest scores by label), image_size, preprocessing, nms and the thresholds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 from errors import UserError, run_script
 from kernels.grid import MAX_SIDE_PX
-from model import Detector, is_on_hub, load, local_file, write_file
+from model import DEFAULT_SCORE, Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
 
@@ -83,6 +83,7 @@ def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, lim
 def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
     names = ("image_size", "score_threshold", "nms_iou", "max_detections")
     about = {"class_names": detector.class_names, "category_ids": detector.category_ids, "nms": nms}
+    about |= {"cuts": detector.cuts or [DEFAULT_SCORE] * len(detector.class_names)}
     return about | {"preprocessing": PREPROCESSING} | {name: getattr(detector.config, name) for name in names}
 
 

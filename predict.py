@@ -1,7 +1,7 @@
 """Detect objects in images: pictures with boxes, class names and scores, and one JSON file.
 
     python predict.py --weights runs/shapes-.../ota.safetensors photo.jpg folder "more/**/*.png"
-    python predict.py --weights hf://user/repo --score 0.5 --out predictions photos
+    python predict.py --weights hf://user/repo --score 0.3 --out predictions photos
 
 A folder means the images directly inside it; the glob "folder/**/*" reaches folders below. Writes to --out every image
 under its own name (with a number where a name repeats) and detections.json: COCO result format plus file and category
@@ -28,7 +28,7 @@ from data.draw import draw_detections
 from errors import UserError, run_script
 from eval import coco_results
 from images import ImageError, load_image
-from model import Detector, load, write_file
+from model import DEFAULT_SCORE, Detector, load, write_file
 from training.process import setup_distributed
 from training.settings import number, positive
 
@@ -65,7 +65,9 @@ def picture_paths(images: list[Path], out: Path) -> list[Path]:
     return list(pictures.values())
 
 
-def predict(detector: Detector, paths: list[Path], out: Path, score: float, batch_size: int) -> tuple[list[dict], int]:
+def predict(
+    detector: Detector, paths: list[Path], out: Path, score: float | None, batch_size: int
+) -> tuple[list[dict], int]:
     """Write the pictures; return the detections of all images in COCO result format and how many images failed."""
     results, failed, pictures = [], 0, picture_paths(paths, out)
 
@@ -102,7 +104,8 @@ def main() -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, globs")
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--out", type=Path, help="folder to write to; default: runs/predict-<time>")
-    parser.add_argument("--score", type=score, default=0.5, help="lowest score of a detection; default 0.5")
+    help_score = f"lowest score of a detection; default: its class's with the best F1 in training, or {DEFAULT_SCORE}"
+    parser.add_argument("--score", type=score, help=help_score)
     parser.add_argument("--batch-size", type=positive, default=8, help="images at a time")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
@@ -110,6 +113,10 @@ def main() -> None:
     out = args.out or Path("runs") / f"predict-{time.strftime('%Y%m%d-%H%M%S')}"
     device, _, _ = setup_distributed(args.device)
     detector = load(args.weights).to(device)
+    if args.score is None and detector.cuts is None:
+        print(
+            f"note: {args.weights} names no scores with the best F1; --score {DEFAULT_SCORE} is taken", file=sys.stderr
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         results, failed = predict(detector, paths, out, args.score, args.batch_size)

@@ -24,6 +24,7 @@ from .head import Head, Predictions
 from .losses import detection_losses, points_inside
 from .postprocess import Detections, postprocess, suppressed, unpad
 
+DEFAULT_SCORE = 0.5  # lowest score of a detection where no evaluation has found a better one
 _cached_points = lru_cache(maxsize=64)(PointGrid.points)
 
 
@@ -87,13 +88,15 @@ class Detector(nn.Module):
     Output in evaluation: Detections in px of the images as given; a list's images are resized to `config.image_size`.
 
     Under torch.autocast, half() or bfloat16() the network runs in the lower precision; assignment, losses and
-    detections are float32. `class_names` and `category_ids` are those of the annotation file, by label.
+    detections are float32. `class_names` and `category_ids` are those of the annotation file, by label; `cuts`, if not
+    None, is the lowest score of a detection that `predict` returns, by label: eval.py's with the best F1.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
         super().__init__()
         self.class_names = [str(label) for label in range(config.num_classes)]
         self.category_ids = list(range(config.num_classes))
+        self.cuts: list[float] | None = None
         self.backbone = Backbone(config.backbone, config.channels, pretrained, config.frozen_norm)
         self.config = replace(config, backbone=self.backbone.name)
         self.head = Head(config.channels, config.head_convs, config.num_classes, STRIDES)
@@ -185,8 +188,9 @@ class Detector(nn.Module):
         return detections
 
     @torch.no_grad()
-    def predict(self, images: ImageLike | list[ImageLike], score: float = 0.0, batch_size: int = 8):
+    def predict(self, images: ImageLike | list[ImageLike], score: float | None = None, batch_size: int = 8):
         """Return Detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
+        Without `score` each class has its own: `cuts`, or DEFAULT_SCORE.
 
         For the kinds of images see images.to_tensor; `batch_size` images are read at a time. Boxes are in px of the
         upright image. No score is below `config.score_threshold`. Raises ImageError: an image cannot be read;
@@ -194,16 +198,17 @@ class Detector(nn.Module):
         """
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")
-        if not isinstance(score, Real | Tensor) or score != score:
-            raise ValueError(f"score is {score!r}, it must be a number")
+        if not isinstance(score, Real | Tensor | None) or score != score:
+            raise ValueError(f"score is {score!r}, it must be a number or None")
         if self.training:
             raise RuntimeError("the detector is in training mode; call eval() first")
         if not isinstance(images, list | tuple):
             return self.predict([images], score, batch_size)[0]
-        results = []
+        results, cuts = [], torch.tensor(self.cuts or [DEFAULT_SCORE] * self.config.num_classes)
         for start in range(0, len(images), batch_size):
             chunk = enumerate(images[start : start + batch_size], start)
             for detections in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk]):
-                kept = detections.scores >= score
-                results.append(Detections(*(column[kept].cpu() for column in detections[:3]), self.class_names))
+                boxes, scores, labels = (column.cpu() for column in detections[:3])
+                kept = scores >= (cuts[labels] if score is None else score)
+                results.append(Detections(boxes[kept], scores[kept], labels[kept], self.class_names))
         return results

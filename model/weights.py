@@ -124,11 +124,20 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
             raise UserError(f"{path} has values in {name!r} that are NaN, infinite or a negative variance")
     for name in ("mean", "std"):  # the file's: timm's defaults may change
         getattr(detector, name).copy_(torch.tensor(metadata["normalisation"][name]).view(3, 1, 1))
+    detector.cuts = cuts_of(metadata.get("training", {}).get("metrics"), metadata.get("class_names"))
     for name in ("class_names", "category_ids"):
         setattr(detector, name, metadata.setdefault(name, getattr(detector, name)))
         if len(metadata[name]) != config.num_classes:
             raise UserError(f"{path} has {len(metadata[name])} {name} for {config.num_classes} classes")
     return detector.eval(), metadata
+
+
+def cuts_of(metrics: dict | None, class_names: list[str] | None) -> list[float] | None:
+    """Return the score with the best F1 of each class in metrics of eval.py, None if it is not there for all."""
+    per_class = (metrics or {}).get("per_class")
+    rows = [per_class.get(name) for name in class_names or ()] if isinstance(per_class, dict) else []
+    cuts = [row.get("score") if isinstance(row, dict) else None for row in rows]
+    return cuts if cuts and all(type(cut) in (int, float) and 0 <= cut <= 1 for cut in cuts) else None
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, str]:

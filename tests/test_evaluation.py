@@ -37,6 +37,20 @@ def test_known_detections_give_known_numbers():
     assert metrics["per_class"]["class 1"]["boxes"] == 2 and metrics["per_class"]["class 2"]["AP"] == -1
 
 
+def test_score_with_the_best_f1():
+    """Two boxes, found at 0.9 and 0.6, and false detections at 0.7 and 0.4: from these scores down F1 is 2/3, 1/2, 4/5,
+    2/3."""
+    truth, far = two_boxes(), {"bbox": [0, 0, 3, 3]}
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = 1
+    found = [detection(1, 1, 40) | {"score": 0.9}, detection(2, 1, 40) | {"score": 0.6}]
+    results = [*found, detection(1, 1, 40) | far | {"score": 0.7}, detection(1, 1, 40) | far | {"score": 0.4}]
+    first, other = coco_metrics(truth, results)["per_class"].values()
+    assert first["F1"] == pytest.approx(0.8) and first["score"] == 0.6
+    assert (other["F1"], other["score"]) == (-1, 0.5)  # a class without boxes
+    assert coco_metrics(truth, [])["per_class"]["class 1"]["score"] == 0.5
+
+
 @pytest.mark.parametrize("odd", [{"ids": (0, 1)}, {"images": (2**53, 2**53 + 1)}], ids=str)
 def test_odd_ids_give_the_ordinary_numbers(odd):
     results = []

@@ -98,7 +98,7 @@ def test_file_detects_what_the_detector_detects(call, exported, weights, tmp_pat
 
     assert metadata.pop("preprocessing").startswith("RGB, upright, uint8 0..255")
     assert metadata == {
-        "class_names": NAMES, "category_ids": IDS, "image_size": [160, 256], "nms": nms,
+        "class_names": NAMES, "category_ids": IDS, "cuts": [0.5] * len(NAMES), "image_size": [160, 256], "nms": nms,
         "score_threshold": 0.05, "nms_iou": 0.6, "max_detections": 100,
     }  # fmt: skip
 

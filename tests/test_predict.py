@@ -45,13 +45,24 @@ def close(one: Detections, other: Detections) -> bool:
 
 
 def test_detections_have_names_scores_and_boxes_inside_the_image(detector, tmp_path):
-    found = detector.predict(str(photo(tmp_path / "a.png")))
+    found = detector.predict(str(photo(tmp_path / "a.png")), score=0)
     assert len(found.scores) > 5 and found.names == [NAMES[c] for c in found.labels.tolist()]
     assert found.boxes.shape == (len(found.scores), 4) and (found.scores.diff() <= 0).all()
     assert found.boxes.min() >= 0 and (found.boxes.amax(0) <= torch.tensor([80, 60, 80, 60]) + 1e-4).all()
     assert found.boxes[:, 2].max() > 70  # px of the image as given, not of the resized one
     best = detector.predict(tmp_path / "a.png", score=float(found.scores[2]))
     assert len(best.scores) == 3 and torch.equal(best.boxes, found.boxes[:3])
+
+
+def test_without_a_score_every_class_has_its_own(detector, tmp_path):
+    path, other = photo(tmp_path / "a.png"), copy.deepcopy(detector)
+    found = detector.predict(path, score=0)
+    c = int(found.labels[0])
+    other.cuts = [0.0 if label == c else 1.0 for label in range(len(NAMES))]
+    assert torch.equal(other.predict(path).scores, found.scores[found.labels == c])
+    assert other.predict(path, score=1).names == []
+    other.cuts = None
+    assert torch.equal(other.predict(path).scores, found.scores[found.scores >= 0.5])
 
 
 def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
@@ -61,13 +72,15 @@ def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
     path, others = photo(tmp_path / "a.png", exif=exif), [photo(tmp_path / "b.png", (128, 40), seed=1)]
     pixels = np.rot90(np.asarray(Image.open(path)), -1)
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    wanted = detector.predict(path)
+    wanted = detector.predict(path, score=0)
     assert pixels.shape == (80, 60, 3) and wanted.boxes[:, 3].max() > 70
-    *found, other = detector.predict([path, str(path), Image.open(path), pixels, tensor, *others], batch_size=4)
-    assert all(close(one, wanted) for one in found) and close(other, detector.predict(others[0]))
+    *found, other = detector.predict(
+        [path, str(path), Image.open(path), pixels, tensor, *others], score=0, batch_size=4
+    )
+    assert all(close(one, wanted) for one in found) and close(other, detector.predict(others[0], score=0))
     with torch.no_grad():
         assert close(detector([tensor])[0], wanted)
-    floats = detector.predict(tensor / 255)
+    floats = detector.predict(tensor / 255, score=0)
     assert torch.equal(floats.labels[:5], wanted.labels[:5]) and (floats.boxes[:5] - wanted.boxes[:5]).abs().max() < 3
     assert detector.predict([]) == []
 
@@ -83,7 +96,7 @@ def test_settings_and_mode_of_predict_are_checked(detector):
 def test_detector_of_another_float_type(detector, tmp_path):
     """Scores as in float32 up to the rounding of 16 bits; what comes out is float32."""
     path, other = photo(tmp_path / "a.png"), copy.deepcopy(detector).bfloat16()
-    found, wanted = other.predict(path), detector.predict(path)
+    found, wanted = other.predict(path, score=0), detector.predict(path, score=0)
     assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found.scores) > 5
     assert (found.scores[:5] - wanted.scores[:5]).abs().max() < 0.02
 

@@ -211,7 +211,10 @@ def test_system_without_triton_locks_and_posix_signals_and_an_ascii_terminal(cha
     ascii_only = {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     said = run("-c", LESS_THAN_LINUX, "--data", changed(rename), *SHORT, "--out", tmp_path / "out", **ascii_only)
     assert said.count("two\\nlines") == 2 and "\\u81ea" in said and "\x1b[31m" not in said
-    assert set(metrics_of(tmp_path / "out")["per_class"]) == set(NAMES)
+    per_class = metrics_of(tmp_path / "out")["per_class"]
+    assert set(per_class) == set(NAMES)
+    cuts = load_weights(tmp_path / "out" / "ota.safetensors")[0].cuts
+    assert cuts == [per_class[name]["score"] for name in NAMES]
 
 
 # Minutes

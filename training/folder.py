@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import CocoDataset
 from data.draw import draw_curves, draw_detections, save_contact_sheet
 from errors import UserError
-from model import Detector, save_weights, write_file
+from model import Detector, cuts_of, save_weights, write_file
 
 try:
     import fcntl
@@ -217,12 +217,13 @@ class RunFolder:
 
     @torch.no_grad()
     def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:
-        """Write metrics.json, with which a run is complete, and pictures with detections of at least 0.5."""
+        """Write metrics.json, with which a run is complete, and pictures with the detections that `predict` gives."""
+        detector.cuts = cuts_of(metrics, dataset.class_names)
         about = {"data": str(dataset.split.annotations), "images": len(dataset), "total_s": round(seconds)}
         with disk_errors_named(self.path):
             write_file(self.path / "metrics.json", json.dumps(about | metrics, indent=1).encode())
             samples = (dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLES)))
-            pictures = [draw_detections(x, t["boxes"], *detector.eval().predict(x, 0.5)) for x, t in samples]
+            pictures = [draw_detections(x, t["boxes"], *detector.eval().predict(x)) for x, t in samples]
             save_contact_sheet(pictures, self.path / "samples.png")
             draw_curves(self.log, self.path / "curves.png")
         print(f"wrote {self.path}: ota.safetensors, best.safetensors, log.jsonl, metrics.json, curves.png, samples.png")
