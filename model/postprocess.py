@@ -7,11 +7,13 @@ B images, N points over all L levels, C classes, K = L * topk_per_level candidat
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
+from errors import UserError
 from kernels import PointGrid
 from kernels.grid import MAX_SIDE_PX
 
@@ -29,6 +31,16 @@ class Detections(NamedTuple):
     @property
     def names(self) -> list[str]:
         return [self.class_names[label] for label in self.labels.tolist()]
+
+    def to_supervision(self):
+        """Return supervision.Detections, which track, slice and draw. Raises UserError: the package is missing."""
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("to_supervision needs supervision: pip install supervision") from error
+        columns = {"xyxy": self.boxes, "confidence": self.scores, "class_id": self.labels}
+        arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        return supervision.Detections(**arrays, data={"class_name": np.array(self.names, str)})
 
 
 def suppressed(boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, nms_iou: float, limit: int) -> Tensor:

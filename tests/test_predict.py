@@ -1,6 +1,7 @@
 """Python use of a trained detector, and predict.py: the same detections as the evaluation, files of every kind."""
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def test_without_a_score_every_class_has_its_own(detector, tmp_path):
     assert other.predict(path, score=1).names == []
     other.cuts = None
     assert torch.equal(other.predict(path).scores, found.scores[found.scores >= 0.5])
+
+
+def test_detections_of_supervision(detector, tmp_path):
+    found = detector.predict(photo(tmp_path / "a.png"), score=0)
+    if importlib.util.find_spec("supervision") is None:
+        with pytest.raises(UserError, match="pip install supervision"):
+            found.to_supervision()
+        return
+    theirs = found.to_supervision()
+    assert theirs.data["class_name"].tolist() == found.names and theirs.class_id.tolist() == found.labels.tolist()
+    assert np.array_equal(theirs.xyxy, found.boxes) and np.array_equal(theirs.confidence, found.scores)
+    assert (
+        len(found._replace(boxes=found.boxes[:0], scores=found.scores[:0], labels=found.labels[:0]).to_supervision())
+        == 0
+    )
 
 
 def test_an_upright_image_in_any_form_gives_the_same(detector, tmp_path):
