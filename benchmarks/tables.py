@@ -91,6 +91,7 @@ TABLES = {
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
+    "augment": partial(compare, "augment", APS | CELLS),
     "studies": partial(compare, "studies", {"AP": "AP", "AP75": "AP75"} | POINTS | AMBIGUOUS),
     "audits": lambda: audits_table({name: next(results(f"audit-{name}.json")) for name in AUDITS}),
 }
