@@ -45,7 +45,7 @@ from training.process import StopRequest, from_main, ignore_interrupts, setup_di
 from training.settings import FREE_FLAGS, LR_BATCH, RECIPES, detector_config, explain, fit_to_machine, parse_args
 
 SMALL_PX, SMALL_SHARE = 2, 0.05  # a warning where so many boxes are so small after resizing
-TIMED_STEPS = 10  # after which the time of the others is estimated
+TIMED_STEPS = 5  # from which the time of the others is estimated, after as many slow ones
 
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
@@ -290,12 +290,14 @@ def main() -> None:
         stopped_by = stop.agreed()  # waits for the other ranks, not for a GPU
         logging = done % args.log_every == 0 or done == steps
         saving = stopped_by or done == steps or done % args.save_every == 0 or done % evaluation_steps == 0
-        timing = done == start + TIMED_STEPS < steps
+        if done == start + TIMED_STEPS:
+            timed = time.perf_counter()
+        timing = done == start + 2 * TIMED_STEPS < steps
         if logging or saving or timing or device.type == "cpu":  # elsewhere reading waits for the device
             window += read_losses(pending, list(values), dataset.split.annotations)
             pending.clear()
         if timing and is_main:
-            left = tqdm.format_interval((steps - done) * (time.perf_counter() - clock) / (done - logged))
+            left = tqdm.format_interval((steps - done) * (time.perf_counter() - timed) / TIMED_STEPS)
             tqdm.write(f"some {left} for the other {steps - done} steps, without evaluations")
             sys.stdout.flush()
         if logging and is_main:
