@@ -144,8 +144,8 @@ def _plan_by_point(point_plan, point_factor, u, background, v, edges):
         for s in range(step, end_step):
             e, there = edge_step(edges, s)
             u_i = tl.load(u + tl.load(edges.gt + e, mask=there, other=0), mask=there, other=0.0)
-            cost = tl.load(edges.cost + e, mask=there, other=0.0)
-            plan = tl.where(there, tl.exp2((u_i + potential - cost.to(tl.float64)).to(tl.float32)), 0.0)
+            cost = tl.load(edges.cost + e, mask=there, other=float("inf"))
+            plan = tl.exp2((u_i + potential - cost.to(tl.float64)).to(tl.float32))
             tl.store(edges.plan + e, plan, mask=there)
             received += plan
         growth = tl.maximum(growth, tl.where(exists, tl.maximum(received, 1.0 / received), 1.0))
@@ -165,8 +165,9 @@ def _plan_by_row(row_factor, u, v, slots):
 
 
 @triton.jit
-def _columns(point_factor, row_factor, background_factor, point_plan, edges, first_row):
-    """b_j = 1 / sum_i P_ij a_i. Returns what background then sends to the listed points, before its own factor."""
+def _columns(point_factor, row_factor, background_factor, point_plan, edges, own_row):
+    """b_j = 1 / sum_i P_ij a_i. Returns what background then sends to the listed points, before its own factor. Threads
+    without an edge read the factor of `own_row`: a row of another image may not have been written."""
     sent = tl.zeros([POINTS], tl.float32)
     for base in range(0, edges.num_points, POINTS):
         c, exists, step, end_step = point_tile(edges, base)
@@ -174,7 +175,7 @@ def _columns(point_factor, row_factor, background_factor, point_plan, edges, fir
         received = tl.where(exists, background * background_factor, 1.0)
         for s in range(step, end_step):
             e, there = edge_step(edges, s)
-            gt = tl.load(edges.gt + e, mask=there, other=first_row)
+            gt = tl.load(edges.gt + e, mask=there, other=own_row)
             received = tl.fma(tl.load(row_factor + gt), tl.load(edges.plan + e, mask=there, other=0.0), received)
         factor = 1.0 / received
         tl.store(point_factor + c, factor, mask=exists)
@@ -248,8 +249,8 @@ def _sinkhorn_kernel(match, potentials, scratch, sorting, pairs, inputs, G, N, i
     end_row = tl.minimum(tl.load(gt_offsets + image + 1).to(tl.int32), G)
     first_edge, end_edge = tl.load(first_edge_of_image + image), tl.load(first_edge_of_image + image + 1)
     first = tl.load(first_of_image + image)  # of the image's points, in the arrays that have an entry for each
-    room = 2 * first_edge.to(tl.int64)  # before the image's edges
-    edge_gt, edge_cost, edge_plan = edge_gt + room, edge_cost + room, edge_plan + room
+    place = 2 * first_edge.to(tl.int64)  # of the image's edges, with those that fill steps
+    edge_gt, edge_cost, edge_plan = edge_gt + place, edge_cost + place, edge_plan + place
     step_edge, tile_step = step_edge + first_edge + image, tile_step + first // POINTS + 2 * image
     begin, ordered = begin + first + image, ordered + first
     flat_point, v, point_plan, point_factor = flat_point + first, v + first, point_plan + first, point_factor + first
@@ -279,6 +280,7 @@ def _sinkhorn_kernel(match, potentials, scratch, sorting, pairs, inputs, G, N, i
     background = tl.log2(left_supply).to(tl.float64) - peak - tl.log2(total).to(tl.float64)  # its potential
     tl.debug_barrier()
 
+    own_row = tl.minimum(first_row, G - 1)  # if gt_offsets fall, there may be no first one
     # The other iterations multiply; before factors can grow too far, they move into the potentials.
     done = tl.where(num_points > 0, 1, iterations)
     while done < iterations:
@@ -291,7 +293,7 @@ def _sinkhorn_kernel(match, potentials, scratch, sorting, pairs, inputs, G, N, i
         before = factor
         for _ in range(0, tl.minimum(burst, iterations - done)):
             before = factor
-            sent = _columns(point_factor, row_factor, factor, point_plan, edges, tl.minimum(first_row, G - 1))
+            sent = _columns(point_factor, row_factor, factor, point_plan, edges, own_row)
             factor = left_supply / (sent + rest / factor)
             tl.debug_barrier()
             _rows(row_factor, point_factor, slots)
