@@ -111,13 +111,14 @@ def best_cut(precision: np.ndarray, scores: np.ndarray, recall: np.ndarray) -> t
 
 
 def evaluate(detector: Detector, dataset: CocoDataset, batch_size: int = 8, workers: int = 2) -> tuple[dict, list]:
-    """Return metrics, COCO's and those of the data set's form, and detections; all ranks call it, rank 0 has them.
-    The data set is made with `eval_transform`."""
+    """Return metrics, COCO's and those of the data set's form, and detections, and set the detector's `cuts`; all ranks
+    call it, on rank 0 it has effect. The data set is made with `eval_transform`."""
     training, form, metrics = detector.training, dataset.split.form, {}
     results = detect_dataset(detector.eval(), dataset, batch_size, workers)
     detector.train(training)
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = coco_metrics(dataset.annotations, results)
+        detector.cuts = [row["score"] for row in metrics["per_class"].values()]
         metrics |= form.metrics(dataset.annotations, results) if form.metrics else {}
     wait_for_main()
     return metrics, results

@@ -26,11 +26,12 @@ from torch.export import Dim, ExportedProgram
 
 from errors import UserError, run_script
 from kernels.grid import MAX_SIDE_PX
-from model import DEFAULT_SCORE, Detector, is_on_hub, load, local_file, write_file
+from model import Detector, is_on_hub, load, local_file, write_file
 from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
 
 MIN_SIDE_PX = 160  # where the coarsest level has two rows: with one, torch takes shapes for constants
+SETTINGS = ("image_size", "score_threshold", "nms_iou", "max_detections")  # of the metadata
 PREPROCESSING = (
     "RGB, upright, uint8 0..255. Resize (bilinear, antialiased) to a shorter side of image_size[0], or less where the "
     "longer side would exceed image_size[1]. Put the image into the upper left corner of a slot whose sides are "
@@ -81,10 +82,9 @@ def onnx_suppressed(boxes, scores, labels, num_classes: int, nms_iou: float, lim
 
 
 def metadata_of(detector: Detector, nms: bool) -> dict[str, object]:
-    names = ("image_size", "score_threshold", "nms_iou", "max_detections")
-    about = {"class_names": detector.class_names, "category_ids": detector.category_ids, "nms": nms}
-    about |= {"cuts": detector.cuts or [DEFAULT_SCORE] * len(detector.class_names)}
-    return about | {"preprocessing": PREPROCESSING} | {name: getattr(detector.config, name) for name in names}
+    about = {name: getattr(detector, name) for name in ("class_names", "category_ids", "cuts")}
+    about |= {name: getattr(detector.config, name) for name in SETTINGS}
+    return about | {"nms": nms, "preprocessing": PREPROCESSING}
 
 
 def export_onnx(detector: Detector, nms: bool) -> bytes:

@@ -113,7 +113,7 @@ def main() -> None:
     out = args.out or Path("runs") / f"predict-{time.strftime('%Y%m%d-%H%M%S')}"
     device, _, _ = setup_distributed(args.device)
     detector = load(args.weights).to(device)
-    if args.score is None and detector.cuts is None:
+    if args.score is None and set(detector.cuts) == {DEFAULT_SCORE}:
         print(
             f"note: {args.weights} names no scores with the best F1; --score {DEFAULT_SCORE} is taken", file=sys.stderr
         )

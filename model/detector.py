@@ -88,15 +88,15 @@ class Detector(nn.Module):
     Output in evaluation: Detections in px of the images as given; a list's images are resized to `config.image_size`.
 
     Under torch.autocast, half() or bfloat16() the network runs in the lower precision; assignment, losses and
-    detections are float32. `class_names` and `category_ids` are those of the annotation file, by label; `cuts`, if not
-    None, is the lowest score of a detection that `predict` returns, by label: eval.py's with the best F1.
+    detections are float32. `class_names` and `category_ids` are those of the annotation file, by label; `cuts` is
+    the lowest score of a detection that `predict` returns, by label: that with the best F1 in the last evaluation.
     """
 
     def __init__(self, config: DetectorConfig, pretrained: bool = False):
         super().__init__()
         self.class_names = [str(label) for label in range(config.num_classes)]
         self.category_ids = list(range(config.num_classes))
-        self.cuts: list[float] | None = None
+        self.cuts = [DEFAULT_SCORE] * config.num_classes
         self.backbone = Backbone(config.backbone, config.channels, pretrained, config.frozen_norm)
         self.config = replace(config, backbone=self.backbone.name)
         self.head = Head(config.channels, config.head_convs, config.num_classes, STRIDES)
@@ -190,7 +190,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def predict(self, images: ImageLike | list[ImageLike], score: float | None = None, batch_size: int = 8):
         """Return Detections of at least `score` in an image, or, for a list or tuple, a list of them; on the CPU.
-        Without `score` each class has its own: `cuts`, or DEFAULT_SCORE.
+        Without `score` each class has its own: `cuts`.
 
         For the kinds of images see images.to_tensor; `batch_size` images are read at a time. Boxes are in px of the
         upright image. No score is below `config.score_threshold`. Raises ImageError: an image cannot be read;
@@ -204,7 +204,7 @@ class Detector(nn.Module):
             raise RuntimeError("the detector is in training mode; call eval() first")
         if not isinstance(images, list | tuple):
             return self.predict([images], score, batch_size)[0]
-        results, cuts = [], torch.tensor(self.cuts or [DEFAULT_SCORE] * self.config.num_classes)
+        results, cuts = [], torch.tensor(self.cuts)
         for start in range(0, len(images), batch_size):
             chunk = enumerate(images[start : start + batch_size], start)
             for detections in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk]):

@@ -41,6 +41,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 OBJECT = one_of_type(dict, "an object")
+SCORE = number(0, 1)
 NAME: Rule = lambda v: isinstance(v, str) and v.strip() != "", "a name"
 # A file's metadata, which choose no address of the network. DetectorConfig and OTAConfig have rules for their fields.
 RULES: dict[str, Rule] = {
@@ -54,6 +55,7 @@ RULES: dict[str, Rule] = {
     "normalisation.std": list_of(number(0.001, 1000), "three numbers from 0.001 to 1000", 3),
     "class_names": optional(list_of(NAME, "a list of distinct names")),
     "category_ids": optional(list_of(integer(-(2**63), 2**63), "a list of distinct whole numbers")),
+    "cuts": optional((lambda v: isinstance(v, list) and all(map(SCORE[0], v)), "a list of numbers from 0 to 1")),
     "data": optional(one_of_type(str, "the name of a data set")),
     "box": optional(one_of_type(str | None, "the name of a kind of boxes")),
     "training": optional(OBJECT),
@@ -63,9 +65,10 @@ RULES: dict[str, Rule] = {
 
 
 def save_weights(path: Path, detector: Detector, metadata: dict) -> None:
-    """Write all or nothing. `metadata` is JSON, to which architecture and normalisation are added. Raises OSError."""
+    """Write all or nothing. `metadata` is JSON, to which the detector's own is added. Raises OSError."""
     normalisation = {name: getattr(detector, name).flatten().tolist() for name in ("mean", "std")}
     about = {"format": FORMAT, "architecture": dataclasses.asdict(detector.config), "normalisation": normalisation}
+    about["cuts"] = detector.cuts
     tensors = {name: t.detach().cpu().contiguous() for name, t in detector.state_dict().items()}
     write_file(Path(path), save(tensors, metadata={"ota": json.dumps(about | metadata)}))
 
@@ -124,20 +127,11 @@ def load_weights(path: Path) -> tuple[Detector, dict]:
             raise UserError(f"{path} has values in {name!r} that are NaN, infinite or a negative variance")
     for name in ("mean", "std"):  # the file's: timm's defaults may change
         getattr(detector, name).copy_(torch.tensor(metadata["normalisation"][name]).view(3, 1, 1))
-    detector.cuts = cuts_of(metadata.get("training", {}).get("metrics"), metadata.get("class_names"))
-    for name in ("class_names", "category_ids"):
+    for name in ("class_names", "category_ids", "cuts"):
         setattr(detector, name, metadata.setdefault(name, getattr(detector, name)))
         if len(metadata[name]) != config.num_classes:
             raise UserError(f"{path} has {len(metadata[name])} {name} for {config.num_classes} classes")
     return detector.eval(), metadata
-
-
-def cuts_of(metrics: dict | None, class_names: list[str] | None) -> list[float] | None:
-    """Return the score with the best F1 of each class in metrics of eval.py, None if it is not there for all."""
-    per_class = (metrics or {}).get("per_class")
-    rows = [per_class.get(name) for name in class_names or ()] if isinstance(per_class, dict) else []
-    cuts = [row.get("score") if isinstance(row, dict) else None for row in rows]
-    return cuts if cuts and all(type(cut) in (int, float) and 0 <= cut <= 1 for cut in cuts) else None
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, str]:

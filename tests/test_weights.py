@@ -101,6 +101,8 @@ FLAWS = [
     ("architecture.ota.top_q", "x", "architecture.ota: "),
     ("normalisation.std", [0.1, 0.0, 0.1], "normalisation.std is .* from 0.001"),
     ("class_names", ["a", "a"], "class_names is .* distinct"),
+    ("cuts", [0.5, 1.5], "cuts is .* from 0 to 1"),
+    ("cuts", [0.5], "1 cuts for 2 classes"),
     ("training.metrics", {"AP": "0.5"}, "training.metrics.AP is '0.5'"),
     ("format", "ota-triton/2", "format is 'ota-triton/2', not 'ota-triton/1'"),
 ]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import CocoDataset
 from data.draw import draw_curves, draw_detections, save_contact_sheet
 from errors import UserError
-from model import Detector, cuts_of, save_weights, write_file
+from model import Detector, save_weights, write_file
 
 try:
     import fcntl
@@ -218,7 +218,6 @@ class RunFolder:
     @torch.no_grad()
     def finish(self, detector: Detector, dataset: CocoDataset, metrics: dict, seconds: float) -> None:
         """Write metrics.json, with which a run is complete, and pictures with the detections that `predict` gives."""
-        detector.cuts = cuts_of(metrics, dataset.class_names)
         about = {"data": str(dataset.split.annotations), "images": len(dataset), "total_s": round(seconds)}
         with disk_errors_named(self.path):
             write_file(self.path / "metrics.json", json.dumps(about | metrics, indent=1).encode())
