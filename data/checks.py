@@ -322,19 +322,18 @@ def culprit_lines(problems: Problems) -> list[str]:
     """Return a line for each kind, with its count, and lines for its first culprits."""
     lines = []
     for kind, culprits in problems.items():
-        more = len(culprits) - CULPRITS_SHOWN
-        shown = [f"    {_shortened(culprit)}" for culprit in culprits[:CULPRITS_SHOWN]]
-        lines += [f"  {kind}: {len(culprits)}", *shown, *[f"    and {more} more"] * (more > 0)]
+        lines += [f"  {kind}: {len(culprits)}", *(f"    {line}" for line in _first(culprits, CULPRITS_SHOWN))]
     return lines
 
 
 def repair_lines(repairs: Problems) -> list[str]:
     """Return a line for each kind of repair, with its count and first culprits."""
-    lines = []
-    for kind, culprits in repairs.items():
-        shown = [*map(_shortened, culprits[:REPAIRS_SHOWN]), *[f"and {len(culprits) - REPAIRS_SHOWN} more"]]
-        lines.append(f"{kind}: {len(culprits)}; " + "; ".join(shown[: len(culprits)]))
-    return lines
+    return [f"{kind}: {len(them)}; {'; '.join(_first(them, REPAIRS_SHOWN))}" for kind, them in repairs.items()]
+
+
+def _first(culprits: list[str], count: int) -> list[str]:
+    more = len(culprits) - count
+    return [*map(_shortened, culprits[:count]), *[f"and {more} more"] * (more > 0)]
 
 
 def _shortened(line: str) -> str:

@@ -150,10 +150,11 @@ def _read_rows(
     split: Split, file: str, read_bytes: ReadBytes, parse: Callable[[list[str]], Row], problems: Problems
 ) -> list[Row] | None:
     """Return the rows of an image's label file, None if there is none. `problems` names what cannot be read."""
-    path = split.images / _label_file(file)
+    label_file = _label_file(file)
+    path = split.images / label_file
     read_bytes.digest.update(os.fsencode(file))  # the images' order, and which label file is whose
     try:
-        content = read_bytes(path_inside(split.images, _label_file(file), split.follow_links))
+        content = read_bytes(path_inside(split.images, label_file, split.follow_links))
         lines = decode(content).splitlines() if content.strip() else []
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and error.errno:  # a link to nothing has no errno
