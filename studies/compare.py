@@ -46,6 +46,13 @@ STUDIES = {
 COLUMNS = APS | SIZES | {"APl": "AP large", "AP_crowded": "AP crowded"} | POINTS | AMBIGUOUS | {"seconds": "s"}
 
 
+def split_flags(module: str, argv: list[str] | None) -> tuple[list[str], list[str], str]:
+    """Return a study's own flags, those after `--`, which are for train.py, and the whole command."""
+    flags = list(sys.argv[1:] if argv is None else argv)
+    end = flags.index("--") if "--" in flags else len(flags)
+    return flags[:end], flags[end + 1 :], f"python -m {module} {' '.join(flags)}"
+
+
 def flags_of(contestant: str) -> list[str]:
     """Flags of train.py: "ota:radius=3,top_q=10" -> --assigner ota --ota radius=3 top_q=10."""
     strategy, _, settings = contestant.partition(":")
@@ -126,10 +133,7 @@ def draw(rows: dict[str, list[dict]], title: str, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    flags, more = list(sys.argv[1:] if argv is None else argv), []
-    command = f"python -m studies.compare {' '.join(flags)}"
-    if "--" in flags:
-        flags, more = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+    flags, more, command = split_flags("studies.compare", argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="shapes", help="what train.py takes")
     parser.add_argument("--assigners", nargs="+", metavar="NAME", help="names of train.py, or ota:radius=3,top_q=10")

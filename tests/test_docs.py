@@ -12,6 +12,7 @@ import tomllib
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = {page: re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES}
+SUPERVISION = importlib.util.find_spec("supervision")
 SMALL = (*DETECTOR, *CPU, "--image-size", 64, "--batch-size", 2, "--steps", 1)
 SCRIPTS = {  # script -> its module and the flags that make it small
     "train.py": (train, SMALL),
@@ -56,6 +58,11 @@ def workspace(tmp_path_factory, call, exported):
     for name in ("photo.jpg", "folder/one.jpg", "more/deep/two.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (90, 70), "grey").save(folder / name)
+    if SUPERVISION:
+        import supervision
+
+        with supervision.VideoSink(str(folder / "film.mp4"), supervision.VideoInfo(96, 96, 5)) as film:
+            film.write_frame(np.zeros((96, 96, 3), np.uint8))
     call(train, "--data", folder / "my-data", *SMALL, "--out", folder / "run")
     shutil.copy(folder / "run" / "ota.safetensors", folder)
     shutil.copy(exported / "ota.onnx", folder)
@@ -71,7 +78,7 @@ def test_blocks_run(page, workspace, call, monkeypatch):
     for language, code in BLOCKS[page]:
         assert language in ("python", "sh"), f"a block of {language!r}"
         if language == "python":
-            if "import supervision" not in code or importlib.util.find_spec("supervision"):
+            if SUPERVISION or "import supervision" not in code:
                 exec(code, {})
             continue
         for line in code.replace("\\\n", " ").splitlines():
