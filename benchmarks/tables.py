@@ -16,6 +16,7 @@ AUDITS = ("shapes", "bccd", "coco", "crowd")
 CELLS = {"RBC": "red cells", "WBC": "white cells", "Platelets": "platelets"}
 POINTS, AMBIGUOUS = {"positives_per_gt": "points / object"}, {"ambiguous_share": "ambiguous"}
 SIZES, APS = {"APs": "AP small", "APm": "AP medium"}, {name: name for name in ("AP", "AP50", "AP75")}
+FOUND = {name: name for name in ("first 1x", "first 2x", "first 3x")}
 DIGITS = {"positives_per_gt": 1, "ambiguous_share": 2, "seconds": 0}
 
 
@@ -92,6 +93,8 @@ TABLES = {
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
     "augment": partial(compare, "augment", APS | CELLS),
+    "labels_bccd": partial(compare, "labels-bccd", FOUND),
+    "labels_shapes": partial(compare, "labels-shapes", FOUND),
     "studies": partial(compare, "studies", {"AP": "AP", "AP75": "AP75"} | POINTS | AMBIGUOUS),
     "audits": lambda: audits_table({name: next(results(f"audit-{name}.json")) for name in AUDITS}),
 }
