@@ -36,11 +36,12 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Evaluation report</title><style>
 body { font: 16px/1.5 sans-serif; color: #222; max-width: 1100px; margin: auto; padding: 0 16px 48px }
-h1, h2, p, figure { overflow-wrap: anywhere; margin-bottom: 8px }
+p, figure { overflow-wrap: anywhere; margin-bottom: 8px }
 div { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid #ddd; font-weight: normal }
-th:first-child { text-align: left }
+th { max-width: 12em; overflow-wrap: break-word }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 section { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)) }
 section.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) }
 figure { margin: 0 }
@@ -136,7 +137,7 @@ def confusion_table(names: list[str], evaluation, outcomes: Outcomes) -> str:
 
 def error_table(errors: dict) -> str:
     gains, counts = errors["delta_ap"], errors["counts"]
-    rows = ((f"{kind}: {text}", counts.get(kind, ""), number(gains[kind])) for kind, text in ERRORS.items())
+    rows = ((f"{kind}: {text}", counts.get(kind, ""), f"{gains[kind]:.3f}") for kind, text in ERRORS.items())
     return table(("", "errors", "AP50 gain"), rows)
 
 
@@ -151,8 +152,8 @@ def pictures(out: Path, kind: str, dataset: CocoDataset, names: list[str], outco
         picture = resize(pixels, None, max_size=PICTURE_PX, antialias=True)
         boxes = box_convert(torch.tensor([record["bbox"] for _, record in outcomes[image]]), "xywh", "xyxy")
         boxes *= picture.shape[2] / target["orig_size"][1]
-        colours = [COLOURS[k] for k, _ in outcomes[image]]
-        to_pil_image(draw_bounding_boxes(picture, boxes, colors=colours, width=3)).save(path := out / f"{kind}-{n}.png")
+        picture = draw_bounding_boxes(picture, boxes, colors=[COLOURS[k] for k, _ in outcomes[image]], width=3)
+        to_pil_image(picture).save(path := out / f"report-{kind}-{n}.png")
         caption = html.escape(printable(dataset.images[place]["file_name"]))
         for outcome in COLOURS:
             classes = Counter(names[record["category_id"] - 1] for k, record in outcomes[image] if k == outcome)

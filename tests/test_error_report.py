@@ -32,7 +32,7 @@ DETECTIONS = [  # of the first object, in the region to ignore, false, of the la
     {"image_id": 2, "category_id": 5, "bbox": [5, 15, 10, 10], "score": 0.6},
     {"image_id": 7, "category_id": 3, "bbox": [25, 18, 10, 10], "score": 0.1},
 ]
-PICTURES, NEEDED = ("missed-1.png", "false-1.png"), "hotcoco is not installed: pip install hotcoco"
+PICTURES, NEEDED = ("report-missed-1.png", "report-false-1.png"), "hotcoco is not installed: pip install hotcoco"
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_page_shows_what_was_found(report):
     assert "a&amp;b.jpg<br>right: 1 &lt;b&gt;<br>false: none<br>missed: 1 dog<" in page
     pictures = [f"data:image/png;base64,{base64.b64encode((out / name).read_bytes()).decode()}" for name in PICTURES]
     assert re.findall(r"(?:src|href)=\"(.*?)\"", page) == pictures and not re.search(r"<b\b|url\(|@import", page)
-    sides = {"missed-1.png": {(321, 160): "missed", (81, 192): "right", (400, 352): None}}
-    sides["false-1.png"] = {(401, 320): "false", (81, 320): "right", (33, 80): None}  # none: below the score, ignored
-    for name, points in sides.items():
+    in_missed = {(321, 160): "missed", (81, 192): "right", (400, 352): "below the score"}
+    in_false = {(401, 320): "false", (81, 320): "right", (33, 80): "in the region to ignore"}
+    for name, points in zip(PICTURES, (in_missed, in_false), strict=True):
         found = {point: Image.open(out / name).getpixel(point) for point in points}
         assert found == {at: ImageColor.getrgb(COLOURS.get(kind, "grey")) for at, kind in points.items()}
 
