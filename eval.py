@@ -1,24 +1,23 @@
-"""Evaluate a trained detector on the validation part of its data set, with pycocotools.
+"""Evaluate a trained detector on the validation part of its data set, with COCO's metrics.
 
     python eval.py --weights runs/shapes-.../ota.safetensors
     torchrun --nproc_per_node 8 eval.py --weights ota.safetensors --data coco
 
 Everything except the pictures comes from the weights file. Writes detections.json (COCO result format) and
-metrics.json beside the weights, or into --out. train.py calls `evaluate`.
+metrics.json beside the weights, or into --out, and report.html with --report. train.py calls `evaluate`.
 """
 
 import argparse
 import contextlib
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,8 +27,15 @@ from data.layouts import data_name
 from errors import UserError, run_script
 from model import DEFAULT_SCORE, Detections, Detector, is_on_hub, load_weights, local_file
 from model.batch import Batch, pack, padded_side
+from report import write_report
 from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
 from training.settings import not_negative, positive
+
+try:
+    from hotcoco import COCO, COCOeval  # pycocotools' numbers bit for bit, in less time
+except ImportError:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -74,29 +80,45 @@ def detect_dataset(detector: Detector, dataset: CocoDataset, batch_size: int, wo
     return sorted((r for part in gathered or () for r in part), key=lambda r: r["image_id"])
 
 
-def coco_metrics(annotations: dict, results: list[dict]) -> dict:
-    """pycocotools' twelve box numbers, and for every class box count, AP, AP50 and `best_cut`; -1 where there are no
-    boxes."""
-    # pycocotools takes the id 0 for no match, and keeps ids as floats.
-    truth, results = COCO(), [dict(result) for result in results]  # loadRes writes into results
-    records = [record | {"id": number} for number, record in enumerate(annotations["annotations"], 1)]
-    truth.dataset = {"info": {}, **annotations, "annotations": records}
+def coco_evaluation(annotations: dict, results: list[dict]) -> COCOeval:
+    """Return an evaluation of boxes. Ids count from 1, those of images and classes in the order of the file's ids."""
+    # pycocotools takes the id 0 for no match, and keeps ids as floats; hotcoco refuses negative ones.
+    old_ids = (sorted(record["id"] for record in annotations[name]) for name in ("images", "categories"))
+    image_ids, category_ids = ({old: new for new, old in enumerate(ids, 1)} for ids in old_ids)
+
+    def renumbered(records: list[dict]) -> list[dict]:
+        places = ((image_ids[record["image_id"]], category_ids[record["category_id"]]) for record in records)
+        ids = ({"id": n, "image_id": i, "category_id": c} for n, (i, c) in enumerate(places, 1))
+        return [record | new for record, new in zip(records, ids, strict=True)]
+
+    truth, found = COCO(), renumbered(results)
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in image_ids.values()],
+        "categories": [{"id": c, "name": str(c)} for c in category_ids.values()],
+        "annotations": renumbered(annotations["annotations"]),
+    }
     with contextlib.redirect_stdout(None):  # print is silent
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(results) if results else COCO(), "bbox")  # loadRes refuses []
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")  # loadRes refuses []
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def coco_metrics(annotations: dict, results: list[dict]) -> dict:
+    """Return COCO's twelve box numbers, and for every class box count, AP, AP50 and `best_cut`; -1 without boxes."""
+    evaluation, per_class = coco_evaluation(annotations, results), {}
     # IoU threshold, recall, class; all areas, 100 boxes
     precision, scores = (evaluation.eval[name][:, :, :, 0, 2] for name in ("precision", "scores"))
-    per_class = {}
-    for c, category_id in enumerate(evaluation.params.catIds):
-        rows = precision[:, :, c]
-        boxes = sum(not a["iscrowd"] for a in truth.loadAnns(truth.getAnnIds(catIds=[category_id])))
+    counts = Counter(a["category_id"] for a in annotations["annotations"] if not a["iscrowd"])
+    for c, category in enumerate(sorted(annotations["categories"], key=itemgetter("id"))):
+        rows, boxes = precision[:, :, c], counts[category["id"]]
         ap, ap50 = (float(p[p > -1].mean()) if boxes else -1.0 for p in (rows, rows[0]))
         f1, score = best_cut(rows[0], scores[0, :, c], evaluation.params.recThrs)
         row = {"boxes": boxes, "AP": ap, "AP50": ap50, "F1": f1 if boxes else -1.0, "score": score}
-        per_class[truth.cats[category_id]["name"]] = row
+        per_class[category["name"]] = row
     return {**dict(zip(METRICS, map(float, evaluation.stats[: len(METRICS)]), strict=True)), "per_class": per_class}
 
 
@@ -182,8 +204,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
+    parser.add_argument("--report", action="store_true", help="write report.html, a page on the errors; needs hotcoco")
     parser.add_argument("--device", help="cuda, cpu or mps; default: cuda where there is one")
     args = parser.parse_args()
+    if args.report and not hasattr(COCOeval, "tide_errors"):
+        raise UserError('--report needs hotcoco: pip install -e ".[report]"')
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
     detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict)
@@ -198,6 +223,12 @@ def main() -> None:
         (out / "metrics.json").write_text(json.dumps(about | metrics, indent=1))
         print_table(metrics)
         print(f"wrote {out / 'detections.json'} and {out / 'metrics.json'}")
+        if args.report:
+            cuts = dict(zip(dataset.category_ids, detector.cuts, strict=True))
+            shown = [result for result in results if result["score"] >= cuts[result["category_id"]]]
+            evaluations = (coco_evaluation(dataset.annotations, some) for some in (results, shown))
+            write_report(out, dataset, metrics, *evaluations)
+            print(f"wrote {out / 'report.html'}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,12 +1,15 @@
-"""Metrics: known numbers, ids that pycocotools cannot take; data sets of others."""
+"""Metrics: known numbers, ids that pycocotools cannot take, both evaluators alike; data sets of others."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import eval as eval_script
 from data import CocoDataset, DatasetError, find_splits
-from eval import coco_metrics, evaluation_dataset
+from eval import coco_evaluation, coco_metrics, evaluation_dataset
 from tests.support.sets import refusal
 
 
@@ -51,13 +54,63 @@ def test_score_with_the_best_f1():
     assert coco_metrics(truth, [])["per_class"]["class 1"]["score"] == 0.5
 
 
-@pytest.mark.parametrize("odd", [{"ids": (0, 1)}, {"images": (2**53, 2**53 + 1)}], ids=str)
+@pytest.mark.parametrize("odd", [{"ids": (0, 1)}, {"images": (-2, -1)}, {"images": (2**53, 2**53 + 1)}], ids=str)
 def test_odd_ids_give_the_ordinary_numbers(odd):
     results = []
     for truth in (two_boxes(), two_boxes(**odd)):
         first, second = (image["id"] for image in truth["images"])
         results.append(coco_metrics(truth, [detection(first, 1, 40), detection(second, 2, 30)]))
     assert results[0] == results[1] and 0.5 < results[0]["AP"] < 1
+
+
+def awkward_set(first_id=1, objects=6, crowd=0.1, detections=3, copies=1, scores=None) -> tuple[dict, list[dict]]:
+    """Eight images of three classes, of which every fourth has no objects; detections lie around objects, with scores
+    drawn from `scores`, and some in images without."""
+    random, annotations, results = np.random.default_rng(0), [], []
+    images, classes = ([first_id + i for i in range(count)] for count in (8, 3))
+    for image in images:
+        for _ in range(objects):
+            place = {"image_id": image, "category_id": int(random.choice(classes))}
+            box = np.concatenate([random.uniform(0, 300, 2), np.exp(random.uniform(2, 5, 2))])
+            shape = {"bbox": box.tolist(), "area": float(box[2] * box[3]), "iscrowd": int(random.random() < crowd)}
+            if image % 4:
+                annotations.append({"id": first_id + len(annotations), **place, **shape})
+            for _ in range(detections):
+                moved = (box + random.normal(0, 0.1, 4) * box[[2, 3, 2, 3]]).tolist()
+                score = float(random.choice(scores) if scores else random.random())
+                results += [place | {"bbox": moved, "score": score}] * copies
+    records = [{"id": i} for i in images], [{"id": i, "name": str(i)} for i in classes]
+    return dict(zip(("images", "categories"), records, strict=True), annotations=annotations), results
+
+
+AWKWARD = {
+    "ties": {"scores": (0.3, 0.5)},
+    "over-100-in-an-image": {"detections": 80},
+    "crowd-regions": {"crowd": 0.5},
+    "crowd-regions-only": {"crowd": 1},
+    "no-objects": {"objects": 0},
+    "no-detections": {"detections": 0},
+    "id-0": {"first_id": 0},
+    "negative-ids": {"first_id": -3},
+    "huge-ids": {"first_id": 2**53 - 2},
+    "largest-ids": {"first_id": 2**63 - 200},
+    "duplicated-detections": {"copies": 3},
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_both_evaluators_agree_bit_for_bit(case, monkeypatch):
+    pytest.importorskip("hotcoco", reason="hotcoco is not installed: pip install hotcoco")
+    truth, results = awkward_set(**AWKWARD[case])
+    fast = coco_evaluation(truth, results)
+    monkeypatch.setattr(eval_script, "COCO", COCO)
+    monkeypatch.setattr(eval_script, "COCOeval", COCOeval)
+    slow = coco_evaluation(truth, results)
+    assert type(fast) is not type(slow)
+    assert (slow.stats[0] <= 0) == (case in ("crowd-regions-only", "no-objects", "no-detections"))
+    assert np.asarray(fast.stats[:12]).tobytes() == np.asarray(slow.stats[:12]).tobytes()
+    for name in ("precision", "recall", "scores"):
+        assert fast.eval[name].tobytes() == slow.eval[name].tobytes()
 
 
 # Data sets of others

@@ -14,7 +14,8 @@ MAY_IMPORT = {  # room -> the rooms below it
     "model": GROUND,
     "training": GROUND | {"data", "model"},
     "data/__main__": GROUND | {"data", "training"},  # a script: a data set is checked with the settings of a training
-    "eval": GROUND | {"data", "model", "training"},
+    "report": GROUND | {"data"},
+    "eval": GROUND | {"data", "model", "training", "report"},
     "train": GROUND | {"data", "model", "training", "eval"},
     "predict": GROUND | {"data", "model", "training", "eval"},
     "export": GROUND | {"data", "model", "training", "eval"},

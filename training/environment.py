@@ -21,7 +21,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def environment(device: torch.device) -> dict[str, str | int]:
     """Return device, versions, commit and date, as JSON."""
     about = {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "triton", "pycocotools"):
+    for package in ("torchvision", "timm", "triton", "pycocotools", "hotcoco"):
         about[package] = next((found.version for found in distributions(name=package)), "none")
     commit = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -48,7 +48,7 @@ GONE = {  # flags of before -> the remedy
     **{name: f"is now --ota {name}=VALUE" for name in OTA_DEFAULTS},
     **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), "is always on; leave it out"),
     **dict.fromkeys(("frozen_norm", "max_detections"), "follows --pretrained or the recipe; leave it out"),
-    "fast_eval": "is gone; evaluation is pycocotools'",
+    "fast_eval": "is gone; hotcoco evaluates where it is installed",
     "resume": "is gone; a run in --out is continued, and a new one needs another --out",
 }
 
