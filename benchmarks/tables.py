@@ -73,15 +73,22 @@ def compare(name: str, columns: dict[str, str], rows: slice = slice(None)) -> st
 
 def audits_table(reports: dict[str, dict]) -> str:
     """Audits of studies/audit.py side by side, by their names."""
-    columns = ("changed", "cost", "residual")
+    columns = ("changed", "cost", "residual", "gap")
     head = ("eps", "iterations", *(f"{name}: {column}" for name in reports for column in columns))
     rows = []
     for lines in zip(*(report["rows"] for report in reports.values()), strict=True):
-        numbers = [(r["decoded"]["rescaled"]["changed_share"], r["plan_cost_ratio"], r["residual"]) for r in lines]
-        cells = [f"{changed:.1%} | {cost:.3f} | {residual:.0e}" for changed, cost, residual in numbers]
+        cells = []
+        for r in lines:
+            changed = f"{r['decoded']['rescaled']['changed_share']:.1%}"
+            cells += [changed, f"{r['plan_cost_ratio']:.3f}", f"{r['residual']:.0e}", f"{r['median_gap']:.2%}"]
         rows.append((lines[0]["eps"], lines[0]["iterations"], *cells))
-    counts = [(name, r["images"], r["ground_truths"], r["positives"]) for name, r in reports.items()]
-    return f"{markdown(head, rows)}\n\n{markdown(('', 'images', 'objects', 'positives'), counts)}"
+    counts = []
+    for name, report in reports.items():
+        plans = [sum(row[key] for row in report["rows"]) for key in ("unrounded", "violations")]
+        sizes = report["images"], report["ground_truths"], report["positives"]
+        counts.append((name, *sizes, report["images"] * len(report["rows"]), *plans))
+    names = ("", "images", "objects", "positives", "plans", "unrounded", "violations")
+    return f"{markdown(head, rows)}\n\n{markdown(names, counts)}"
 
 
 TABLES = {

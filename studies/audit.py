@@ -10,6 +10,11 @@ label, D that of a pair relative to it.
     exact cost     sum_j c_bg,j + sum of D over the pairs of the exact plan
     plan cost      sum_j r_j c_bg,j + sum of D pi, where Sinkhorn's plan pi sends point j r_j units instead of one
     residual       mean over the points of |r_j - 1|; where it is large, pi is no plan and may cost less than exact
+    bound          lower bound on the exact cost from Sinkhorn's potentials
+    rounded cost   cost of the plan after it was made to meet its marginals (kernels/statistics.py)
+    gap            (rounded cost - bound) / rounded cost of each image
+    unrounded      images whose plan could not be made to send all supplies
+    violations     of the others, images without bound <= exact cost <= rounded cost
     changed        points with another label than in the exact plan; share: of the exact plan's positives
     label cost     sum_j c_bg,j + sum of D over the positive labels; may be below exact with fewer labels than supplies
     supply error   sum_i |labels of i - k_i| / sum_i k_i
@@ -24,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import torch
 from matplotlib.figure import Figure
@@ -34,11 +40,10 @@ from benchmarks.tables import audits_table
 from errors import UserError, run_script
 from eval import load_with_data
 from kernels import OTAConfig
-from kernels.assign_reference import classification_loss
 from kernels.assign_torch import solve
 from kernels.config import Plan
-from kernels.statistics import units_received
-from studies.exact import NoPlanError, exact_labels, exact_pairs, highs
+from kernels.statistics import background_cost, dual_potentials, duality_gap, units_in_marginals, units_received
+from studies.exact import DUAL_TOLERANCE, NoPlanError, exact_labels, exact_pairs, highs
 from studies.predictions import predicted_scene
 from tests.support.scenes import WORKLOADS, Scene, make_workload
 from training.environment import environment
@@ -59,6 +64,10 @@ class Row:
     iterations: int
     plan_cost: float = 0.0
     residual: float = 0.0
+    bound: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    unrounded: int = 0
+    violations: int = 0
     decoded: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in DECODINGS})
 
 
@@ -83,18 +92,13 @@ class Audit:
         rows = []
         for row in self.rows:
             plan = {"plan_cost_ratio": ratio(row.plan_cost, self.cost), "residual": ratio(row.residual, self.points)}
+            plan |= {"bound_ratio": ratio(row.bound, self.cost), "median_gap": median(row.gaps) if row.gaps else None}
             decoded = {}
             for name, labels in row.decoded.items():
                 shares = {f"{key}_share": ratio(labels[key], self.positives) for key in ("changed", "supply_error")}
                 decoded[name] = dict(labels, cost_ratio=ratio(labels["cost"], self.cost), **shares)
             rows.append(vars(row) | plan | {"decoded": decoded})
         return vars(self) | {"rows": rows}
-
-
-def background_cost(scene: Scene, plan: Plan, config: OTAConfig) -> Tensor:
-    """c_bg (A,) float64 of the candidate points."""
-    logits = scene.logits.flatten(0, 1)[plan.points].double()
-    return classification_loss(logits, torch.zeros_like(logits), config.cls_cost)
 
 
 def count_labels(labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> dict[str, float]:
@@ -108,6 +112,18 @@ def count_labels(labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> d
     return {name: int(points.sum()) for name, points in counts.items()} | sums
 
 
+def add_bounds(row: Row, plan: Plan, cost_bg: Tensor, exact_cost: float) -> None:
+    """Add an image's bound and gap, and whether they are right; costs include cost_bg (A,)."""
+    (u, v), units, background = dual_potentials(plan, row.eps), units_in_marginals(plan), float(cost_bg.sum())
+    bound = background + float(plan.k.double() @ u + v.sum())
+    rounded = background + float(units @ plan.cost.double())
+    tolerance, unsent = DUAL_TOLERANCE * len(plan.points), float(plan.k.sum() - units.sum())
+    row.bound += bound
+    row.gaps.append(float(duality_gap(plan, cost_bg, row.eps)))
+    row.unrounded += unsent > tolerance
+    row.violations += bound > exact_cost + tolerance or (unsent <= tolerance and exact_cost > rounded + tolerance)
+
+
 def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> None:
     """Add one image, B = 1, or its name to `without_plan` if its ground truths supply more than their points take."""
     plan = solve(scene, replace(config, iterations=1))[1]  # for its costs and supplies, which no iteration changes
@@ -116,12 +132,13 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
     except NoPlanError:
         audit.without_plan.append(name)
         return
-    exact, cost_bg = exact_labels(plan, pairs), background_cost(scene, plan, config)
+    exact, cost_bg = exact_labels(plan, pairs), background_cost(scene.logits, plan, config)
+    exact_cost = float(cost_bg.sum() + plan.cost[pairs].double().sum())
     audit.images += 1
     audit.ground_truths += int((plan.k > 0).sum())
     audit.points += len(plan.points)
     audit.positives += int(plan.k.sum())
-    audit.cost += float(cost_bg.sum() + plan.cost[pairs].double().sum())
+    audit.cost += exact_cost
     for row in audit.rows:
         for decoding, rescale in DECODINGS.items():
             setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
@@ -131,6 +148,7 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
         received = units_received(plan)[0]
         row.plan_cost += float(received @ cost_bg + plan.log_plan.exp() @ plan.cost.double())
         row.residual += float((received - 1).abs().sum())
+        add_bounds(row, plan, cost_bg, exact_cost)
 
 
 def draw(report: dict, path: Path) -> None:

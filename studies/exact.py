@@ -18,6 +18,7 @@ from kernels.config import Plan
 
 INFEASIBLE = 2  # scipy's status
 INTEGER_TOLERANCE = 1e-6
+DUAL_TOLERANCE = 1e-7  # HiGHS's, of reduced costs: its plan costs at most this much too much for each point
 
 
 class NoPlanError(UserError):
@@ -34,32 +35,37 @@ def highs():
     return linprog, csr_array
 
 
+def exact_units(plan: Plan, supplies: Tensor) -> Tensor:
+    """Units (P,) of the least cost that send `supplies` (G,); of `plan` only costs are read. Raises as exact_pairs."""
+    linprog, csr_array = highs()
+    num_pairs, num_rows, num_points = len(plan.gt), len(plan.k), len(plan.points)
+    if num_pairs == 0:
+        return torch.zeros(0)
+    pair, ones = np.arange(num_pairs), np.ones(num_pairs)
+    point = torch.searchsorted(plan.points, plan.flat_point)
+    result = linprog(
+        plan.cost.double().numpy(),
+        A_eq=csr_array((ones, (plan.gt.numpy(), pair)), shape=(num_rows, num_pairs)),
+        b_eq=supplies.double().numpy(),
+        A_ub=csr_array((ones, (point.numpy(), pair)), shape=(num_points, num_pairs)),
+        b_ub=np.ones(num_points),
+        method="highs-ds",
+    )
+    if result.status == INFEASIBLE:
+        raise NoPlanError(f"{supplies.sum():g} units of {num_rows} ground truths do not fit their {num_points} points")
+    if not result.success:
+        raise RuntimeError(f"HiGHS did not solve the linear program: {result.message}")
+    return torch.from_numpy(result.x)
+
+
 def exact_pairs(plan: Plan) -> Tensor:
     """The candidate pairs (P,) bool that the exact plan uses; of `plan` only costs and supplies are read.
 
     If several plans cost the same, as with two equal boxes, one of them. Images do not share points, so the plan of
     several is that of each. Raises NoPlanError, and UserError where scipy is missing.
     """
-    linprog, csr_array = highs()
-    num_pairs, num_rows, num_points = len(plan.gt), len(plan.k), len(plan.points)
-    if num_pairs == 0:
-        return torch.zeros(0, dtype=torch.bool)
-    pair, ones = np.arange(num_pairs), np.ones(num_pairs)
-    point = torch.searchsorted(plan.points, plan.flat_point)
-    result = linprog(
-        plan.cost.double().numpy(),
-        A_eq=csr_array((ones, (plan.gt.numpy(), pair)), shape=(num_rows, num_pairs)),
-        b_eq=plan.k.double().numpy(),
-        A_ub=csr_array((ones, (point.numpy(), pair)), shape=(num_points, num_pairs)),
-        b_ub=np.ones(num_points),
-        method="highs-ds",
-    )
-    if result.status == INFEASIBLE:
-        raise NoPlanError(f"{int(plan.k.sum())} units of {num_rows} ground truths do not fit their {num_points} points")
-    if not result.success:
-        raise RuntimeError(f"HiGHS did not solve the linear program: {result.message}")
-    sent = torch.from_numpy(result.x)
-    if (sent - sent.round()).abs().max() > INTEGER_TOLERANCE:
+    sent = exact_units(plan, plan.k)
+    if len(sent) and (sent - sent.round()).abs().max() > INTEGER_TOLERANCE:
         raise RuntimeError("HiGHS ended at a plan that is not integral, so not at a vertex")
     return sent > 0.5
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train
 from data.dataset import SeededDataset, batches_from
 from errors import UserError
-from kernels import OTAConfig, PointGrid, assignment_statistics
+from kernels import Inputs, OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
 from model import Detector, init_weights, save_weights
 from model.batch import pack, pad_rows, static_sides
@@ -121,10 +121,19 @@ def test_statistics_are_those_of_the_dense_plan():
         "residual": (plan.sum(0) - 1).abs().mean(),
     }
     found = assignment_statistics(scene, config)[2]
+    assert 0 < found.pop("gap") < 1  # proved in test_studies.py
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4, abs=1e-6)
     assert 0 < found["ambiguous"] < 1 and 0 < found["one_point"] < 1
     without_gt = make_scene(PointGrid.for_image((64, 64)), (0, 0), 3)
     assert not any(assignment_statistics(without_gt, OTAConfig())[2].values())
+
+
+def test_gap_where_no_plan_sends_all_supplies_and_a_logit_is_not_finite():
+    """Two boxes around one point. The gap is that of the plans which send half of either, so 0."""
+    grid = PointGrid((8,), ((1, 1),))
+    inputs = torch.tensor([[[0.0, torch.nan]]]), torch.tensor([[[0.0, 0, 8, 8]]]), torch.tensor([[1.0, 1, 7, 7]] * 2)
+    scene = Inputs(*inputs, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 2]), grid)
+    assert assignment_statistics(scene, OTAConfig())[2]["gap"].item() == pytest.approx(0, abs=1e-6)
 
 
 # Weights to start from

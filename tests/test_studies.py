@@ -1,6 +1,7 @@
 """Studies: strategies compared, pictures of assignments, and Sinkhorn beside the exact plan."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,18 +13,20 @@ from matplotlib.colors import to_hex
 
 from data import CocoDataset, find_splits, generate_shapes
 from errors import UserError
-from kernels import Inputs, OTAConfig, PointGrid
+from kernels import Inputs, OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_torch import solve
 from kernels.config import Plan
+from kernels.statistics import dual_potentials, units_in_marginals
 from model import save_weights
 from model.assigners import assign_with_statistics
 from studies import audit, compare, draw_assignment
 from studies.compare import COLUMNS, crowded_images
 from studies.draw_assignment import colors_of, generated_crowd
-from studies.exact import exact_pairs
+from studies.exact import DUAL_TOLERANCE, exact_pairs, exact_units
+from tests.support.backends import GRID, C
 from tests.support.detectors import tiny_detector
 from tests.support.pictures import record_figures
-from tests.support.scenes import trained_predictions
+from tests.support.scenes import make_scene, trained_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +143,35 @@ def test_least_cost_is_that_of_brute_force():
     assert torch.equal(torch.bincount(plan.gt[pairs], minlength=3), plan.k) and plan.k[2] == 0 < plan.k[:2].min()
     assert torch.bincount(plan.flat_point[pairs]).max() == 1
     assert float(plan.cost[pairs].double().sum()) == pytest.approx(least_cost_by_brute_force(plan), abs=1e-9)
+
+
+@pytest.mark.parametrize(("prior", "reg_cost"), [("closest", "iou"), ("radius", "giou"), ("none", "smooth_l1")])
+def test_bound_and_rounded_plan_enclose_the_exact_cost(prior, reg_cost):
+    """10 scenes, before and after Sinkhorn has converged. Few of the plans cannot send all supplies."""
+    config, complete = OTAConfig(center_prior=prior, reg_cost=reg_cost), 0
+    for seed in range(10):
+        scene = make_scene(GRID, (4 + seed,), C, seed, crowded=bool(seed % 2), size_px=(12, 90))
+        for eps, iterations in ((1.0, 10), (0.1, 1), (0.1, 50), (0.01, 1000)):
+            plan = solve(scene, replace(config, eps=eps, iterations=iterations))[1]
+            cost, tolerance = plan.cost.double(), DUAL_TOLERANCE * len(plan.points)
+            (u, v), units, k = dual_potentials(plan, eps), units_in_marginals(plan), plan.k.double()
+            sent, received = torch.bincount(plan.gt, units), torch.bincount(plan.flat_point, units)
+            assert units.min() >= 0 and received.max() <= 1 + 1e-12
+            assert (sent <= k + 1e-12).all()
+            complete += bool(sent.sum() > k.sum() - tolerance)
+            for supplies in (sent, k):
+                assert supplies @ u + v.sum() <= exact_units(plan, supplies) @ cost + tolerance
+            assert exact_units(plan, sent) @ cost <= units @ cost + tolerance
+    assert complete >= 32
+
+
+@pytest.mark.parametrize("settings", [[(1, 50), (0.1, 50), (0.01, 5000)], [(0.1, 1), (0.1, 10), (0.1, 50)]])
+def test_gap_falls_with_eps_and_iterations(settings):
+    scene = make_scene(GRID, (5, 9), C, seed=1, crowded=True)
+    configs = [OTAConfig(eps=eps, iterations=iterations) for eps, iterations in settings]
+    gaps = [assignment_statistics(scene, config)[2]["gap"].item() for config in configs]
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 3 * gaps[-1] > 0
+    assert gaps[-1] < 5 * configs[-1].eps  # what is left is the price of eps
 
 
 def test_audit_writes_table_report_and_plot(tmp_path, capsys, monkeypatch):

@@ -76,6 +76,7 @@ def test_two_images_are_learned_by_heart(trained):
         "one_point",
         "ambiguous",
         "residual",
+        "gap",
     } <= set(line)
 
 

@@ -39,7 +39,7 @@ def assign(strategy: str, inputs: Inputs, config: OTAConfig) -> Assignment:
 @torch.no_grad()
 def assign_with_statistics(strategy: str, inputs: Inputs, config: OTAConfig) -> tuple[Assignment, Tensor, dict]:
     """Return the assignment, the ambiguous points (B, N) bool and numbers, as `kernels.assignment_statistics` does. For
-    other strategies these are points that several objects claim, their share of the claimed points, no residual."""
+    others these are points that several objects claim, and their share of the claimed points; no residual, no gap."""
     if strategy == "ota":
         return assignment_statistics(inputs, config)
     match, ambiguous = assign_claims(CLAIMS[strategy], inputs)
