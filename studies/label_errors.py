@@ -33,8 +33,8 @@ from images import load_image
 from kernels import OTAConfig
 from kernels.assign_torch import solve
 from kernels.config import Plan
+from kernels.statistics import background_cost
 from model import Detector, load_weights
-from studies.audit import background_cost
 from studies.predictions import predicted_scene
 from tests.support.scenes import Scene
 from training.settings import positive
@@ -50,7 +50,7 @@ def prices(scene: Scene, config: OTAConfig) -> Tensor:
     """Return the mean cost (G,) float64 of a unit of each ground truth of an image; NaN where it supplies none."""
     config = replace(config, alpha=BOX_WEIGHT * config.alpha)
     _, plan = solve(scene, config)
-    of_background = background_cost(scene, plan, config)[torch.searchsorted(plan.points, plan.flat_point)]
+    of_background = background_cost(scene.logits, plan, config)[torch.searchsorted(plan.points, plan.flat_point)]
     return mean_unit(plan, plan.cost + of_background)
 
 
