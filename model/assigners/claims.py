@@ -6,6 +6,8 @@ ties go to the lower index.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,46 +15,77 @@ from torch import Tensor
 
 from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
-from kernels.assign_reference import iou_and_giou
+from kernels.assign_torch import pair_giou, pair_iou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
 
 NEITHER = -2  # gt_index of a point that is neither positive nor negative
 ANCHOR_STRIDES = 8  # side of the one square anchor per point, in strides (ATSS, section 3.1)
 
 
-class ImageInputs(NamedTuple):
-    """One image with its valid ground truths only, in float32."""
+class Pairs(NamedTuple):
+    """Predictions for pairs of an object and a point, in float32; shapes are those of the pairs."""
 
-    logits: Tensor  # (N, C), 0 where not finite
-    boxes: Tensor  # (N, 4) x1 y1 x2 y2 px, 0 where not finite
-    iou: Tensor  # (m, N) of the predicted boxes
-    giou: Tensor  # (m, N)
-    usable: Tensor  # (m, N) bool: the prediction is finite
+    logit: Tensor  # of the object's class
+    iou: Tensor  # of the predicted box
+    giou: Tensor
+    usable: Tensor  # bool: the others are finite
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """One image with its valid ground truths only, which are float32."""
+
+    logits: Tensor  # (N, C)
+    boxes: Tensor  # (N, 4) float32 x1 y1 x2 y2 px, NaN if one side is not finite
     gt_boxes: Tensor  # (m, 4)
     gt_labels: Tensor  # (m,)
     grid: PointGrid
-    points: Tensor  # (N, 2)
     strides: Tensor  # (N,)
 
-    def to_sides(self) -> Tensor:  # (m, N, 4): px to the left, upper, right and lower side, positive inside
-        box = self.gt_boxes[:, None]
-        return torch.cat([self.points - box[..., :2], box[..., 2:] - self.points], -1)
+    def pairs(self, row: Tensor, point: Tensor) -> Pairs:
+        logit = self.logits[point, self.gt_labels[row]].float()
+        truth, boxes = self.gt_boxes[row], self.boxes[point]
+        iou, union = pair_iou(truth, boxes)
+        giou = pair_giou(truth, boxes, iou, union)
+        return Pairs(logit, iou, giou, logit.isfinite() & giou.isfinite())
 
-    def to_center(self) -> Tensor:  # (m, N, 2) px, from the object's centre to every point
-        return self.points - (self.gt_boxes[:, None, :2] + self.gt_boxes[:, None, 2:]) / 2
+    @cached_property
+    def all_pairs(self) -> Pairs:  # each (m, N); few strategies read predictions of all pairs
+        row, point = (torch.arange(len(x), device=x.device) for x in (self.gt_boxes, self.boxes))
+        return self.pairs(row[:, None], point)
+
+    def finite_logits(self) -> Tensor:  # (N, C) float32, 0 where not finite
+        return self.logits.float().nan_to_num(0, 0, 0)
+
+    def on_grid(self, of_axis: Callable, join: Callable) -> Tensor:
+        """(m, N): `join` what a point's row and column say, `of_axis(low, high, at, stride)`: an object's two sides
+        along an axis, (m, 1) px, and the places of the level's rows or columns, (n,) px, give (m, n)."""
+        x1, y1, x2, y2 = self.gt_boxes.split(1, 1)
+        levels = []
+        for stride, (rows, columns) in zip(self.grid.strides, self.grid.sizes, strict=True):
+            x, y = ((torch.arange(n, device=x1.device) + 0.5) * stride for n in (columns, rows))
+            of_row, of_column = of_axis(y1, y2, y, stride), of_axis(x1, x2, x, stride)
+            levels.append(join(of_row[:, :, None], of_column[:, None]).flatten(1))
+        return torch.cat(levels, 1)
 
     def inside(self) -> Tensor:  # (m, N) bool: the point lies in the object's box
-        return self.to_sides().amin(-1) > INSIDE_MARGIN_PX
+        return self.on_grid(
+            lambda low, high, at, _: torch.minimum(at - low, high - at) > INSIDE_MARGIN_PX, torch.logical_and
+        )
 
     def near_center(self, radius: float) -> Tensor:  # (m, N) bool: within `radius` strides of the centre along x and y
-        return self.to_center().abs().amax(-1) < radius * self.strides
+        return self.on_grid(
+            lambda low, high, at, stride: (at - (low + high) / 2).abs() < radius * stride, torch.logical_and
+        )
 
     def anchor_iou(self) -> Tensor:  # (m, N) of the square anchors, one a point
-        half = ANCHOR_STRIDES / 2 * self.strides[:, None]
-        return iou_and_giou(self.gt_boxes, torch.cat([self.points - half, self.points + half], 1))[0]
+        def overlap(low: Tensor, high: Tensor, at: Tensor, stride: int) -> Tensor:
+            half = ANCHOR_STRIDES / 2 * stride
+            return (torch.minimum(high, at + half) - torch.maximum(low, at - half)).clamp(min=0)
 
-    def class_logits(self) -> Tensor:  # (m, N): every point's logit of the object's class
-        return self.logits.T[self.gt_labels]
+        area = (self.gt_boxes[:, 2:] - self.gt_boxes[:, :2]).prod(1, keepdim=True)
+        overlap = self.on_grid(overlap, torch.mul)
+        return overlap / (area + (ANCHOR_STRIDES * self.strides) ** 2 - overlap)
 
 
 class Claims(NamedTuple):
@@ -63,9 +96,11 @@ class Claims(NamedTuple):
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
     """(m, n) bool: the `count` (a number, or (m, 1)) lowest allowed values of every row; ties go to the lower index."""
-    allowed = allowed & value.isfinite()
-    order = value.masked_fill(~allowed, torch.inf).argsort(dim=1, stable=True)
-    return allowed & (order.argsort(1) < count)
+    value = value.masked_fill(~(allowed & value.isfinite()), torch.inf)
+    count = (value.new_zeros(len(value), 1) + count).clamp(max=value.shape[1]).long()
+    last = value.topk(int(count.amax()), largest=False).values.gather(1, count - 1)  # faster than to sort them all
+    lower, tied = value < last, (value == last) & (value < torch.inf)
+    return lower | (tied & (tied.cumsum(1, dtype=torch.int32) <= count - lower.sum(1, keepdim=True)))
 
 
 def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) -> Tensor:
@@ -81,21 +116,22 @@ def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> 
     iou, ambiguous = torch.zeros_like(gt_index, dtype=torch.float32), torch.zeros_like(gt_index, dtype=torch.bool)
     k = boxes.new_zeros(len(gt_boxes), dtype=torch.int32)
     image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, logits.shape[2])
-    points, strides = grid.points(boxes.device), grid.point_strides(boxes.device)
+    strides = grid.point_strides(boxes.device)
     for b in image_of_row[valid].unique().tolist():
         rows = (valid & (image_of_row == b)).nonzero()[:, 0]
-        labels, truth = gt_labels[rows], gt_boxes[rows].float()
-        finite, finite_box = logits[b].isfinite(), boxes[b].isfinite().all(1)
-        predicted = boxes[b].float().masked_fill(~finite_box[:, None], 0)
-        pair_iou, giou = iou_and_giou(truth, predicted)
-        usable = finite.T[labels] & finite_box & giou.isfinite()
-        scores = logits[b].float().masked_fill(~finite, 0)
-        claims = strategy(ImageInputs(scores, predicted, pair_iou, giou, usable, truth, labels, grid, points, strides))
-        wanted = claims.wanted & usable
-        winner, positive = claims.priority.masked_fill(~wanted, torch.inf).argmin(0), wanted.any(0)
-        gt_index[b] = torch.where(positive, rows[winner], -1)
-        gt_index[b, claims.neither & ~positive] = NEITHER
-        iou[b] = torch.where(positive, pair_iou.gather(0, winner[None])[0], 0)
-        k[rows] = wanted.sum(1, dtype=torch.int32)
-        ambiguous[b] = wanted.sum(0) > 1
+        predicted = boxes[b].float().masked_fill(~boxes[b].isfinite().all(1, keepdim=True), torch.nan)
+        truth = gt_boxes[rows].float(), gt_labels[rows]
+        image = ImageInputs(logits[b], predicted, *truth, grid, strides)
+        claims = strategy(image)
+        row, point = claims.wanted.nonzero(as_tuple=True)
+        pairs = image.pairs(row, point)
+        row, point, pair_iou = row[pairs.usable], point[pairs.usable], pairs.iou[pairs.usable]
+        k[rows] = torch.bincount(row, minlength=len(rows)).int()
+        ambiguous[b] = torch.bincount(point, minlength=len(strides)) > 1
+        priority = claims.priority[row, point]
+        best = priority == torch.full_like(strides, torch.inf).scatter_reduce(0, point, priority, "amin")[point]
+        winner = row.new_full(strides.shape, len(rows)).scatter_reduce(0, point[best], row[best], "amin")
+        won = winner[point] == row
+        gt_index[b, point[won]], iou[b, point[won]] = rows[row[won]], pair_iou[won]
+        gt_index[b, claims.neither & (gt_index[b] < 0)] = NEITHER
     return Assignment(gt_index, iou, k), ambiguous

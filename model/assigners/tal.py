@@ -1,5 +1,7 @@
 """Task alignment learning (Feng et al., TOOD, ICCV 2021, arXiv 2108.07755)."""
 
+from kernels.assign_torch import pair_iou
+
 from .claims import Claims, ImageInputs, best_per_row
 
 SCORE_POWER, IOU_POWER, TOP = 1, 6, 13
@@ -9,6 +11,7 @@ def tal_claims(image: ImageInputs) -> Claims:
     """Claim, of the 13 points with the highest score^1 x IoU^6, those in the object's box where it is not 0. A point
     goes to the object with the highest IoU. TOOD also assigns by ATSS in its first epochs and weights its losses by the
     metric; both are left out."""
-    alignment = image.class_logits().sigmoid() ** SCORE_POWER * image.iou**IOU_POWER
-    best = best_per_row(-alignment, image.usable & (alignment > 0), TOP)
-    return Claims(best & image.inside(), -image.iou)
+    logit, (iou, _) = image.logits.T[image.gt_labels].float(), pair_iou(image.gt_boxes[:, None], image.boxes)
+    alignment = logit.sigmoid() ** SCORE_POWER * iou**IOU_POWER
+    best = best_per_row(-alignment, logit.isfinite() & (alignment > 0), TOP)
+    return Claims(best & image.inside(), -iou)
