@@ -27,22 +27,16 @@ ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log doma
 _point_strides = lru_cache(maxsize=32)(PointGrid.point_strides)
 
 
-def pair_iou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and area of the union."""
+def pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     gx1, gy1, gx2, gy2 = gt_boxes.unbind(-1)
     bx1, by1, bx2, by2 = boxes.unbind(-1)
     width = (torch.minimum(gx2, bx2) - torch.maximum(gx1, bx1)).clamp(min=0)
     overlap = width * (torch.minimum(gy2, by2) - torch.maximum(gy1, by1)).clamp(min=0)
     area_b = (bx2 - bx1).clamp(min=0) * (by2 - by1).clamp(min=0)
     union = (gx2 - gx1) * (gy2 - gy1) + area_b - overlap
-    return overlap / union, union
-
-
-def pair_giou(gt_boxes: Tensor, boxes: Tensor, iou: Tensor, union: Tensor) -> Tensor:
-    gx1, gy1, gx2, gy2 = gt_boxes.unbind(-1)
-    bx1, by1, bx2, by2 = boxes.unbind(-1)
     hull = (torch.maximum(gx2, bx2) - torch.minimum(gx1, bx1)) * (torch.maximum(gy2, by2) - torch.minimum(gy1, by1))
-    return iou - (hull - union) / hull
+    iou = overlap / union
+    return iou, iou - (hull - union) / hull
 
 
 def _pair_cost(
@@ -57,11 +51,11 @@ def _pair_cost(
         cls = (1 - FOCAL_ALPHA) * (2 * log_p).exp() * log_q - FOCAL_ALPHA * (2 * log_q).exp() * log_p
     else:
         cls = -logit
-    iou, union = pair_iou(gt_boxes, boxes)
+    iou, giou = pair_iou_giou(gt_boxes, boxes)
     if config.reg_cost == "iou":
         reg = -iou.clamp(min=IOU_FLOOR).log()
     elif config.reg_cost == "giou":
-        reg = 1 - pair_giou(gt_boxes, boxes, iou, union)
+        reg = 1 - giou
     else:
         difference = (boxes - gt_boxes) / stride[:, None]
         reg = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum(1)

@@ -6,8 +6,6 @@ ties go to the lower index.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,51 +13,39 @@ from torch import Tensor
 
 from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
-from kernels.assign_torch import pair_giou, pair_iou
+from kernels.assign_torch import pair_iou_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
 
 NEITHER = -2  # gt_index of a point that is neither positive nor negative
 ANCHOR_STRIDES = 8  # side of the one square anchor per point, in strides (ATSS, section 3.1)
 
 
-class Pairs(NamedTuple):
-    """Predictions for pairs of an object and a point, in float32; shapes are those of the pairs."""
+class ImageInputs(NamedTuple):
+    """One image with its valid ground truths only, in float32."""
 
-    logit: Tensor  # of the object's class
-    iou: Tensor  # of the predicted box
-    giou: Tensor
-    usable: Tensor  # bool: the others are finite
-
-
-@dataclass(frozen=True)
-class ImageInputs:
-    """One image with its valid ground truths only, which are float32."""
-
-    logits: Tensor  # (N, C)
-    boxes: Tensor  # (N, 4) float32 x1 y1 x2 y2 px, NaN if one side is not finite
+    logits: Tensor  # (N, C) of any float type
+    boxes: Tensor  # (N, 4) x1 y1 x2 y2 px, NaN if one side is not finite
     gt_boxes: Tensor  # (m, 4)
     gt_labels: Tensor  # (m,)
     grid: PointGrid
     strides: Tensor  # (N,)
 
-    def pairs(self, row: Tensor, point: Tensor) -> Pairs:
-        logit = self.logits[point, self.gt_labels[row]].float()
-        truth, boxes = self.gt_boxes[row], self.boxes[point]
-        iou, union = pair_iou(truth, boxes)
-        giou = pair_giou(truth, boxes, iou, union)
-        return Pairs(logit, iou, giou, logit.isfinite() & giou.isfinite())
-
-    @cached_property
-    def all_pairs(self) -> Pairs:  # each (m, N); few strategies read predictions of all pairs
-        row, point = (torch.arange(len(x), device=x.device) for x in (self.gt_boxes, self.boxes))
-        return self.pairs(row[:, None], point)
-
-    def finite_logits(self) -> Tensor:  # (N, C) float32, 0 where not finite
+    def finite_logits(self) -> Tensor:  # (N, C), 0 where not finite
         return self.logits.float().nan_to_num(0, 0, 0)
 
-    def on_grid(self, of_axis: Callable, join: Callable) -> Tensor:
-        """(m, N): `join` what a point's row and column say, `of_axis(low, high, at, stride)`: an object's two sides
-        along an axis, (m, 1) px, and the places of the level's rows or columns, (n,) px, give (m, n)."""
+    def predictions(self, row: Tensor, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For pairs of an object and a point: logit of its class, IoU and GIoU of its box, whether all are finite."""
+        logit = self.logits[point, self.gt_labels[row]].float()
+        iou, giou = pair_iou_giou(self.gt_boxes[row], self.boxes[point])
+        return logit, iou, giou, logit.isfinite() & giou.isfinite()
+
+    def all_predictions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (m, N)
+        row, point = (torch.arange(len(x), device=x.device) for x in (self.gt_boxes, self.boxes))
+        return self.predictions(row[:, None], point)
+
+    def on_grid(self, of_axis: Callable, join: Callable = torch.mul) -> Tensor:
+        """(m, N) `join(of_row, of_column)`, from `of_axis(low, high, at, stride)` of a level's rows and of its columns:
+        sides of the objects along this axis, (m, 1) px, and places of the rows or columns, (n,) px, to (m, n)."""
         x1, y1, x2, y2 = self.gt_boxes.split(1, 1)
         levels = []
         for stride, (rows, columns) in zip(self.grid.strides, self.grid.sizes, strict=True):
@@ -69,22 +55,17 @@ class ImageInputs:
         return torch.cat(levels, 1)
 
     def inside(self) -> Tensor:  # (m, N) bool: the point lies in the object's box
-        return self.on_grid(
-            lambda low, high, at, _: torch.minimum(at - low, high - at) > INSIDE_MARGIN_PX, torch.logical_and
-        )
+        return self.on_grid(lambda low, high, at, _: torch.minimum(at - low, high - at) > INSIDE_MARGIN_PX)
 
     def near_center(self, radius: float) -> Tensor:  # (m, N) bool: within `radius` strides of the centre along x and y
-        return self.on_grid(
-            lambda low, high, at, stride: (at - (low + high) / 2).abs() < radius * stride, torch.logical_and
-        )
+        return self.on_grid(lambda low, high, at, stride: (at - (low + high) / 2).abs() < radius * stride)
 
     def anchor_iou(self) -> Tensor:  # (m, N) of the square anchors, one a point
-        def overlap(low: Tensor, high: Tensor, at: Tensor, stride: int) -> Tensor:
+        def side(low: Tensor, high: Tensor, at: Tensor, stride: int) -> Tensor:
             half = ANCHOR_STRIDES / 2 * stride
             return (torch.minimum(high, at + half) - torch.maximum(low, at - half)).clamp(min=0)
 
-        area = (self.gt_boxes[:, 2:] - self.gt_boxes[:, :2]).prod(1, keepdim=True)
-        overlap = self.on_grid(overlap, torch.mul)
+        area, overlap = (self.gt_boxes[:, 2:] - self.gt_boxes[:, :2]).prod(1, keepdim=True), self.on_grid(side)
         return overlap / (area + (ANCHOR_STRIDES * self.strides) ** 2 - overlap)
 
 
@@ -95,8 +76,9 @@ class Claims(NamedTuple):
 
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
-    """(m, n) bool: the `count` (a number, or (m, 1)) lowest allowed values of every row; ties go to the lower index."""
-    value = value.masked_fill(~(allowed & value.isfinite()), torch.inf)
+    """(m, n) bool: the `count` (a number, or (m, 1)) lowest finite values of every row of those allowed, none of them
+    NaN; ties go to the lower index."""
+    value = value.masked_fill(~allowed, torch.inf)
     count = (value.new_zeros(len(value), 1) + count).clamp(max=value.shape[1]).long()
     last = value.topk(int(count.amax()), largest=False).values.gather(1, count - 1)  # faster than to sort them all
     lower, tied = value < last, (value == last) & (value < torch.inf)
@@ -120,18 +102,17 @@ def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> 
     for b in image_of_row[valid].unique().tolist():
         rows = (valid & (image_of_row == b)).nonzero()[:, 0]
         predicted = boxes[b].float().masked_fill(~boxes[b].isfinite().all(1, keepdim=True), torch.nan)
-        truth = gt_boxes[rows].float(), gt_labels[rows]
-        image = ImageInputs(logits[b], predicted, *truth, grid, strides)
+        image = ImageInputs(logits[b], predicted, gt_boxes[rows].float(), gt_labels[rows], grid, strides)
         claims = strategy(image)
         row, point = claims.wanted.nonzero(as_tuple=True)
-        pairs = image.pairs(row, point)
-        row, point, pair_iou = row[pairs.usable], point[pairs.usable], pairs.iou[pairs.usable]
+        _, pair_iou, _, usable = image.predictions(row, point)
+        row, point, pair_iou = row[usable], point[usable], pair_iou[usable]
         k[rows] = torch.bincount(row, minlength=len(rows)).int()
         ambiguous[b] = torch.bincount(point, minlength=len(strides)) > 1
-        priority = claims.priority[row, point]
-        best = priority == torch.full_like(strides, torch.inf).scatter_reduce(0, point, priority, "amin")[point]
-        winner = row.new_full(strides.shape, len(rows)).scatter_reduce(0, point[best], row[best], "amin")
-        won = winner[point] == row
+        order = claims.priority[row, point].argsort(stable=True)  # rows ascend, so the lower one is the first of equals
+        place = torch.arange(len(order), device=order.device)
+        first = place.new_full(strides.shape, len(order)).scatter_reduce(0, point[order], place, "amin")
+        won = order[first[first < len(order)]]
         gt_index[b, point[won]], iou[b, point[won]] = rows[row[won]], pair_iou[won]
         gt_index[b, claims.neither & (gt_index[b] < 0)] = NEITHER
     return Assignment(gt_index, iou, k), ambiguous

@@ -24,7 +24,7 @@ def hungarian_claims(image: ImageInputs) -> Claims:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ModuleNotFoundError(NO_SCIPY) from error
-    logit, _, giou, usable = image.all_pairs
+    logit, _, giou, usable = image.all_predictions()
     p = logit.sigmoid()
     cls = FOCAL_ALPHA * (1 - p) ** 2 * F.softplus(-logit) - (1 - FOCAL_ALPHA) * p**2 * F.softplus(logit)
     longer_side = (image.gt_boxes[:, 2:] - image.gt_boxes[:, :2]).amax(1, keepdim=True)

@@ -1,6 +1,7 @@
 """Task alignment learning (Feng et al., TOOD, ICCV 2021, arXiv 2108.07755)."""
 
-from kernels.assign_torch import pair_iou
+import torch
+from torchvision.ops import box_iou
 
 from .claims import Claims, ImageInputs, best_per_row
 
@@ -11,7 +12,7 @@ def tal_claims(image: ImageInputs) -> Claims:
     """Claim, of the 13 points with the highest score^1 x IoU^6, those in the object's box where it is not 0. A point
     goes to the object with the highest IoU. TOOD also assigns by ATSS in its first epochs and weights its losses by the
     metric; both are left out."""
-    logit, (iou, _) = image.logits.T[image.gt_labels].float(), pair_iou(image.gt_boxes[:, None], image.boxes)
+    logit, iou = image.logits.T[image.gt_labels].float(), box_iou(image.gt_boxes, image.boxes)
     alignment = logit.sigmoid() ** SCORE_POWER * iou**IOU_POWER
-    best = best_per_row(-alignment, logit.isfinite() & (alignment > 0), TOP)
+    best = best_per_row(-alignment, (alignment > 0) & (logit < torch.inf), TOP)
     return Claims(best & image.inside(), -iou)
