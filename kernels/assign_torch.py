@@ -27,9 +27,9 @@ ABSORB_EVERY = 10  # Sinkhorn iterations between two passes through the log doma
 _point_strides = lru_cache(maxsize=32)(PointGrid.point_strides)
 
 
-def _pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    gx1, gy1, gx2, gy2 = gt_boxes.unbind(1)
-    bx1, by1, bx2, by2 = boxes.unbind(1)
+def pair_iou_giou(gt_boxes: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    gx1, gy1, gx2, gy2 = gt_boxes.unbind(-1)
+    bx1, by1, bx2, by2 = boxes.unbind(-1)
     width = (torch.minimum(gx2, bx2) - torch.maximum(gx1, bx1)).clamp(min=0)
     overlap = width * (torch.minimum(gy2, by2) - torch.maximum(gy1, by1)).clamp(min=0)
     area_b = (bx2 - bx1).clamp(min=0) * (by2 - by1).clamp(min=0)
@@ -51,7 +51,7 @@ def _pair_cost(
         cls = (1 - FOCAL_ALPHA) * (2 * log_p).exp() * log_q - FOCAL_ALPHA * (2 * log_q).exp() * log_p
     else:
         cls = -logit
-    iou, giou = _pair_iou_giou(gt_boxes, boxes)
+    iou, giou = pair_iou_giou(gt_boxes, boxes)
     if config.reg_cost == "iou":
         reg = -iou.clamp(min=IOU_FLOOR).log()
     elif config.reg_cost == "giou":

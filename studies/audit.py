@@ -14,7 +14,7 @@ label, D that of a pair relative to it.
     rounded cost   cost of the plan after it was made to meet its marginals (kernels/statistics.py)
     gap            (rounded cost - bound) / rounded cost of each image
     unrounded      images whose plan could not be made to send all supplies
-    violations     of the others, images without bound <= exact cost <= rounded cost
+    violations     images without bound <= exact cost, or without exact cost <= rounded cost where all is sent
     changed        points with another label than in the exact plan; share: of the exact plan's positives
     label cost     sum_j c_bg,j + sum of D over the positive labels; may be below exact with fewer labels than supplies
     supply error   sum_i |labels of i - k_i| / sum_i k_i

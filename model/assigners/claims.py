@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import Assignment, Inputs, PointGrid
 from kernels.assign import check_inputs
-from kernels.assign_reference import iou_and_giou
+from kernels.assign_torch import pair_iou_giou
 from kernels.grid import INSIDE_MARGIN_PX, valid_rows
 
 NEITHER = -2  # gt_index of a point that is neither positive nor negative
@@ -23,36 +23,50 @@ ANCHOR_STRIDES = 8  # side of the one square anchor per point, in strides (ATSS,
 class ImageInputs(NamedTuple):
     """One image with its valid ground truths only, in float32."""
 
-    logits: Tensor  # (N, C), 0 where not finite
-    boxes: Tensor  # (N, 4) x1 y1 x2 y2 px, 0 where not finite
-    iou: Tensor  # (m, N) of the predicted boxes
-    giou: Tensor  # (m, N)
-    usable: Tensor  # (m, N) bool: the prediction is finite
+    logits: Tensor  # (N, C) of any float type
+    boxes: Tensor  # (N, 4) x1 y1 x2 y2 px, NaN if one side is not finite
     gt_boxes: Tensor  # (m, 4)
     gt_labels: Tensor  # (m,)
     grid: PointGrid
-    points: Tensor  # (N, 2)
     strides: Tensor  # (N,)
 
-    def to_sides(self) -> Tensor:  # (m, N, 4): px to the left, upper, right and lower side, positive inside
-        box = self.gt_boxes[:, None]
-        return torch.cat([self.points - box[..., :2], box[..., 2:] - self.points], -1)
+    def finite_logits(self) -> Tensor:  # (N, C), 0 where not finite
+        return self.logits.float().nan_to_num(0, 0, 0)
 
-    def to_center(self) -> Tensor:  # (m, N, 2) px, from the object's centre to every point
-        return self.points - (self.gt_boxes[:, None, :2] + self.gt_boxes[:, None, 2:]) / 2
+    def predictions(self, row: Tensor, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For pairs of an object and a point: logit of its class, IoU and GIoU of its box, whether all are finite."""
+        logit = self.logits[point, self.gt_labels[row]].float()
+        iou, giou = pair_iou_giou(self.gt_boxes[row], self.boxes[point])
+        return logit, iou, giou, logit.isfinite() & giou.isfinite()
+
+    def all_predictions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (m, N)
+        row, point = (torch.arange(len(x), device=x.device) for x in (self.gt_boxes, self.boxes))
+        return self.predictions(row[:, None], point)
+
+    def on_grid(self, of_axis: Callable, join: Callable = torch.mul) -> Tensor:
+        """(m, N) `join(of_row, of_column)`, from `of_axis(low, high, at, stride)` of a level's rows and of its columns:
+        sides of the objects along this axis, (m, 1) px, and places of the rows or columns, (n,) px, to (m, n)."""
+        x1, y1, x2, y2 = self.gt_boxes.split(1, 1)
+        levels = []
+        for stride, (rows, columns) in zip(self.grid.strides, self.grid.sizes, strict=True):
+            x, y = ((torch.arange(n, device=x1.device) + 0.5) * stride for n in (columns, rows))
+            of_row, of_column = of_axis(y1, y2, y, stride), of_axis(x1, x2, x, stride)
+            levels.append(join(of_row[:, :, None], of_column[:, None]).flatten(1))
+        return torch.cat(levels, 1)
 
     def inside(self) -> Tensor:  # (m, N) bool: the point lies in the object's box
-        return self.to_sides().amin(-1) > INSIDE_MARGIN_PX
+        return self.on_grid(lambda low, high, at, _: torch.minimum(at - low, high - at) > INSIDE_MARGIN_PX)
 
     def near_center(self, radius: float) -> Tensor:  # (m, N) bool: within `radius` strides of the centre along x and y
-        return self.to_center().abs().amax(-1) < radius * self.strides
+        return self.on_grid(lambda low, high, at, stride: (at - (low + high) / 2).abs() < radius * stride)
 
     def anchor_iou(self) -> Tensor:  # (m, N) of the square anchors, one a point
-        half = ANCHOR_STRIDES / 2 * self.strides[:, None]
-        return iou_and_giou(self.gt_boxes, torch.cat([self.points - half, self.points + half], 1))[0]
+        def side(low: Tensor, high: Tensor, at: Tensor, stride: int) -> Tensor:
+            half = ANCHOR_STRIDES / 2 * stride
+            return (torch.minimum(high, at + half) - torch.maximum(low, at - half)).clamp(min=0)
 
-    def class_logits(self) -> Tensor:  # (m, N): every point's logit of the object's class
-        return self.logits.T[self.gt_labels]
+        area, overlap = (self.gt_boxes[:, 2:] - self.gt_boxes[:, :2]).prod(1, keepdim=True), self.on_grid(side)
+        return overlap / (area + (ANCHOR_STRIDES * self.strides) ** 2 - overlap)
 
 
 class Claims(NamedTuple):
@@ -62,10 +76,13 @@ class Claims(NamedTuple):
 
 
 def best_per_row(value: Tensor, allowed: Tensor, count: int | Tensor) -> Tensor:
-    """(m, n) bool: the `count` (a number, or (m, 1)) lowest allowed values of every row; ties go to the lower index."""
-    allowed = allowed & value.isfinite()
-    order = value.masked_fill(~allowed, torch.inf).argsort(dim=1, stable=True)
-    return allowed & (order.argsort(1) < count)
+    """(m, n) bool: the `count` (a number, or (m, 1)) lowest finite values of every row of those allowed, none of them
+    NaN; ties go to the lower index."""
+    value = value.masked_fill(~allowed, torch.inf)
+    count = (value.new_zeros(len(value), 1) + count).clamp(max=value.shape[1]).long()
+    last = value.topk(int(count.amax()), largest=False).values.gather(1, count - 1)  # faster than to sort them all
+    lower, tied = value < last, (value == last) & (value < torch.inf)
+    return lower | (tied & (tied.cumsum(1, dtype=torch.int32) <= count - lower.sum(1, keepdim=True)))
 
 
 def best_per_level(value: Tensor, allowed: Tensor, grid: PointGrid, count: int) -> Tensor:
@@ -81,21 +98,21 @@ def assign_claims(strategy: Callable[[ImageInputs], Claims], inputs: Inputs) -> 
     iou, ambiguous = torch.zeros_like(gt_index, dtype=torch.float32), torch.zeros_like(gt_index, dtype=torch.bool)
     k = boxes.new_zeros(len(gt_boxes), dtype=torch.int32)
     image_of_row, valid = valid_rows(gt_boxes, gt_labels, gt_offsets, logits.shape[2])
-    points, strides = grid.points(boxes.device), grid.point_strides(boxes.device)
+    strides = grid.point_strides(boxes.device)
     for b in image_of_row[valid].unique().tolist():
         rows = (valid & (image_of_row == b)).nonzero()[:, 0]
-        labels, truth = gt_labels[rows], gt_boxes[rows].float()
-        finite, finite_box = logits[b].isfinite(), boxes[b].isfinite().all(1)
-        predicted = boxes[b].float().masked_fill(~finite_box[:, None], 0)
-        pair_iou, giou = iou_and_giou(truth, predicted)
-        usable = finite.T[labels] & finite_box & giou.isfinite()
-        scores = logits[b].float().masked_fill(~finite, 0)
-        claims = strategy(ImageInputs(scores, predicted, pair_iou, giou, usable, truth, labels, grid, points, strides))
-        wanted = claims.wanted & usable
-        winner, positive = claims.priority.masked_fill(~wanted, torch.inf).argmin(0), wanted.any(0)
-        gt_index[b] = torch.where(positive, rows[winner], -1)
-        gt_index[b, claims.neither & ~positive] = NEITHER
-        iou[b] = torch.where(positive, pair_iou.gather(0, winner[None])[0], 0)
-        k[rows] = wanted.sum(1, dtype=torch.int32)
-        ambiguous[b] = wanted.sum(0) > 1
+        predicted = boxes[b].float().masked_fill(~boxes[b].isfinite().all(1, keepdim=True), torch.nan)
+        image = ImageInputs(logits[b], predicted, gt_boxes[rows].float(), gt_labels[rows], grid, strides)
+        claims = strategy(image)
+        row, point = claims.wanted.nonzero(as_tuple=True)
+        _, pair_iou, _, usable = image.predictions(row, point)
+        row, point, pair_iou = row[usable], point[usable], pair_iou[usable]
+        k[rows] = torch.bincount(row, minlength=len(rows)).int()
+        ambiguous[b] = torch.bincount(point, minlength=len(strides)) > 1
+        order = claims.priority[row, point].argsort(stable=True)  # rows ascend, so the lower one is the first of equals
+        place = torch.arange(len(order), device=order.device)
+        first = place.new_full(strides.shape, len(order)).scatter_reduce(0, point[order], place, "amin")
+        won = order[first[first < len(order)]]
+        gt_index[b, point[won]], iou[b, point[won]] = rows[row[won]], pair_iou[won]
+        gt_index[b, claims.neither & (gt_index[b] < 0)] = NEITHER
     return Assignment(gt_index, iou, k), ambiguous

@@ -15,7 +15,7 @@ def fcos_claims(image: ImageInputs) -> Claims:
     to the farthest side of the box lies; the first level's range starts at 0, the last one's has no end. The range
     excludes its lower end, as in torchvision; mmdetection includes it. A point goes to the smallest object. Depends on
     no prediction."""
-    farthest = image.to_sides().amax(-1)
+    farthest = image.on_grid(lambda low, high, at, _: torch.maximum(at - low, high - at), torch.maximum)
     low, high = (strides * image.strides for strides in RANGE)
     low = torch.where(image.strides == image.grid.strides[0], 0, low)
     high = torch.where(image.strides == image.grid.strides[-1], math.inf, high)

@@ -24,13 +24,13 @@ def hungarian_claims(image: ImageInputs) -> Claims:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ModuleNotFoundError(NO_SCIPY) from error
-    logit = image.class_logits()
+    logit, _, giou, usable = image.all_predictions()
     p = logit.sigmoid()
     cls = FOCAL_ALPHA * (1 - p) ** 2 * F.softplus(-logit) - (1 - FOCAL_ALPHA) * p**2 * F.softplus(logit)
     longer_side = (image.gt_boxes[:, 2:] - image.gt_boxes[:, :2]).amax(1, keepdim=True)
     truth, predicted = (box_convert(boxes, "xyxy", "cxcywh") for boxes in (image.gt_boxes, image.boxes))
-    cost = CLS_WEIGHT * cls + L1_WEIGHT * torch.cdist(truth, predicted, p=1) / longer_side - GIOU_WEIGHT * image.giou
-    usable = image.usable & cost.isfinite()
+    cost = CLS_WEIGHT * cls + L1_WEIGHT * torch.cdist(truth, predicted, p=1) / longer_side - GIOU_WEIGHT * giou
+    usable = usable & cost.isfinite()
     unusable_cost = cost.masked_fill(~usable, 0).abs().amax() * (2 * min(cost.shape)) + 1  # the last resort
     cost = torch.where(usable, cost, unusable_cost)
     row, point = linear_sum_assignment(cost.cpu().numpy())

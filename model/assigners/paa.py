@@ -22,13 +22,14 @@ def paa_claims(image: ImageInputs) -> Claims:
     loss over all classes + 1 - GIoU. The paper also has candidates outside the box; this detector's boxes contain their
     points.
     """
-    anchor_iou, inside = image.anchor_iou(), image.inside()
+    anchor_iou, inside, logits = image.anchor_iou(), image.inside(), image.finite_logits()
+    _, _, giou, usable = image.all_predictions()
     is_highest = torch.zeros_like(inside).scatter_(0, anchor_iou.argmax(0, keepdim=True), True)
-    negative = (1 - FOCAL_ALPHA) * image.logits.sigmoid() ** 2 * F.softplus(image.logits)
-    positive = FOCAL_ALPHA * (-image.logits).sigmoid() ** 2 * F.softplus(-image.logits)
-    loss = negative.sum(1) + (positive - negative).T[image.gt_labels] + 1 - image.giou
+    negative = (1 - FOCAL_ALPHA) * logits.sigmoid() ** 2 * F.softplus(logits)
+    positive = FOCAL_ALPHA * (-logits).sigmoid() ** 2 * F.softplus(-logits)
+    loss = negative.sum(1) + (positive - negative).T[image.gt_labels] + 1 - giou
     best = anchor_iou.masked_fill(~inside, 0).amax(1, keepdim=True)
-    allowed = is_highest & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & image.usable
+    allowed = is_highest & inside & ((anchor_iou >= CANDIDATE_IOU) | (anchor_iou == best)) & usable
     candidates = best_per_level(loss, allowed, image.grid, PER_LEVEL)
     value, point = loss.masked_fill(~candidates, torch.inf).sort(dim=1, stable=True)
     value, point = (x[:, : max(1, int(candidates.sum(1).max()))] for x in (value, point))

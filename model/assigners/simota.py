@@ -15,10 +15,10 @@ def simota_claims(image: ImageInputs) -> Claims:
     IoU, and more than any of those for a point that is not both. A point goes to the object that it is cheapest for.
     The class cost is of p, not of sqrt(p x objectness): this head has no objectness. k and the choice count each
     object's candidates (YOLOX: those of all objects of the image; 27 of 4,107 labels differ)."""
-    inside, near = image.inside(), image.near_center(RADIUS)
-    candidates = (inside | near) & image.usable
-    cross_entropy = F.softplus(image.logits).sum(1) - image.class_logits()
-    cost = cross_entropy - REG_WEIGHT * (image.iou + IOU_FLOOR).log() + OUTSIDE_COST * ~(inside & near)
-    best = image.iou.masked_fill(~candidates, 0).topk(min(TOP_Q, candidates.shape[1]), dim=1).values
+    inside, near, (logit, iou, _, usable) = image.inside(), image.near_center(RADIUS), image.all_predictions()
+    candidates = (inside | near) & usable
+    cross_entropy = F.softplus(image.finite_logits()).sum(1) - logit
+    cost = cross_entropy - REG_WEIGHT * (iou + IOU_FLOOR).log() + OUTSIDE_COST * ~(inside & near)
+    best = iou.masked_fill(~candidates, 0).topk(min(TOP_Q, candidates.shape[1]), dim=1).values
     k = best.sum(1, keepdim=True).floor().clamp(min=1)
     return Claims(best_per_row(cost, candidates, k), cost)
