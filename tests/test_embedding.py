@@ -1,0 +1,111 @@
+"""docs/embedding.md in detectors that others wrote: torchvision's FCOS and RetinaNet, and Ultralytics' YOLO."""
+
+import pytest
+import torch
+from torchvision.ops import box_convert
+
+from data import CocoDataset, find_splits, generate_shapes
+from eval import coco_metrics, coco_results
+from kernels import PointGrid, ota_assign
+from model import Detections
+from tests.support.embedding import SIZE_PX, gradients, names_of, save_gradients_of_rank, torchvision_detector
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TORCHVISION = ("OTAFCOS", "OTARetinaNet")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> CocoDataset:
+    """Two images, with 2 and 5 objects of one class."""
+    root = tmp_path_factory.mktemp("embedding") / "shapes"
+    generate_shapes(root, train_images=2, val_images=0, size_px=SIZE_PX, crowded_share=0, one_class=True)
+    return CocoDataset(find_splits(str(root))[0])
+
+
+@pytest.fixture
+def batch(dataset) -> tuple[list, list]:
+    images, targets = zip(*dataset, strict=True)
+    return [image / 255 for image in images], list(targets)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_detector_learns_two_images(name, dataset, batch):
+    model, steps = torchvision_detector(name), 150
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(model(*batch).values()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        found = model.eval()(batch[0])
+    results = []
+    for target, one in zip(batch[1], found, strict=True):
+        detections = Detections(one["boxes"], one["scores"], one["labels"], dataset.class_names)
+        results += coco_results(target["image_id"], detections, dataset.category_ids)
+    assert coco_metrics(dataset.annotations, results)["AP"] > 0.9
+
+
+def test_two_ranks_have_the_mean_gradient(batch, tmp_path):
+    """The second image is without objects."""
+    batch[1][1] |= {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    torch.multiprocessing.spawn(save_gradients_of_rank, (tmp_path, batch), nprocs=2)
+    for name in TORCHVISION:
+        first, second = (gradients(torchvision_detector(name), *([part[i]] for part in batch)) for i in (0, 1))
+        mean = {key: (first[key] + second[key]) / 2 for key in first}
+        torch.testing.assert_close(torch.load(tmp_path / name), mean)
+
+
+@pytest.fixture
+def yolo(monkeypatch, tmp_path):
+    """Ultralytics' smallest model, and its loss with OTA's labels."""
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))  # importing ultralytics writes settings
+    tasks, cfg = (pytest.importorskip(f"ultralytics.{module}") for module in ("nn.tasks", "cfg"))
+    torch.manual_seed(0)
+    model = tasks.DetectionModel("yolo11n.yaml", nc=3, verbose=False)
+    model.args = cfg.get_cfg()
+    model.criterion = model.init_criterion()
+    model.criterion.assigner = names_of("OTAAssigner")["OTAAssigner"](model.stride)
+    return model
+
+
+def yolo_batch(images: list, targets: list) -> dict:
+    boxes = torch.cat([torch.as_tensor(target["boxes"]) for target in targets])
+    image = torch.arange(len(images)).repeat_interleave(torch.tensor([len(target["boxes"]) for target in targets]))
+    labels = torch.cat([target["labels"] for target in targets])
+    boxes = box_convert(boxes, "xyxy", "cxcywh") / SIZE_PX
+    return {"img": torch.stack(images), "batch_idx": image, "cls": labels[:, None], "bboxes": boxes}
+
+
+def test_ultralytics_loss_falls(yolo, batch):
+    optimizer, losses = torch.optim.AdamW(yolo.parameters(), 2e-3), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(yolo.loss(yolo_batch(*batch))[0].sum())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2
+
+
+def test_ultralytics_labels_are_those_of_ota_assign(yolo, batch):
+    """Rows are padded, as the images have 2 and 5 objects; a batch without objects has no rows."""
+    for target in batch[1]:
+        target["labels"] = torch.arange(len(target["labels"])) % 3
+    calls, assigner, predictions = [], yolo.criterion.assigner, yolo(torch.stack(batch[0]))
+    yolo.criterion.assigner = lambda *inputs: calls.append((inputs, assigner(*inputs))) or calls[-1][1]
+    yolo.criterion(predictions, yolo_batch(*batch))
+    (_, boxes, _, gt_labels, gt_boxes, is_gt), (labels, targets, scores, matched, row) = calls[0]
+    kept, offsets = is_gt[..., 0] > 0, torch.tensor([0, 2, 7])
+    truth, grid = (
+        (gt_boxes[kept], gt_labels[kept][:, 0].long(), offsets),
+        PointGrid.for_image((SIZE_PX, SIZE_PX), (8, 16, 32)),
+    )
+    match = ota_assign(predictions["scores"].mT, boxes, *truth, grid)
+    assert torch.equal(matched, match.gt_index >= 0) and matched.any(1).all()
+    assert torch.equal(row[matched], (match.gt_index - offsets[:-1, None])[matched])
+    assert torch.equal(targets[matched], truth[0][match.gt_index[matched]])
+    assert torch.equal(labels[matched], truth[1][match.gt_index[matched]])
+    assert torch.equal(scores.sum(2), match.iou) and torch.equal(scores[matched, labels[matched]], match.iou[matched])
+    nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
+    assert yolo.criterion(predictions, yolo_batch(batch[0], nothing))[0].isfinite().all()
