@@ -1,6 +1,8 @@
 """The wheel for other projects: kernels/ under the name ota_triton and nothing else, which assigns like the folder."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from kernels.assign import HAS_TRITON
 
 pytest.importorskip("setuptools", "77", reason="setuptools 77 builds the wheel: pip install -e '.[test]'")
@@ -57,6 +60,13 @@ def test_wheel_is_one_package_that_assigns_beside_the_folder(tmp_path):
     assert names == {f"ota_triton/{name}" for name in {*modules, "py.typed"}}
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (about,) = (tmp_path / "installed").glob("*.dist-info/METADATA")
+    about = email.message_from_string(about.read_text())
+    assert about["Version"] == kernels.__version__
+    assert [line for line in about.get_all("Requires-Dist") if "extra ==" not in line] == ["torch>=2.11"]
+    page = about.get_payload()
+    assert page.strip() == (ROOT / "docs" / "embedding.md").read_text().strip()
+    assert not re.findall(r"\]\((?!https?:)", page)  # a link to another file would lead nowhere
     backends = ["torch", "triton"] if HAS_TRITON else ["torch"]
     interpreter = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter

@@ -1,8 +1,10 @@
 """The code of docs/embedding.md, and small torchvision detectors made of it."""
 
 import re
+import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -10,15 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.retinanet import RetinaNetHead
 
+import kernels
+
 PAGE = Path(__file__).parent.parent.parent / "docs" / "embedding.md"
 SIZE_PX, STRIDES = 96, (8, 16)
 
 
-def names_of(word: str) -> dict:
-    """Run the page's block of Python with `word` in it; return what it defines."""
+def block(word: str) -> str:
+    """Return the page's block of Python with `word` in it."""
     (code,) = (code for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S) if word in code)
+    return code
+
+
+def names_of(word: str) -> dict:
+    """Run the block with `word` in it on this repository's kernels; return what the block defines."""
     names = {}
-    exec(code, names)
+    with mock.patch.dict(sys.modules, ota_triton=kernels):
+        exec(block(word), names)
     return names
 
 
