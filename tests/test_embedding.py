@@ -1,14 +1,26 @@
 """docs/embedding.md in detectors that others wrote: torchvision's FCOS and RetinaNet, and Ultralytics' YOLO."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.ops import box_convert
 
 from data import CocoDataset, find_splits, generate_shapes
 from eval import coco_metrics, coco_results
-from kernels import PointGrid, ota_assign
+from kernels import OTAConfig, PointGrid, ota_assign
 from model import Detections
-from tests.support.embedding import SIZE_PX, gradients, names_of, save_gradients_of_rank, torchvision_detector
+from tests.support.backends import BACKENDS, ORDINARY, OTHER, assert_equal, assign, scene_of
+from tests.support.embedding import (
+    PAGE,
+    SIZE_PX,
+    gradients,
+    names_of,
+    save_gradients_of_rank,
+    torchvision_detector,
+)
+from tests.support.scenes import make_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHVISION = ("OTAFCOS", "OTARetinaNet")
@@ -109,3 +121,31 @@ def test_ultralytics_labels_are_those_of_ota_assign(yolo, batch):
     assert torch.equal(scores.sum(2), match.iou) and torch.equal(scores[matched, labels[matched]], match.iou[matched])
     nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2
     assert yolo.criterion(predictions, yolo_batch(batch[0], nothing))[0].isfinite().all()
+
+
+def test_order_of_another_head():
+    """Two anchors per cell, cell by cell, are two levels of the grid."""
+    scene = make_scene(PointGrid((8, 8, 16), ((9, 12), (9, 12), (5, 6))), (4, 2), 3)
+    order = torch.cat([torch.arange(0, 216, 2), torch.arange(1, 216, 2), torch.arange(216, 246)])
+    logits, boxes = torch.empty_like(scene.logits), torch.empty_like(scene.boxes)
+    logits[:, order], boxes[:, order] = scene.logits, scene.boxes
+    match = names_of("order.argsort()")["assign_ordered"](order, logits, boxes, *scene[2:])
+    expected = ota_assign(*scene)
+    assert torch.equal(match.gt_index[:, order], expected.gt_index) and torch.equal(match.iou[:, order], expected.iou)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_and_int32_labels(backend):
+    """Neither changes the labels, and labels have no gradient."""
+    scene, quick = scene_of([ORDINARY, OTHER], [0, 1]), OTAConfig(iterations=2)
+    logits, boxes = (tensor.clone().requires_grad_() for tensor in scene[:2])
+    narrow = (tensor.int() for tensor in scene[3:5])
+    match = assign(logits, boxes, scene.gt_boxes, *narrow, scene.grid, quick, backend=backend)
+    assert_equal(match, assign(*scene, quick, backend=backend))
+    assert not match.iou.requires_grad
+
+
+def test_tests_that_the_page_names_exist():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", PAGE.read_text())
+    assert named and not [name for name in named if f"def {name}(" not in tests]
