@@ -12,14 +12,7 @@ from eval import coco_metrics, coco_results
 from kernels import OTAConfig, PointGrid, ota_assign
 from model import Detections
 from tests.support.backends import BACKENDS, ORDINARY, OTHER, assert_equal, assign, scene_of
-from tests.support.embedding import (
-    PAGE,
-    SIZE_PX,
-    gradients,
-    names_of,
-    save_gradients_of_rank,
-    torchvision_detector,
-)
+from tests.support.embedding import PAGE, SIZE_PX, gradients, names_of, save_gradients_of_rank, torchvision_detector
 from tests.support.scenes import make_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
