@@ -11,45 +11,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS
 
 from benchmarks.measure import write_report
 from benchmarks.tables import APS, SIZES, seeds_table
 from data import CocoDataset, eval_transform, find_splits, train_transform
 from data.dataset import SeededDataset, batches_from
 from eval import coco_metrics, coco_results
+from kernels import OTAConfig
 from model import Detections
-from model.backbone import Backbone
-from tests.support.embedding import names_of
+from tests.support.embedding import torchvision_detector
 from training.environment import environment
 
-SIZE_PX, CHANNELS, BATCH_SIZE, LEARNING_RATE, SCORE = 128, 64, 8, 3e-3, 0.05
+SIZE_PX, BATCH_SIZE, LEARNING_RATE = 128, 8, 3e-3
+PER_Q = {"FCOS's own": None, "OTA, paper": 1, "OTA, per_q 3": 3}
 
 
-class Levels(nn.Module):
-    """The backbone as torchvision takes one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.out_channels = Backbone("test_resnet", CHANNELS, pretrained=False), CHANNELS
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {str(level): features for level, features in enumerate(self.backbone(images))}
-
-
-def create(labels: str, num_classes: int, seed: int) -> FCOS:
-    names, settings = names_of("torchvision"), {"min_size": SIZE_PX, "max_size": SIZE_PX, "score_thresh": SCORE}
-    torch.manual_seed(seed)
-    if labels == "FCOS's own":
-        return FCOS(Levels(), num_classes, **settings)
-    return names["OTAFCOS"](Levels(), num_classes, anchor_generator=names["CenteredAnchors"](1), **settings)
-
-
-def train(model: FCOS, dataset: CocoDataset, steps: int, seed: int) -> None:
+def train(model: nn.Module, dataset: CocoDataset, steps: int, batch_size: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     samples = SeededDataset(dataset, seed)
-    for keys in batches_from(0, steps, dataset.tall, BATCH_SIZE, seed):
+    for keys in batches_from(0, steps, dataset.tall, batch_size, seed):
         images, targets = zip(*(samples[key] for key in keys), strict=True)
         optimizer.zero_grad()
         sum(model([image / 255 for image in images], list(targets)).values()).backward()
@@ -58,7 +39,7 @@ def train(model: FCOS, dataset: CocoDataset, steps: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def metrics_of(model: FCOS, dataset: CocoDataset) -> dict:
+def metrics_of(model: nn.Module, dataset: CocoDataset) -> dict:
     results = []
     for image, target in dataset:
         (found,) = model.eval()([image / 255])
@@ -79,11 +60,13 @@ def main(argv: list[str] | None = None) -> None:
     validation = CocoDataset(val_split, eval_transform(size))
     about = {"command": f"python -m studies.torchvision_fcos --data {args.data}", "steps": args.steps}
     about |= environment(torch.device("cpu"))
-    rows: dict[str, list[dict]] = {"FCOS's own": [], "OTA": []}
+    rows: dict[str, list[dict]] = {labels: [] for labels in PER_Q}
     for seed in args.seeds:
         for labels, seeds in rows.items():
-            model = create(labels, len(training.class_names), seed)
-            train(model, training, args.steps, seed)
+            per_q = PER_Q[labels]
+            model = torchvision_detector("OTAFCOS" if per_q else "FCOS", len(training.class_names), seed, SIZE_PX)
+            model.config = per_q and OTAConfig(per_q=per_q)
+            train(model, training, args.steps, BATCH_SIZE, seed)
             seeds.append(metrics_of(model, validation) | {"seed": seed})
             print(f"{labels}, seed {seed}: AP {seeds[-1]['AP']:.3f}  AP50 {seeds[-1]['AP50']:.3f}", flush=True)
             write_report(args.out, about | {"rows": rows})

@@ -1,5 +1,6 @@
 """docs/embedding.md in detectors that others wrote: torchvision's FCOS and RetinaNet, and Ultralytics' YOLO."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from torchvision.ops import box_convert
 
 from data import CocoDataset, find_splits, generate_shapes
-from eval import coco_metrics, coco_results
 from kernels import OTAConfig, PointGrid, ota_assign
-from model import Detections
+from studies import torchvision_fcos
+from studies.torchvision_fcos import metrics_of, train
 from tests.support.backends import BACKENDS, ORDINARY, OTHER, assert_equal, assign, scene_of
 from tests.support.embedding import PAGE, SIZE_PX, gradients, names_of, save_gradients_of_rank, torchvision_detector
 from tests.support.scenes import make_scene
@@ -34,22 +35,16 @@ def batch(dataset) -> tuple[list, list]:
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_detector_learns_two_images(name, dataset, batch):
-    model, steps = torchvision_detector(name), 150
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        sum(model(*batch).values()).backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        found = model.eval()(batch[0])
-    results = []
-    for target, one in zip(batch[1], found, strict=True):
-        detections = Detections(one["boxes"], one["scores"], one["labels"], dataset.class_names)
-        results += coco_results(target["image_id"], detections, dataset.category_ids)
-    assert coco_metrics(dataset.annotations, results)["AP"] > 0.9
+def test_torchvision_detector_learns_two_images(name, dataset):
+    model = torchvision_detector(name)
+    train(model, dataset, steps=150, batch_size=2, seed=0)
+    assert metrics_of(model, dataset)["AP"] > 0.9
+
+
+def test_study_of_torchvision_labels(shapes, tmp_path):
+    torchvision_fcos.main(["--data", str(shapes), "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {name: len(seeds) for name, seeds in rows.items()} == dict.fromkeys(torchvision_fcos.PER_Q, 1)
 
 
 def test_two_ranks_have_the_mean_gradient(batch, tmp_path):

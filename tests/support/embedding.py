@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 import kernels
+from model.backbone import Backbone
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "embedding.md"
-SIZE_PX, STRIDES = 96, (8, 16)
+SIZE_PX = 96
 
 
 def block(word: str) -> str:
@@ -32,33 +33,28 @@ def names_of(word: str) -> dict:
     return names
 
 
-class Pyramid(nn.Module):
-    """A backbone with a level for each of STRIDES."""
-
-    out_channels = 32
+class Levels(nn.Module):
+    """A small backbone with five levels, as torchvision takes one."""
 
     def __init__(self) -> None:
         super().__init__()
-        channels = (3, 16, 32, 32, 32)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU())
-            for a, b in zip(channels, channels[1:], strict=False)
-        )
+        self.out_channels = 64  # torchvision's heads have 32 groups, and level 7 may be one point
+        self.backbone = Backbone("test_resnet", self.out_channels)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        levels = []
-        for layer in self.layers:
-            levels.append(x := layer(x))
-        return {str(s): levels[s.bit_length() - 2] for s in STRIDES}
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {str(level): features for level, features in enumerate(self.backbone(images))}
 
 
-def torchvision_detector(name: str) -> nn.Module:
-    """OTAFCOS or OTARetinaNet for one class; RetinaNet's head with the norm that FCOS's has, as it learns faster."""
+def torchvision_detector(name: str, num_classes: int = 1, seed: int = 0, size_px: int = SIZE_PX) -> nn.Module:
+    """FCOS, OTAFCOS or OTARetinaNet, for images of one size. RetinaNet's head gets FCOS's norm, as it learns faster."""
     names = names_of("torchvision")
-    torch.manual_seed(0)
-    head = {"head": RetinaNetHead(32, 1, 1, partial(nn.GroupNorm, 8))} if name == "OTARetinaNet" else {}
-    anchors = names["CenteredAnchors"](1 if name == "OTAFCOS" else 4, STRIDES)
-    return names[name](Pyramid(), 1, min_size=SIZE_PX, max_size=SIZE_PX, anchor_generator=anchors, **head)
+    torch.manual_seed(seed)
+    settings = {"min_size": size_px, "max_size": size_px, "score_thresh": 0.05}
+    if name != "FCOS":
+        settings["anchor_generator"] = names["CenteredAnchors"](4 if name == "OTARetinaNet" else 1)
+    if name == "OTARetinaNet":
+        settings["head"] = RetinaNetHead(64, 1, num_classes, partial(nn.GroupNorm, 32))
+    return names[name](Levels(), num_classes, **settings)
 
 
 def gradients(model: nn.Module, images: list[Tensor], targets: list[dict]) -> dict[str, Tensor]:
