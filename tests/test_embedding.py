@@ -37,7 +37,7 @@ def batch(dataset) -> tuple[list, list]:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_detector_learns_two_images(name, dataset):
     model = torchvision_detector(name)
-    train(model, dataset, steps=150, batch_size=2, seed=0)
+    train(model, dataset, steps=100, batch_size=2, seed=0)
     assert metrics_of(model, dataset)["AP"] > 0.9
 
 
