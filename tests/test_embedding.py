@@ -96,11 +96,12 @@ def test_ultralytics_labels_are_those_of_ota_assign(yolo, batch):
     yolo.criterion.assigner = lambda *inputs: calls.append((inputs, assigner(*inputs))) or calls[-1][1]
     yolo.criterion(predictions, yolo_batch(*batch))
     (_, boxes, _, gt_labels, gt_boxes, is_gt), (labels, targets, scores, matched, row) = calls[0]
-    kept, offsets = is_gt[..., 0] > 0, torch.tensor([0, 2, 7])
-    truth, grid = (
-        (gt_boxes[kept], gt_labels[kept][:, 0].long(), offsets),
+    kept, offsets, grid = (
+        is_gt[..., 0] > 0,
+        torch.tensor([0, 2, 7]),
         PointGrid.for_image((SIZE_PX, SIZE_PX), (8, 16, 32)),
     )
+    truth = gt_boxes[kept], gt_labels[kept][:, 0].long(), offsets
     match = ota_assign(predictions["scores"].mT, boxes, *truth, grid)
     assert torch.equal(matched, match.gt_index >= 0) and matched.any(1).all()
     assert torch.equal(row[matched], (match.gt_index - offsets[:-1, None])[matched])
@@ -117,7 +118,7 @@ def test_order_of_another_head():
     order = torch.cat([torch.arange(0, 216, 2), torch.arange(1, 216, 2), torch.arange(216, 246)])
     logits, boxes = torch.empty_like(scene.logits), torch.empty_like(scene.boxes)
     logits[:, order], boxes[:, order] = scene.logits, scene.boxes
-    match = names_of("order.argsort()")["assign_ordered"](order, logits, boxes, *scene[2:])
+    match = names_of("def assign_ordered(")["assign_ordered"](order, logits, boxes, *scene[2:])
     expected = ota_assign(*scene)
     assert torch.equal(match.gt_index[:, order], expected.gt_index) and torch.equal(match.iou[:, order], expected.iou)
 
