@@ -96,11 +96,8 @@ def test_ultralytics_labels_are_those_of_ota_assign(yolo, batch):
     yolo.criterion.assigner = lambda *inputs: calls.append((inputs, assigner(*inputs))) or calls[-1][1]
     yolo.criterion(predictions, yolo_batch(*batch))
     (_, boxes, _, gt_labels, gt_boxes, is_gt), (labels, targets, scores, matched, row) = calls[0]
-    kept, offsets, grid = (
-        is_gt[..., 0] > 0,
-        torch.tensor([0, 2, 7]),
-        PointGrid.for_image((SIZE_PX, SIZE_PX), (8, 16, 32)),
-    )
+    kept, offsets = is_gt[..., 0] > 0, torch.tensor([0, 2, 7])
+    grid = PointGrid.for_image((SIZE_PX, SIZE_PX), (8, 16, 32))
     truth = gt_boxes[kept], gt_labels[kept][:, 0].long(), offsets
     match = ota_assign(predictions["scores"].mT, boxes, *truth, grid)
     assert torch.equal(matched, match.gt_index >= 0) and matched.any(1).all()
