@@ -97,6 +97,7 @@ TABLES = {
     "losses": partial(costs, "losses-*.json", "results"),
     "train_step": partial(costs, "train-step-*.json", "cases"),
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
+    "torchvision": partial(compare, "torchvision", APS | SIZES),
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
     "augment": partial(compare, "augment", APS | CELLS),

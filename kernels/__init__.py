@@ -9,5 +9,6 @@ from .grid import PointGrid
 from .losses import box_loss, focal_loss
 from .statistics import assignment_statistics
 
+__version__ = "0.1.0"
 __all__ = ["Assignment", "Inputs", "OTAConfig", "PointGrid"]
 __all__ += ["assignment_statistics", "box_loss", "focal_loss", "ota_assign"]

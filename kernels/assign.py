@@ -88,7 +88,7 @@ SCHEMA = (  # explicit, because the schema that torch infers differs between ver
 )
 
 
-@torch.library.custom_op(f"ota_triton::assign_{NAMESPACE}", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::assign", mutates_args=(), schema=SCHEMA)
 def _assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     tensors, (strides, rows, columns), (*settings, max_pairs, backend) = arguments[:5], arguments[5:8], arguments[8:]
     inputs = Inputs(*tensors, PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True))))

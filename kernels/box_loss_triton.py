@@ -105,7 +105,7 @@ def _box_gradient_kernel(box_gradient, logit_gradient, upstream, inputs, num_poi
     tl.store(logit_gradient + point, by_logit.to(logit_gradient.dtype.element_ty), mask=exists)
 
 
-@torch.library.custom_op(f"ota_triton::box_sums_{NAMESPACE}", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+@torch.library.custom_op(f"{NAMESPACE}::box_sums", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def box_sums(*inputs: Tensor) -> Tensor:
     """Both results of `box_loss` (2,), on a GPU, or on a CPU in Triton's interpreter."""
     boxes, _, gt_index, _, gt_boxes = inputs
@@ -119,7 +119,7 @@ def box_sums(*inputs: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    f"ota_triton::box_gradient_{NAMESPACE}", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)"
+    f"{NAMESPACE}::box_gradient", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)"
 )
 def box_gradient(upstream: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     boxes, _, gt_index, _, gt_boxes = inputs

@@ -18,7 +18,7 @@ INTEGER_SETTINGS = ("iterations", "top_q", "per_q", "fixed_k")  # a whole number
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 GIOU_EPS = 1e-7  # added to both denominators of the GIoU loss, as in torchvision
 IOU_FLOOR = 1.1920928955078125e-07  # float32 eps: -log IoU of boxes that do not meet is 15.9
-NAMESPACE = __package__.replace(".", "_")  # of torch operators, for a process may hold two copies of this folder
+NAMESPACE = __package__.replace(".", "_")  # of torch operators: a process may hold several copies of this folder
 EMPTY_SUPPLY = 1e-12  # stands for a background supply of 0, whose logarithm is -inf
 
 

@@ -123,7 +123,7 @@ def keep_inputs(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@torch.library.custom_op(f"ota_triton::focal_sum_{NAMESPACE}", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+@torch.library.custom_op(f"{NAMESPACE}::focal_sum", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
 def focal_sum(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tensor | None) -> Tensor:
     """The contract of `focal_loss`, on a GPU, or on a CPU in Triton's interpreter."""
     if logits.numel() == 0:
@@ -136,7 +136,7 @@ def focal_sum(logits: Tensor, gt_index: Tensor, gt_labels: Tensor, ignored: Tens
 
 
 @torch.library.custom_op(
-    f"ota_triton::focal_gradient_{NAMESPACE}", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> Tensor"
+    f"{NAMESPACE}::focal_gradient", mutates_args=(), schema=f"(Tensor upstream, {_INPUTS}) -> Tensor"
 )
 def focal_gradient(upstream: Tensor, *inputs: Tensor | None) -> Tensor:
     logits, _, gt_labels, _ = inputs

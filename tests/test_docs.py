@@ -19,12 +19,14 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import eval as eval_script
+import kernels
 import predict
 import train
 from data import generate_shapes
 from data.shapes import shapes_folder
 from kernels import OTAConfig, PointGrid, ota_assign
 from tests.support.detectors import EXPORT_FLAGS
+from tests.support.embedding import block, names_of
 from tests.support.runs import CPU, DETECTOR
 from tests.support.sets import copy_as_yolo, generate_crowds
 
@@ -39,7 +41,6 @@ SCRIPTS = {  # script -> its module and the flags that make it small
     "eval.py": (eval_script, CPU),
     "predict.py": (predict, ("--device", "cpu")),
 }
-ASSIGN = next(code for _, code in BLOCKS[ROOT / "docs" / "embedding.md"] if "def assign(" in code)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,7 @@ def workspace(tmp_path_factory, call, exported):
 def test_blocks_run(page, workspace, call, monkeypatch):
     monkeypatch.chdir(workspace)
     monkeypatch.setenv("OTA_DATA", str(workspace / "datasets"))
+    monkeypatch.setitem(sys.modules, "ota_triton", kernels)  # the wheel has the same under this name
     for language, code in BLOCKS[page]:
         assert language in ("python", "sh"), f"a block of {language!r}"
         if language == "python":
@@ -156,10 +158,10 @@ def predictions() -> tuple:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "fullgraph"])
 def test_assignment_for_another_detector(compiled):
     """docs/embedding.md's function gives what ota_assign gives for the same points, in one graph too."""
-    names = {}
-    exec(ASSIGN, names)
     class_maps, distance_maps, strides, gt_boxes, gt_labels = predictions()
-    assign = torch.compile(names["assign"], fullgraph=True, backend="eager") if compiled else names["assign"]
+    assign = names_of("def assign(")["assign"]
+    if compiled:
+        assign = torch.compile(assign, fullgraph=True, backend="eager")
     match = assign(class_maps, distance_maps, strides, gt_boxes, gt_labels)
 
     grid = PointGrid.for_image((72, 96), strides)
@@ -177,7 +179,7 @@ def test_folder_works_elsewhere_under_another_name(tmp_path):
     """kernels/ needs nothing else of this repository on the path."""
     shutil.copytree(ROOT / "kernels", tmp_path / "assignment", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
-        f"{ASSIGN.replace('from kernels import', 'from assignment import')}\n"
+        f"{block('def assign(').replace('from ota_triton import', 'from assignment import')}\n"
         "match = assign([torch.zeros(1, 2, 4, 4)], [torch.ones(1, 4, 4, 4)], [8], [torch.tensor([[0., 0, 32, 32]])],"
         " [torch.tensor([1])])\nassert (match.gt_index == 0).any() and int(match.k) > 0"
     )

@@ -133,6 +133,7 @@ BAD_INPUTS = {
     "gt-boxes-of-5": (dict(gt_boxes=torch.zeros(1, 5)), "gt_boxes has shape"),
     "int-logits": (dict(logits=torch.zeros(1, 4, 3).long()), "logits is torch.int64, expected torch.float"),
     "int32-index": (dict(gt_index=torch.zeros(1, 4).int()), "gt_index is torch.int32, expected torch.int64"),
+    "int32-labels": (dict(gt_labels=torch.zeros(2).int()), "gt_labels is torch.int32, expected torch.int64"),
     "int-ignored": (dict(ignored=torch.zeros(1, 4).long()), "ignored is torch.int64, expected torch.bool"),
 }
 

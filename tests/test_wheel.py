@@ -1,6 +1,10 @@
-"""The wheel for other projects: kernels/ under the name ota_triton and nothing else, which assigns like the folder."""
+"""What other projects get: the wheel, kernels/ as the package ota_triton and nothing else; a repository of the Hub."""
 
+import email
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from kernels.assign import HAS_TRITON
+from tests.support.backends import ORDINARY, scene_of
 
 pytest.importorskip("setuptools", "77", reason="setuptools 77 builds the wheel: pip install -e '.[test]'")
 
@@ -57,6 +63,12 @@ def test_wheel_is_one_package_that_assigns_beside_the_folder(tmp_path):
     assert names == {f"ota_triton/{name}" for name in {*modules, "py.typed"}}
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (about,) = (tmp_path / "installed").glob("*.dist-info/METADATA")
+    about = email.message_from_string(about.read_text())
+    assert about["Version"] == kernels.__version__
+    page = about.get_payload()
+    assert page.strip() == (ROOT / "docs" / "embedding.md").read_text().strip()
+    assert not re.findall(r"\]\((?!https?:)", page)  # a link to another file would lead nowhere
     backends = ["torch", "triton"] if HAS_TRITON else ["torch"]
     interpreter = {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
     env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")} | interpreter
@@ -67,3 +79,21 @@ def test_wheel_is_one_package_that_assigns_beside_the_folder(tmp_path):
     assert Path(path).parent == tmp_path / "installed" / "ota_triton"
     expected = [[0, 0, 0, 0]]  # the points predict the same, so that the box has all of them
     assert found == str([expected] * len(backends))
+
+
+def test_hub_repository_loads_as_the_hub_loads_it(tmp_path, monkeypatch):
+    """A variant is a module whose name is the `id` of its metadata, and so is the namespace of its operators."""
+    subprocess.run([sys.executable, ROOT / "hub" / "build.py", tmp_path], check=True)
+    scene = scene_of([ORDINARY])
+    for backend in ("cpu", "cuda", "rocm"):
+        variant = tmp_path / "build" / f"torch-{backend}"
+        about = json.loads((variant / "metadata.json").read_text())
+        assert about["backend"] == {"type": backend}
+        assert {*about["digest"]["files"], "metadata.json"} == {path.name for path in variant.iterdir()}
+        spec = importlib.util.spec_from_file_location(about["id"], variant / "__init__.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, about["id"], module)
+        spec.loader.exec_module(module)
+        match, expected = (package.ota_assign(*scene, backend="torch") for package in (module, kernels))
+        assert torch.equal(match.gt_index, expected.gt_index) and hasattr(getattr(torch.ops, about["id"]), "assign")
+    assert not [name for name in kernels.__all__ if f"`{name}`" not in (tmp_path / "README.md").read_text()]
