@@ -40,7 +40,7 @@ from tests.support.scenes import Scene
 from training.settings import positive
 
 BOX_WEIGHT = 0.5  # of alpha
-MET_IOU, SAME_IOU = 0.3, 0.5  # from which on a detection concerns an annotation, and is in its place
+MET_IOU = 0.3  # from which on a detection concerns an annotation
 CONFIDENT = 0.5  # of the score with the best F1 of its class
 SHEET = {"annotations": 16, "missing": 8}  # crops of suspects.png
 COLUMNS, MARGIN, DPI = 6, 0.6, 110  # of the sheet; a crop reaches so many sides of its box beyond it
@@ -112,7 +112,7 @@ def reason(annotation: dict, detection: dict | None, names: dict[int, str]) -> s
         return f"{name}: nothing found there"
     if detection["category_id"] != annotation["category_id"]:
         return f"{name}: found as {names[detection['category_id']]}"
-    return f"{name}: found elsewhere" if detection["iou"] < SAME_IOU else f"{name}: hardly found"
+    return f"{name}: found with an IoU of {detection['iou']:.2f}"
 
 
 def draw_suspects(suspects: dict[str, list[dict]], dataset: CocoDataset, path: Path) -> None:

@@ -43,7 +43,7 @@ def test_prices_are_those_of_the_dense_plan():
 
 
 def test_suspects_have_the_reason_that_detections_give(halves):
-    """One image, four boxes side by side: found as another class, found elsewhere, not found, not labelled."""
+    """One image, four boxes side by side: found as another class, found with another box, not found, not labelled."""
     dataset = halves[0]
     detector = tiny_detector(num_classes=5, image_size=(96, 160)).eval()
     detector.class_names, detector.category_ids = dataset.class_names, dataset.category_ids
@@ -63,7 +63,7 @@ def test_suspects_have_the_reason_that_detections_give(halves):
     suspects = find_suspects(detector, one, results)
     names = dataset.class_names
     reasons = {s["id"]: s["reason"] for s in suspects["annotations"]}
-    expected = {0: f"{names[0]}: found as {names[1]}", 1: f"{names[0]}: found elsewhere"}
+    expected = {0: f"{names[0]}: found as {names[1]}", 1: f"{names[0]}: found with an IoU of 0.43"}
     assert reasons == expected | {2: f"{names[1]}: nothing found there"}
     assert [s["price"] for s in suspects["annotations"]] == sorted(s["price"] for s in suspects["annotations"])[::-1]
     assert [(s["bbox"], s["reason"]) for s in suspects["missing"]] == [(found[2][0], f"not labelled: {names[0]}")]
