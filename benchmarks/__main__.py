@@ -24,6 +24,7 @@ def planned(gpu: str | None) -> dict[str, list[str]]:
     workloads = ("coco", "crowd", "aerial") if gpu else ("single",)
     commands = {f"assign-{workload}-{name}.json": ["assign", "--workload", workload] for workload in workloads}
     commands |= {f"losses-{name}.json": ["losses"], f"train-step-{name}.json": ["train_step"]}
+    commands |= {f"strategies-{name}.json": ["strategies"]}
     return commands | {"compile.json": ["compile"]}
 
 

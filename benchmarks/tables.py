@@ -95,6 +95,7 @@ TABLES = {
     "runs": runs,
     "assign": partial(costs, "assign-*.json", "workloads"),
     "losses": partial(costs, "losses-*.json", "results"),
+    "strategies": partial(costs, "strategies-*.json", "results"),
     "train_step": partial(costs, "train-step-*.json", "cases"),
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
     "torchvision": partial(compare, "torchvision", APS | SIZES),

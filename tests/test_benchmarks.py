@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as every_benchmark
-from benchmarks import assign, losses, measure, tables, train_step
+from benchmarks import assign, losses, measure, strategies, tables, train_step
 from benchmarks.measure import COLUMNS, MIB
+from kernels import PointGrid
 from model import losses as model_losses
+from model.assigners import STRATEGIES
 from tests.support.scenes import WORKLOADS, Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,6 +62,14 @@ def test_assign(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("tests.support.parity.PLAN_TOLERANCE", -1)
     assert_no_cost(assign, "single, torch: image 0: plan differs by", tmp_path / "assign.json", capsys)
+
+
+def test_strategies(tmp_path, monkeypatch):
+    monkeypatch.setattr(strategies, "GRID", PointGrid.for_image((64, 96), (8, 16, 32)))
+    rows = run(strategies, tmp_path / "new.json", "--boxes", "2")["results"]["2 boxes"]
+    assert list(rows) == [*STRATEGIES, "torchvision's FCOS", "torchvision's RetinaNet"]
+    for row in rows.values():
+        assert_costs(row)
 
 
 def test_losses(tmp_path, monkeypatch, capsys):
@@ -121,5 +131,5 @@ def test_all_benchmarks_run_and_a_failure_is_the_exit_status(tmp_path, monkeypat
 
     monkeypatch.setattr(subprocess, "run", run)
     assert every_benchmark.main(["--out", str(tmp_path)]) == 1
-    assert modules == [f"benchmarks.{name}" for name in ("assign", "losses", "train_step", "compile")]
+    assert modules == [f"benchmarks.{name}" for name in ("assign", "losses", "train_step", "strategies", "compile")]
     assert capsys.readouterr().out.endswith("failed: losses\n")
