@@ -52,6 +52,16 @@ def costs(pattern: str, key: str) -> str:
     return markdown(("inputs", "backend", "ms", "memory, MiB", "on", "measured"), rows)
 
 
+def strategies() -> str:
+    """Milliseconds and MiB of every strategy, a column for each number of boxes."""
+    (report,) = results("strategies-cpu.json")
+    rows = {}
+    for row in report["results"].values():
+        for name, cost in row.items():
+            rows.setdefault(name, [name]).append(f"{cost['ms_median']:,.0f} ms, {cost['peak_mib']:,.0f} MiB")
+    return markdown(("", *report["results"]), [*rows.values()])
+
+
 def seeds_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:
     """Mean and standard deviation over the seeds of trainings; a column is a number or an AP of a class."""
     lines = []
@@ -95,7 +105,7 @@ TABLES = {
     "runs": runs,
     "assign": partial(costs, "assign-*.json", "workloads"),
     "losses": partial(costs, "losses-*.json", "results"),
-    "strategies": partial(costs, "strategies-*.json", "results"),
+    "strategies": strategies,
     "train_step": partial(costs, "train-step-*.json", "cases"),
     "crowds": partial(compare, "crowds", APS | SIZES | POINTS | AMBIGUOUS),
     "torchvision": partial(compare, "torchvision", APS | SIZES),
