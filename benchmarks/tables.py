@@ -112,6 +112,7 @@ TABLES = {
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
     "augment": partial(compare, "augment", APS | CELLS),
+    "augment_shapes": partial(compare, "augment-shapes", APS | SIZES),
     "labels_bccd": partial(compare, "labels-bccd", FOUND),
     "labels_shapes": partial(compare, "labels-shapes", FOUND),
     "studies": partial(compare, "studies", {"AP": "AP", "AP75": "AP75"} | POINTS | AMBIGUOUS),
