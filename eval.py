@@ -178,20 +178,28 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
     return dataset
 
 
+def splits_of(
+    metadata: dict, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
+) -> tuple[str, tuple[Split | None, Split | None]]:
+    """Return the name of a data set, and its training and validation split. `data` and `box` default to those of the
+    training; `metadata` is that of weights, with their file as `source`. Raises UserError."""
+    if (data := data or metadata.get("data")) is None:
+        raise UserError(f"{metadata['source']} names no data set; name the data set with --data")
+    return data, from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links, strict))
+
+
 def load_with_data(
     weights: Path, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
 ) -> tuple[Detector, CocoDataset, str]:
     """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
     `data` and `box` default to those of the training. Raises UserError."""
     detector, metadata = load_weights(weights)
-    if (data := data or metadata.get("data")) is None:
-        raise UserError(f"{weights} names no data set; name the data set with --data")
-    train_split, val_split = from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links, strict))
+    metadata["source"] = weights
+    data, (train_split, val_split) = splits_of(metadata, data, box, follow_links, strict)
     split = val_split or train_split
     if box and not split.form.boxes:
         raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
-    dataset = evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights})
-    return detector, dataset, data
+    return detector, evaluation_dataset(split, detector.config.image_size, metadata), data
 
 
 def main() -> None:

@@ -54,12 +54,14 @@ def costs(pattern: str, key: str) -> str:
 
 def strategies() -> str:
     """Milliseconds and MiB of every strategy, a column for each number of boxes."""
-    (report,) = results("strategies-cpu.json")
-    rows = {}
-    for row in report["results"].values():
-        for name, cost in row.items():
-            rows.setdefault(name, [name]).append(f"{cost['ms_median']:,.0f} ms, {cost['peak_mib']:,.0f} MiB")
-    return markdown(("", *report["results"]), [*rows.values()])
+    tables = []
+    for report in results("strategies-*.json"):
+        rows = {}
+        for row in report["results"].values():
+            for name, cost in row.items():
+                rows.setdefault(name, [name]).append(f"{cost['ms_median']:,.0f} ms, {cost['peak_mib']:,.0f} MiB")
+        tables.append(markdown((report["device"], *report["results"]), [*rows.values()]))
+    return "\n\n".join(tables)
 
 
 def seeds_table(rows: dict[str, list[dict]], columns: dict[str, str]) -> str:

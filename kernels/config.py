@@ -101,3 +101,7 @@ class Plan(NamedTuple):
     log_plan: Tensor  # (P,)
     points: Tensor  # (A,) ascending flat points that are a candidate of some ground truth
     log_plan_bg: Tensor  # (A,)
+
+    @property
+    def column(self) -> Tensor:  # (P,) places in `points` of the pairs' points
+        return torch.searchsorted(self.points, self.flat_point)

@@ -18,7 +18,7 @@ TINY = 1e-300  # in place of a divisor of 0
 
 def units_received(plan: Plan) -> tuple[Tensor, Tensor]:
     """Units that every candidate point (A,) receives: in total, and from the supplier that sends most."""
-    column = torch.searchsorted(plan.points, plan.flat_point)
+    column = plan.column
     sent, sent_by_background = plan.log_plan.exp(), plan.log_plan_bg.exp()
     received = sent_by_background.scatter_add(0, column, sent)
     return received, sent_by_background.scatter_reduce(0, column, sent, "amax")
@@ -36,8 +36,7 @@ def units_in_marginals(plan: Plan) -> Tensor:
     As in Altschuler et al. (NeurIPS 2017, algorithm 2), overfull points are scaled down, and what is missing is sent to
     others: here only to candidates, in proportion to units and room. Several suppliers may overfill one: hence passes.
     """
-    column = torch.searchsorted(plan.points, plan.flat_point)
-    units = plan.log_plan.exp()
+    column, units = plan.column, plan.log_plan.exp()
     for _ in range(ROUNDING_PASSES):
         missing = plan.k - torch.bincount(plan.gt, units, len(plan.k))
         room = units * (1 - torch.bincount(column, units, len(plan.points))).clamp(min=0)[column]
@@ -52,7 +51,7 @@ def dual_potentials(plan: Plan, eps: float) -> tuple[Tensor, Tensor]:
 
     u is Sinkhorn's, shifted so that u_bg = 0; v_j = min_i (D_ij - u_i) over the suppliers i of point j and background.
     """
-    column, cost = torch.searchsorted(plan.points, plan.flat_point), plan.cost.double()
+    column, cost = plan.column, plan.cost.double()
     u = cost + eps * (plan.log_plan - plan.log_plan_bg[column])  # the same for all pairs of i, except for rounding
     u = cost.new_zeros(len(plan.k)).scatter_reduce(0, plan.gt, u, "amax", include_self=False)
     return u, cost.new_zeros(len(plan.points)).scatter_reduce(0, column, cost - u[plan.gt], "amin")

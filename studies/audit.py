@@ -107,7 +107,7 @@ def count_labels(labels: Tensor, exact: Tensor, plan: Plan, cost_bg: float) -> d
     counts = {"lost": changed & ~positive, "gained": changed & ~expected, "moved": changed & positive & expected}
     counts |= {"changed": changed, "positives": positive}
     supply_error = torch.bincount(labels[positive], minlength=len(plan.k)) - plan.k
-    chosen = labels[torch.searchsorted(plan.points, plan.flat_point)] == plan.gt
+    chosen = labels[plan.column] == plan.gt
     sums = {"supply_error": int(supply_error.abs().sum()), "cost": cost_bg + float(plan.cost[chosen].double().sum())}
     return {name: int(points.sum()) for name, points in counts.items()} | sums
 

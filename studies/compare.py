@@ -15,20 +15,19 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from torchvision.ops import box_convert, box_iou
 
 from benchmarks.measure import write_report
 from benchmarks.tables import AMBIGUOUS, APS, POINTS, SIZES, seeds_table
 from errors import UserError, run_script
 from eval import coco_metrics, evaluate, load_with_data
 from model.assigners import STRATEGIES
+from studies.predictions import by_image, overlaps
 from training.environment import environment
 from training.settings import ota_setting
 
@@ -81,12 +80,8 @@ def train(contestant: str, seed: int, data: str, out: Path, more: list[str], thr
 
 def crowded_images(annotations: dict) -> set[int]:
     """Ids of the images with an object that another one overlaps with an IoU of more than 0.3."""
-    by_image = defaultdict(list)
-    for annotation in annotations["annotations"]:
-        if not annotation["iscrowd"]:
-            by_image[annotation["image_id"]].append(annotation["bbox"])
-    boxes = {i: box_convert(torch.tensor(b, dtype=torch.float64), "xywh", "xyxy") for i, b in by_image.items()}
-    return {i for i, b in boxes.items() if (box_iou(b, b).fill_diagonal_(0) > CROWDED_IOU).any()}
+    images = by_image(annotations["annotations"]).items()
+    return {image for image, boxes in images if (overlaps(boxes, boxes).fill_diagonal_(0) > CROWDED_IOU).any()}
 
 
 def crowded_ap(weights: Path, device: torch.device) -> float:

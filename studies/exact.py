@@ -42,12 +42,11 @@ def exact_units(plan: Plan, supplies: Tensor) -> Tensor:
     if num_pairs == 0:
         return torch.zeros(0)
     pair, ones = np.arange(num_pairs), np.ones(num_pairs)
-    point = torch.searchsorted(plan.points, plan.flat_point)
     result = linprog(
         plan.cost.double().numpy(),
         A_eq=csr_array((ones, (plan.gt.numpy(), pair)), shape=(num_rows, num_pairs)),
         b_eq=supplies.double().numpy(),
-        A_ub=csr_array((ones, (point.numpy(), pair)), shape=(num_points, num_pairs)),
+        A_ub=csr_array((ones, (plan.column.numpy(), pair)), shape=(num_points, num_pairs)),
         b_ub=np.ones(num_points),
         method="highs-ds",
     )

@@ -15,27 +15,24 @@ suspects.png, crops around the first of each.
 
 import argparse
 import json
-from collections import defaultdict
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
 
-from data import CocoDataset, eval_transform, find_splits, printable
-from errors import run_script
-from eval import detect_dataset
+from data import CocoDataset, eval_transform, printable
+from errors import UserError, run_script
+from eval import detect_dataset, splits_of
 from images import load_image
 from kernels import OTAConfig
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import background_cost
 from model import Detector, load_weights
-from studies.predictions import predicted_scene
+from studies.predictions import by_image, overlaps, predicted_scene
 from tests.support.scenes import Scene
 from training.settings import positive
 
@@ -50,7 +47,7 @@ def prices(scene: Scene, config: OTAConfig) -> Tensor:
     """Return the mean cost (G,) float64 of a unit of each ground truth of an image; NaN where it supplies none."""
     config = replace(config, alpha=BOX_WEIGHT * config.alpha)
     _, plan = solve(scene, config)
-    of_background = background_cost(scene.logits, plan, config)[torch.searchsorted(plan.points, plan.flat_point)]
+    of_background = background_cost(scene.logits, plan, config)[plan.column]
     return mean_unit(plan, plan.cost + of_background)
 
 
@@ -60,27 +57,12 @@ def mean_unit(plan: Plan, cost: Tensor) -> Tensor:
     return cost.new_zeros(len(plan.k)).index_add(0, plan.gt, cost) / plan.k
 
 
-def by_image(records: list[dict]) -> dict[int, list[dict]]:
-    """Return image id -> annotations or results in COCO format; regions to ignore are left out."""
-    groups = defaultdict(list)
-    for record in records:
-        if not record.get("iscrowd"):
-            groups[record["image_id"]].append(record)
-    return groups
-
-
-def overlaps(some: list[dict], others: list[dict]) -> Tensor:
-    """Return the IoU (len(some), len(others)) of the boxes of two lists in COCO format."""
-    boxes = (torch.tensor([r["bbox"] for r in rows]).reshape(-1, 4).double() for rows in (some, others))
-    return box_iou(*(box_convert(b, "xywh", "xyxy") for b in boxes))
-
-
 def find_suspects(detector: Detector, dataset: CocoDataset, results: list[dict]) -> dict[str, list[dict]]:
     """Return all `annotations`, the dearest first, and the detections that overlap none as `missing`, the best first.
 
     Of `results`, those of `detect_dataset`, count those that reach half of the detector's `cuts`. A suspect has
-    image_id, bbox, category_id and reason; an annotation also id, price and `detection`, the one that overlaps it most,
-    or None if no IoU reaches 0.3; a missing one its score.
+    image_id, file_name, bbox, category_id and reason; an annotation also id, price and `detection`, the one that
+    overlaps it most, or None if no IoU reaches 0.3; a missing one its score.
     """
     cuts = dict(zip(detector.category_ids, detector.cuts, strict=True))
     names = dict(zip(detector.category_ids, detector.class_names, strict=True))
@@ -96,10 +78,11 @@ def find_suspects(detector: Detector, dataset: CocoDataset, results: list[dict])
             detection = None if best is None else detections[best] | {"iou": float(row[best])}
             suspect = {key: annotation[key] for key in ("id", "image_id", "bbox", "category_id")}
             suspect |= {"price": price, "reason": reason(annotation, detection, names), "detection": detection}
-            annotations.append(suspect)
+            annotations.append(suspect | {"file_name": image["file_name"]})
         for detection, most in zip(detections, iou.amax(0) if labelled else [0] * len(detections), strict=True):
             if most < MET_IOU:
-                missing.append(detection | {"reason": f"not labelled: {names[detection['category_id']]}"})
+                why = f"not labelled: {names[detection['category_id']]}"
+                missing.append(detection | {"reason": why, "file_name": image["file_name"]})
     annotations.sort(key=lambda s: s["price"], reverse=True)
     missing.sort(key=lambda s: s["score"], reverse=True)
     return {"annotations": annotations, "missing": missing}
@@ -115,9 +98,8 @@ def reason(annotation: dict, detection: dict | None, names: dict[int, str]) -> s
     return f"{name}: found with an IoU of {detection['iou']:.2f}"
 
 
-def draw_suspects(suspects: dict[str, list[dict]], dataset: CocoDataset, path: Path) -> None:
+def draw_suspects(suspects: dict[str, list[dict]], images: Path, path: Path) -> None:
     """Draw crops around the first suspects: annotations red, detections blue, reason and rank above."""
-    files = {image["id"]: dataset.split.images / image["file_name"] for image in dataset.images}
     shown = [*chain(*(list(enumerate(suspects[kind][:count], 1)) for kind, count in SHEET.items()))]
     rows = -(-len(shown) // COLUMNS)
     figure = Figure((2.6 * COLUMNS, 3 * max(rows, 1)), layout="constrained")
@@ -125,7 +107,7 @@ def draw_suspects(suspects: dict[str, list[dict]], dataset: CocoDataset, path: P
         boxes = [(suspect["bbox"], "tab:red" if "price" in suspect else "tab:blue")]
         if suspect.get("detection"):
             boxes.append((suspect["detection"]["bbox"], "tab:blue"))
-        axis.imshow(load_image(files[suspect["image_id"]]).permute(1, 2, 0).numpy())
+        axis.imshow(load_image(images / suspect["file_name"]).permute(1, 2, 0).numpy())
         for (x, y, w, h), color in boxes:
             axis.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=2))
         x, y, w, h = suspect["bbox"]
@@ -148,21 +130,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/label-errors"), help="folder to write to")
     args = parser.parse_args(argv)
     detector, metadata = load_weights(args.weights)
-    split = find_splits(args.data or metadata["data"], metadata.get("box"))[0]
+    _, (split, _) = splits_of(metadata | {"source": args.weights}, args.data)
+    if split is None:
+        raise UserError("there is no training half to search; name a data set that has one with --data")
     dataset = CocoDataset(split, eval_transform(detector.config.image_size), known_ids=metadata["category_ids"])
     dataset.require_classes(metadata | {"source": args.weights})
     suspects = find_suspects(detector.eval(), dataset, detect_dataset(detector, dataset, batch_size=8, workers=2))
-    files = {image["id"]: image["file_name"] for image in dataset.images}
-    report = {
-        kind: [s | {"file_name": files[s["image_id"]]} for s in rows[: args.most]] for kind, rows in suspects.items()
-    }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "suspects.json").write_text(json.dumps(report, indent=1))
-    draw_suspects(suspects, dataset, args.out / "suspects.png")
+    first = {kind: rows[: args.most] for kind, rows in suspects.items()}
+    (args.out / "suspects.json").write_text(json.dumps(first, indent=1))
+    draw_suspects(suspects, dataset.split.images, args.out / "suspects.png")
     for kind, rows in suspects.items():
-        print(
-            f"{kind}: {len(rows)}; the first: " + "; ".join(f"{files[s['image_id']]} {s['reason']}" for s in rows[:3])
-        )
+        print(f"{kind}: {len(rows)}; the first: " + "; ".join(f"{s['file_name']} {s['reason']}" for s in rows[:3]))
     print(f"wrote {args.out / 'suspects.json'} and {args.out / 'suspects.png'}")
 
 

@@ -1,9 +1,10 @@
-"""Predictions of a trained detector on its data, one image at a time."""
+"""Predictions of a trained detector on its data, one image at a time, and lists of boxes in COCO format."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou
 
 from data import CocoDataset, DatasetError
 from model import Detector
@@ -37,3 +38,18 @@ def find_image(dataset: CocoDataset, wanted: str | None) -> int:
         return int(wanted)
     options = f"a file name in {dataset.split.annotations} nor an index in 0..{len(dataset) - 1}"
     raise DatasetError(f"--image {wanted} is neither {options}")
+
+
+def by_image(records: list[dict]) -> dict[int, list[dict]]:
+    """Return image id -> annotations or results in COCO format; regions to ignore are left out."""
+    groups = defaultdict(list)
+    for record in records:
+        if not record.get("iscrowd"):
+            groups[record["image_id"]].append(record)
+    return groups
+
+
+def overlaps(some: list[dict], others: list[dict]) -> Tensor:
+    """Return the IoU (len(some), len(others)) of the boxes of two lists in COCO format."""
+    boxes = (torch.tensor([r["bbox"] for r in rows], dtype=torch.float64).reshape(-1, 4) for rows in (some, others))
+    return box_iou(*(box_convert(b, "xywh", "xyxy") for b in boxes))

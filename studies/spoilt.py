@@ -16,7 +16,6 @@ the other. Needs hotcoco. Writes spoilt.json; a command that is started again le
 """
 
 import argparse
-import contextlib
 import json
 import math
 from collections import Counter
@@ -32,7 +31,7 @@ from benchmarks.measure import write_report
 from data import CocoDataset, eval_transform, find_splits
 from data.report import write_coco
 from errors import run_script
-from eval import detect_dataset
+from eval import coco_evaluation, detect_dataset
 from kernels import Assignment, Inputs, OTAConfig, focal_loss, ota_assign
 from kernels.assign_torch import solve
 from model import Detector, load_weights
@@ -40,7 +39,8 @@ from model.batch import pack
 from model.head import Predictions
 from model.losses import detection_losses
 from studies.compare import split_flags, train
-from studies.label_errors import by_image, find_suspects, mean_unit, overlaps
+from studies.label_errors import find_suspects, mean_unit
+from studies.predictions import by_image, overlaps
 from training.environment import environment
 
 KINDS = ("class", "box", "extra", "missing")
@@ -171,17 +171,11 @@ def detection_values(objects: Inputs, match: Assignment, truth: Inputs, config: 
 
 def hotcoco_suspects(dataset: CocoDataset, results: list[dict]) -> dict[str, list[dict]]:
     """Return the label errors that hotcoco lists as suspects: annotations of a wrong class, and missing ones."""
-    from hotcoco import COCO, COCOeval
-
-    with contextlib.redirect_stdout(None):
-        truth = COCO(dataset.annotations)
-        evaluation = COCOeval(truth, truth.load_res(results), "bbox")
-        evaluation.evaluate()
-    boxes = {a["id"]: a["bbox"] for a in evaluation.coco_dt.dataset["annotations"]}
+    evaluation = coco_evaluation(dataset.annotations, results)  # which counts annotations and results from 1
+    ids = [None, *(annotation["id"] for annotation in dataset.annotations["annotations"])]
     suspects = {"wrong_label": [], "missing_annotation": []}
     for error in evaluation.image_diagnostics(score_thr=min(r["score"] for r in results))["label_errors"]:
-        box = {"image_id": error["image_id"], "bbox": boxes[error["dt_id"]]}
-        suspects[error["type"]].append({"id": error["gt_id"], "value": error["dt_score"]} | box)
+        suspects[error["type"]].append(results[error["dt_id"] - 1] | {"id": ids[error["gt_id"] or 0]})
     return dict(zip(LISTS, suspects.values(), strict=True))
 
 
@@ -211,7 +205,7 @@ def rankings(suspects: dict[str, list[dict]], listed: dict[str, list[dict]], see
     random, orders = np.random.default_rng(seed), {}
     for kind, keys in names.items():
         orders[kind] = {key: sorted(suspects[kind], key=lambda s, key=key: -s[key]) for key in keys}
-        orders[kind]["hotcoco"] = sorted(listed[kind], key=lambda s: -s["value"])
+        orders[kind]["hotcoco"] = sorted(listed[kind], key=lambda s: -s["score"])
         orders[kind]["random"] = [suspects[kind][i] for i in random.permutation(len(suspects[kind]))]
     return orders
 

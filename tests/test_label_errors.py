@@ -10,11 +10,13 @@ import torch
 
 from data import CocoDataset, eval_transform, find_splits, generate_shapes
 from data.report import write_coco
+from errors import UserError
 from kernels import OTAConfig, PointGrid
 from kernels.assign_reference import assign_image
 from model import save_weights
 from studies import label_errors, spoilt
-from studies.label_errors import BOX_WEIGHT, find_suspects, overlaps, prices
+from studies.label_errors import BOX_WEIGHT, find_suspects, prices
+from studies.predictions import overlaps
 from studies.spoilt import KINDS, shares_found, spoil
 from tests.support.detectors import tiny_detector
 from tests.support.pictures import record_figures
@@ -139,3 +141,13 @@ def test_protocol(halves, tmp_path, monkeypatch):
         for part in ("even", "odd", "all")
     )
     assert even | odd == whole and not even & odd
+
+
+def test_what_cannot_be_searched_is_refused(halves, tmp_path):
+    path = tmp_path / "ota.safetensors"
+    save_weights(path, tiny_detector(num_classes=5, image_size=(96, 160)), halves[0].classes)
+    with pytest.raises(UserError, match="ota.safetensors names no data set; name the data set with --data"):
+        label_errors.main(["--weights", str(path)])
+    write_coco(halves[1:], tmp_path / "validation-only")
+    with pytest.raises(UserError, match="no training half to search"):
+        label_errors.main(["--weights", str(path), "--data", str(tmp_path / "validation-only")])
