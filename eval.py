@@ -1,4 +1,4 @@
-"""Evaluate a trained detector on the validation part of its data set, with COCO's metrics.
+"""Evaluate a trained detector on the validation split of its data set, or another, with COCO's metrics.
 
     python eval.py --weights runs/shapes-.../ota.safetensors
     torchrun --nproc_per_node 8 eval.py --weights ota.safetensors --data coco
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, Split, collate, eval_transform, find_splits, printable, read_split
+from data import BOXES, CocoDataset, Split, Splits, collate, eval_transform, find_splits, printable, read_split
 from data.checks import repair_lines
 from data.layouts import data_name
 from errors import UserError, run_script
@@ -165,14 +165,14 @@ def describe(dataset: CocoDataset) -> str:
 
 
 def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict, **options) -> CocoDataset:
-    """Return `split`, with a note if it is a training split as a whole; options: `first` and `records` of CocoDataset.
+    """Return `split`, with a note if it is a whole training split; options: `first` and `records` of CocoDataset.
     Raises DatasetError unless it has the class_names and category_ids in `classes`, whose file is their source."""
     options["records"] = options.get("records") or from_main(lambda: read_split(split))
     dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         if split.name == "train" and not options.get("first"):
-            note = "so the training part is evaluated; the AP does not measure how well the detector generalises"
-            print(f"note: {split.annotations} has no validation part beside it, {note}", file=sys.stderr)
+            note = "is the training split; the AP does not measure how well the detector generalises"
+            print(f"note: {split.annotations} {note}", file=sys.stderr)
         print(f"evaluation on {split.annotations}: {describe(dataset)}")
     dataset.require_classes(classes)
     return dataset
@@ -180,23 +180,31 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
 
 def splits_of(
     metadata: dict, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
-) -> tuple[str, tuple[Split | None, Split | None]]:
-    """Return the name of a data set, and its training and validation split. `data` and `box` default to those of the
-    training; `metadata` is that of weights, with their file as `source`. Raises UserError."""
+) -> tuple[str, Splits]:
+    """Return the name of a data set, and its splits. `data` and `box` default to those of the training; `metadata` is
+    that of weights, with their file as `source`. Raises UserError."""
     if (data := data or metadata.get("data")) is None:
         raise UserError(f"{metadata['source']} names no data set; name the data set with --data")
     return data, from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links, strict))
 
 
 def load_with_data(
-    weights: Path, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
+    weights: Path,
+    data: str | None,
+    box: str | None = None,
+    follow_links: bool = False,
+    strict: bool = False,
+    name: str | None = None,
 ) -> tuple[Detector, CocoDataset, str]:
-    """Return the detector in a file that train.py wrote, a data set with its classes, and the data set's name.
-    `data` and `box` default to those of the training. Raises UserError."""
+    """Return the detector in a file that train.py wrote, a split with its classes, and the data set's name. `data` and
+    `box` default to those of the training, `name` to "val" or, without one, "train". Raises UserError."""
     detector, metadata = load_weights(weights)
     metadata["source"] = weights
-    data, (train_split, val_split) = splits_of(metadata, data, box, follow_links, strict)
-    split = val_split or train_split
+    data, splits = splits_of(metadata, data, box, follow_links, strict)
+    split = getattr(splits, name) if name else splits.val or splits.train
+    if split is None:
+        found = ", ".join(other.name for other in splits if other)
+        raise UserError(f"--data {data} has no {name or 'val'} split; choose one that it has with --split: {found}")
     if box and not split.form.boxes:
         raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
     return detector, evaluation_dataset(split, detector.config.image_size, metadata), data
@@ -206,10 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: that of the training")
+    parser.add_argument("--split", choices=Splits._fields, help="default: val, or train where there is no val")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those of the training")
     parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--strict", action="store_true", help="stop for flaws that would be repaired, too")
-    parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<box> in it")
+    parser.add_argument("--out", type=Path, help="folder; default: the weights', or eval-<data>-<split>-<box> in it")
     parser.add_argument("--batch-size", type=positive, default=8, help="images per rank")
     parser.add_argument("--workers", type=not_negative, default=2, help="loader processes per rank")
     parser.add_argument("--report", action="store_true", help="write report.html, a page on the errors; needs hotcoco")
@@ -219,10 +228,10 @@ def main() -> None:
         raise UserError('--report needs hotcoco: pip install -e ".[report]"')
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict)
+    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict, args.split)
     metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
-        names = [name for name in (args.data and data_name(args.data), args.box) if name]
+        names = [name for name in (args.data and data_name(args.data), args.split, args.box) if name]
         folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
         out = args.out or folder / "-".join([name, *names])
         out.mkdir(parents=True, exist_ok=True)

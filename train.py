@@ -50,9 +50,9 @@ TIMED_STEPS = 5  # from which the time of the others is estimated, after as many
 
 def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, CocoDataset]:
     """Return the training and the evaluation data set, read by one rank of a machine. Raises DatasetError."""
-    split, val_split = from_main(lambda: find_splits(args.data, args.box, args.follow_links, args.strict))
+    split, val_split, _ = from_main(lambda: find_splits(args.data, args.box, args.follow_links, args.strict))
     if split is None:
-        raise DatasetError(f"--data {args.data} has a validation part, but no training part")
+        raise DatasetError(f"--data {args.data} has no training split")
     transform = train_transform(args.image_size, args.augment, args.multi_scale)
     records = from_main(lambda: read_split(split, args.bad_images == "stop"))
     dataset = CocoDataset(split, transform, args.bad_images, args.overfit, records=records)

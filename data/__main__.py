@@ -14,7 +14,7 @@ from data.checks import culprit_lines
 from data.dataset import train_transform
 from data.files import DatasetError
 from data.layouts import find_splits
-from data.report import SAMPLES, open_halves, print_tables, repeated_images, save_samples, write_coco
+from data.report import SAMPLES, open_splits, print_tables, repeated_images, save_samples, unusable_images, write_coco
 from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, generate_shapes
 from errors import run_script
 from kernels import OTAConfig
@@ -64,26 +64,26 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--write {args.write} exists; name another folder")
     transform = train_transform(args.image_size, args.augment, args.multi_scale)
     splits = find_splits(args.data, args.box, args.follow_links, args.strict)
-    halves, problems = open_halves(splits, transform)
+    datasets, problems = open_splits(splits, transform)
     sound = not problems
-    for dataset in halves:
+    for dataset in datasets:
         print(f"{dataset.split.name}: {dataset.split.annotations}")
         print("\n".join(culprit_lines(dataset.repairs)) or "  nothing to repair")
-    if splits[1] is None:
-        print("val: none, so a training evaluates on the training half")
+    if splits.val is None:
+        print("val: none, so a training evaluates on the training split")
     try:
-        if halves:
+        if datasets:
             print(f"\nsizes and points at --image-size {' '.join(map(str, args.image_size))}")
-            print_tables(halves, args.image_size, OTAConfig(**args.ota))
-            problems += culprit_lines(repeated_images(halves))
+            print_tables(datasets, args.image_size, OTAConfig(**args.ota))
+            problems += culprit_lines(unusable_images(datasets) | repeated_images(datasets))
         if args.write and sound:
-            write_coco(halves, args.write)
+            write_coco(datasets, args.write)
             print(f"\nwrote {args.write}; python train.py --data {args.write}")
         elif args.write:
             problems.append(f"--write {args.write}: not written because of these problems")
-        if halves:
-            save_samples(halves[0], args.seed, args.sheet)
-            print(f"\nwrote {args.sheet}: samples of {halves[0].split.name} as the training sees them")
+        if datasets:
+            save_samples(datasets[0], args.seed, args.sheet)
+            print(f"\nwrote {args.sheet}: samples of {datasets[0].split.name} as the training sees them")
     except (OSError, DatasetError) as error:
         problems.append(str(error))
     print("\n".join(["\nproblems:", *problems] if problems else ["\nno problems"]))

@@ -59,9 +59,9 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a data set: its files and how to read them."""
+    """One part of a data set: its files and how to read them."""
 
-    name: str  # "train" or "val"
+    name: str  # "train", "val" or "test"
     annotations: Path
     images: Path
     form: Form

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from data.checks import Form, Split
 from data.crowd_metrics import crowd_metrics
@@ -16,15 +17,26 @@ CROWDHUMAN = Form("CrowdHuman", read_crowdhuman, "crowdhuman", tuple(BOXES), cro
 VOC = Form("Pascal VOC", read_voc)
 YOLO = Form("YOLO", read_yolo, image_folder=image_folder)
 
-# form, (annotation file, image folder) of train, and of val
+
+class Splits(NamedTuple):
+    """The splits of a data set, None for those that it does not have."""
+
+    train: Split | None = None
+    val: Split | None = None
+    test: Split | None = None
+
+
+SPLITS = Splits._fields
+
+# form, annotation file, image folder, and what {} in both is for train, for val, and for test
 LAYOUTS = (
-    (COCO, ("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "val2017")),
-    (COCO, ("annotations/instances_train.json", "train"), ("annotations/instances_val.json", "val")),
-    (COCO, ("train/_annotations.coco.json", "train"), ("valid/_annotations.coco.json", "valid")),
-    (CROWDHUMAN, ("annotation_train.odgt", "Images"), ("annotation_val.odgt", "Images")),
-    (VOC, ("ImageSets/Main/trainval.txt", "JPEGImages"), ("ImageSets/Main/test.txt", "JPEGImages")),
-    (VOC, ("ImageSets/Main/train.txt", "JPEGImages"), ("ImageSets/Main/val.txt", "JPEGImages")),
-    (YOLO, ("data.yaml", ""), ("data.yaml", "")),  # which names the folders
+    (COCO, "annotations/instances_{}.json", "{}", ("train2017", "val2017")),
+    (COCO, "annotations/instances_{}.json", "{}", ("train", "val", "test")),
+    (COCO, "{}/_annotations.coco.json", "{}", ("train", "valid", "test")),
+    (CROWDHUMAN, "annotation_{}.odgt", "Images", ("train", "val")),
+    (VOC, "ImageSets/Main/{}.txt", "JPEGImages", ("trainval", "test")),
+    (VOC, "ImageSets/Main/{}.txt", "JPEGImages", ("train", "val", "test")),
+    (YOLO, "data.yaml", "", SPLITS),  # which names the folders
 )
 NO_COCO = """COCO is not in {root}: no annotations/instances_train2017.json there. Unzip these three into that folder \
 (or set OTA_DATA to the folder that holds coco/):
@@ -37,29 +49,27 @@ CrowdHuman_train02.zip, CrowdHuman_train03.zip from https://www.crowdhuman.org/d
 OTA_DATA to the folder that holds crowdhuman/) and unzip them: all images go into {root}/Images"""
 
 
-def find_splits(
-    data: str, box: str | None = None, follow_links: bool = False, strict: bool = False
-) -> tuple[Split | None, Split | None]:
-    """Return the train and the val split, one of which may be missing. Raises DatasetError if both are.
+def find_splits(data: str, box: str | None = None, follow_links: bool = False, strict: bool = False) -> Splits:
+    """Return the splits of a data set. Raises DatasetError if it has none.
 
     data: "coco" or "crowdhuman" (folders in $OTA_DATA, by default ./datasets), "shapes" (generated there on first use)
-    or a folder in one of LAYOUTS: the first of which it has both halves, else the first of which it has one. The YAML
-    file of a YOLO data set stands for its folder, and may have any name.
+    or a folder in one of LAYOUTS: the first of which it has train and val, else the first of which it has any split.
+    The YAML file of a YOLO data set stands for its folder, and may have any name.
     """
     root = _root(data)
     if data == "shapes" and not root.is_dir():
         print(f"generating the shapes data set in {root}: some seconds, once")
         generate_shapes(root)
-    halves = _halves(root, box, follow_links, strict)
-    if not any(halves):
+    splits = _splits(root, box, follow_links, strict)
+    if not any(splits):
         raise DatasetError(_missing_message(data, root.absolute()))
-    return halves
+    return splits
 
 
 def find_form(data: str) -> Form:
     """Return the form of `data`, as in `find_splits`; COCO's if the data set is not on this machine."""
     missing = CROWDHUMAN if data == "crowdhuman" else COCO
-    return next((split.form for split in _halves(_root(data)) if split), missing)
+    return next((split.form for split in _splits(_root(data)) if split), missing)
 
 
 def data_name(data: str) -> str:
@@ -74,18 +84,16 @@ def _root(data: str) -> Path:
     return named.get(data, Path(data).expanduser())
 
 
-def _halves(
-    root: Path, box: str | None = None, follow_links: bool = False, strict: bool = False
-) -> tuple[Split | None, Split | None]:
+def _splits(root: Path, box: str | None = None, follow_links: bool = False, strict: bool = False) -> Splits:
     known, is_yaml = [], root.suffix in YAML_SUFFIXES and os.path.isfile(root)
-    for form, *halves in [(YOLO, ("", ""), ("", ""))] if is_yaml else LAYOUTS:
-        kind, named = (box or form.boxes[0]) if form.boxes else None, zip(("train", "val"), halves, strict=True)
-        how = (form, kind, follow_links, strict)
-        splits = [Split(name, root / file, root / images, *how) for name, (file, images) in named]
-        known.append(tuple(map(_present, splits)))
-        if all(known[-1]):
-            break
-    return next(filter(all, known), None) or next(filter(any, known), (None, None))
+    for form, file, images, names in [(YOLO, "", "", SPLITS)] if is_yaml else LAYOUTS:
+        how = (form, (box or form.boxes[0]) if form.boxes else None, follow_links, strict)
+        places = [(root / file.format(name), root / images.format(name)) for name in names]
+        splits = [Split(name, *place, *how) for name, place in zip(SPLITS, places, strict=False)]
+        known.append(Splits(*map(_present, splits)))
+        if all(known[-1][:2]):
+            return known[-1]
+    return next(filter(any, known), Splits())
 
 
 def _present(split: Split) -> Split | None:
@@ -101,11 +109,12 @@ def _present(split: Split) -> Split | None:
 def _missing_message(data: str, root: Path) -> str:
     if data in ("coco", "crowdhuman"):
         return (NO_COCO if data == "coco" else NO_CROWDHUMAN).format(root=root)
-    layouts = "".join(f"\n  {file} with images in {folder or 'folders it names'}/" for _, (file, folder), _ in LAYOUTS)
+    trains = [[part.format(names[0]) for part in parts] for _, *parts, names in LAYOUTS]
+    layouts = "".join(f"\n  {file} with images in {folder or 'folders it names'}/" for file, folder in trains)
     if root.suffix in YAML_SUFFIXES and os.path.isfile(root):
         state = "names neither train nor val. Wanted a YAML file that does, or a folder with one of"
     elif os.path.isfile(root):
-        folder = next((folder for folder in root.parents[:3] if any(_halves(folder))), None)
+        folder = next((folder for folder in root.parents[:3] if any(_splits(folder))), None)
         state = f"is a file; --data takes the folder of a data set{f', here {folder}' if folder else ''}, with one of"
     elif any(next(folder.rglob("*.txt"), None) for way in ("labels", "*/labels") for folder in root.glob(way)):
         state = "has label files of YOLO, but no data.yaml with train, val and names. Wanted one of"

@@ -5,17 +5,23 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from data.checks import Problems, Split
 from data.dataset import CocoDataset, SeededDataset, batches_from
 from data.draw import draw_boxes, save_contact_sheet
 from data.files import DatasetError, path_inside, printable
+from data.layouts import Splits
+from errors import UserError
+from images import load_image
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import supplies
 from kernels.center_prior_torch import pairs_inside
@@ -27,34 +33,33 @@ BOXES_AT_ONCE = 10_000  # so that their candidate pairs fit in memory
 SAMPLES, SAMPLE_PX = 24, 480  # pictures of the contact sheet, and the longer side of each
 
 
-def open_halves(splits: tuple[Split | None, Split | None], transform: Callable) -> tuple[list[CocoDataset], list[str]]:
-    """Return the halves that can be read, and messages: why another half cannot, or why a training would not start."""
-    train, val = splits
-    halves, messages = [], [] if train else ["there is a validation half, but no training half"]
-    for split in filter(None, (train, val)):
+def open_splits(splits: Splits, transform: Callable) -> tuple[list[CocoDataset], list[str]]:
+    """Return the splits that can be read, and messages: why another cannot, or why a training would not start."""
+    datasets, messages = [], [] if splits.train else ["there is no training split"]
+    for split in filter(None, splits):
         try:
-            dataset = CocoDataset(split, transform, known_ids=halves[0].category_ids if halves else ())
-            halves.append(dataset)
-            dataset.require_classes(halves[0].classes | {"source": halves[0].split.annotations})
+            dataset = CocoDataset(split, transform, known_ids=datasets[0].category_ids if datasets else ())
+            datasets.append(dataset)
+            dataset.require_classes(datasets[0].classes | {"source": datasets[0].split.annotations})
             if not dataset.num_boxes:
                 messages.append(f"{split.annotations} has no boxes to learn from or to find")
         except DatasetError as error:
             messages.append(str(error))
-    return halves, messages
+    return datasets, messages
 
 
-def print_tables(halves: list[CocoDataset], image_size: tuple[int, int], config: OTAConfig) -> None:
-    """Print counts of images and boxes, with a column for each half; boxes have their size at `image_size`."""
-    tables = [counts_of(dataset, image_size, config) for dataset in halves]
-    width = max(len(text) for half in tables for title, rows in half.items() for text in (title, *rows))
+def print_tables(datasets: list[CocoDataset], image_size: tuple[int, int], config: OTAConfig) -> None:
+    """Print counts of images and boxes, with a column for each split; boxes have their size at `image_size`."""
+    tables = [counts_of(dataset, image_size, config) for dataset in datasets]
+    width = max(len(text) for table in tables for title, rows in table.items() for text in (title, *rows))
     for title in tables[0]:
-        print(f"\n{title:{width}}" + "".join(f"{dataset.split.name:>10}{'':8}" for dataset in halves).rstrip())
-        columns = [half[title] for half in tables]
+        print(f"\n{title:{width}}" + "".join(f"{dataset.split.name:>10}{'':8}" for dataset in datasets).rstrip())
+        columns = [table[title] for table in tables]
         for row in dict.fromkeys(chain(*columns)):
             counts = [column.get(row, 0) for column in columns]
             shares = [f"{n / max(1, sum(column.values())):8.1%}" for n, column in zip(counts, columns, strict=True)]
             cells = "".join(f"{n:10d}{share if title else '':8}" for n, share in zip(counts, shares, strict=True))
-            mark = "  in one half only" if title == CLASSES and 0 in counts and any(counts) else ""
+            mark = "  not in every split" if title == CLASSES and 0 in counts and any(counts) else ""
             print(f"{row:{width}}{cells}{mark}".rstrip())
 
 
@@ -89,24 +94,40 @@ def most_points(boxes: np.ndarray, longest_px: int, config: OTAConfig) -> np.nda
     return torch.cat(found).numpy()
 
 
-def repeated_images(halves: list[CocoDataset]) -> Problems:
-    """Return the images whose files have the same bytes, across the halves and in one. Only files of one size are read;
-    a file that cannot be read is a problem, too."""
-    problems, same_size, same_bytes = defaultdict(list), defaultdict(list), defaultdict(list)
-    for split, image in ((dataset.split, image) for dataset in halves for image in dataset.images):
+def unusable_images(datasets: list[CocoDataset]) -> Problems:
+    """Return the images that a training could not load, found by loading all of them."""
+    problems = defaultdict(list)
+
+    def load(split: Split, image: dict) -> str | None:
         try:
+            load_image(path_inside(split.images, image["file_name"], split.follow_links))
+        except (OSError, ValueError, UserError) as error:
+            return f"{split.name}, image {image['id']}: {error}"
+
+    images = [(dataset.split, image) for dataset in datasets for image in dataset.images]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for fault in tqdm(pool.map(load, *zip(*images, strict=True)), "load", len(images), leave=False, disable=None):
+            if fault:
+                problems["image files that cannot be read"].append(fault)
+    return problems
+
+
+def repeated_images(datasets: list[CocoDataset]) -> Problems:
+    """Return the images whose files have the same bytes, across the splits and in one. Only files of one size are read,
+    and those that can be."""
+    problems, same_size, same_bytes = defaultdict(list), defaultdict(list), defaultdict(list)
+    for split, image in ((dataset.split, image) for dataset in datasets for image in dataset.images):
+        with suppress(OSError, ValueError, DatasetError):
             path = path_inside(split.images, image["file_name"], split.follow_links)
             same_size[path.stat().st_size].append((split.name, image, path))
-        except (OSError, ValueError) as error:
-            problems["image files that cannot be read"].append(f"{split.name}, image {image['id']}: {error}")
-    for half, image, path in (entry for entries in same_size.values() if len(entries) > 1 for entry in entries):
+    for name, image, path in (entry for entries in same_size.values() if len(entries) > 1 for entry in entries):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
-        same_bytes[digest].append((half, f"{half} image {image['id']} ({image['file_name']})"))
+        same_bytes[digest].append((name, f"{name} image {image['id']} ({image['file_name']})"))
     for entries in same_bytes.values():
-        names = {half for half, _ in entries}
+        names = {name for name, _ in entries}
         if len(entries) > 1:
-            kind = "in both halves" if len(names) > 1 else f"more than once in {entries[0][0]}"
+            kind = f"in {' and '.join(sorted(names))}" if len(names) > 1 else f"more than once in {entries[0][0]}"
             problems[f"images {kind} (same bytes)"].append(" = ".join(name for _, name in entries))
     return problems
 
@@ -126,10 +147,10 @@ def save_samples(dataset: CocoDataset, seed: int, path: Path) -> None:
         raise DatasetError(f"--sheet {path}: cannot be written: {error}") from error
 
 
-def write_coco(halves: list[CocoDataset], root: Path) -> None:
-    """Write the halves as read to a new folder in COCO layout, whose image folders are links to the halves' own."""
+def write_coco(datasets: list[CocoDataset], root: Path) -> None:
+    """Write the splits as read to a new folder in COCO layout, whose image folders are links to their own."""
     (root / "annotations").mkdir(parents=True)
-    for dataset in halves:
+    for dataset in datasets:
         name = dataset.split.name
         (root / name).symlink_to(dataset.split.images.absolute(), target_is_directory=True)
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(dataset.annotations))

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from data.checks import Problems, ReadBytes, Split, raise_problems, read_sizes
+from data.checks import LEAVING, Problems, ReadBytes, Split, raise_problems, read_sizes
 from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, path_inside
 from data.forms import coco_content
 
 YAML_SUFFIXES = (".yaml", ".yml")
-KEYS = {"train": ("train",), "val": ("val", "valid", "validation")}  # name of a split -> its keys in data.yaml
+# Name of a split -> its keys in data.yaml.
+KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 TOLERANCE = 0.01  # outside of 0..1, for what rounding does in label files of two decimals
 DIGITS = 6  # of boxes in px: those that had whole numbers before they were divided have them again
 Row = tuple[int, tuple[float, ...]]  # class, and left, top, width and height in fractions of the image
@@ -50,6 +51,8 @@ def read_yolo(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
         problems["images without a label file, which are all (images/a.jpg has labels/a.txt)"] = missing
     named = [(f"image {number} ({file})", file) for number, file in enumerate(files, 1)]
     sizes, missing = read_sizes(named, split, problems if look_at_files else defaultdict(list))
+    if LEAVING in problems:
+        problems[f"{LEAVING} (make `path` in {source.name} a folder that has all)"] = problems.pop(LEAVING)
     raise_problems(source, problems, missing, split.images)
     scenes = []
     for number, (file, rows, size) in enumerate(zip(files, labels, sizes, strict=True), 1):
@@ -103,6 +106,8 @@ def _places(source: Path, content: dict, name: str) -> list[tuple[Path, Path]]:
         options = [(base, base / e) for base in bases for e in (entry, entry.removeprefix("../"))]
         options = [tuple(Path(os.path.abspath(path)) for path in option) for option in options]
         place = next((option for option in options if option[1].exists()), None)
+        if place is None and name == "test":  # which Roboflow writes for sets without one, too
+            return []
         if place is None:
             looked = ", ".join(dict.fromkeys(str(path) for _, path in options))
             raise DatasetError(f"{source}: {key}: {entry} is not there (looked for {looked}); correct or remove it")

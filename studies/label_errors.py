@@ -125,14 +125,14 @@ def draw_suspects(suspects: dict[str, list[dict]], images: Path, path: Path) -> 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="file written by train.py")
-    parser.add_argument("--data", help="whose training half is searched; default: that of the training")
+    parser.add_argument("--data", help="whose training split is searched; default: that of the training")
     parser.add_argument("--most", type=positive, default=200, help="suspects of each list in suspects.json")
     parser.add_argument("--out", type=Path, default=Path("runs/label-errors"), help="folder to write to")
     args = parser.parse_args(argv)
     detector, metadata = load_weights(args.weights)
-    _, (split, _) = splits_of(metadata | {"source": args.weights}, args.data)
+    _, (split, *_) = splits_of(metadata | {"source": args.weights}, args.data)
     if split is None:
-        raise UserError("there is no training half to search; name a data set that has one with --data")
+        raise UserError("there is no training split to search; name a data set that has one with --data")
     dataset = CocoDataset(split, eval_transform(detector.config.image_size), known_ids=metadata["category_ids"])
     dataset.require_classes(metadata | {"source": args.weights})
     suspects = find_suspects(detector.eval(), dataset, detect_dataset(detector, dataset, batch_size=8, workers=2))

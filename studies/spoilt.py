@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(flags)
-    halves, rows = [CocoDataset(split) for split in find_splits(args.data)], {}
+    halves, rows = [CocoDataset(split) for split in find_splits(args.data) if split], {}
     for seed in args.seeds:
         spoilt, errors = spoil(halves[0].annotations, args.share, seed)
         parts = write_parts(halves, spoilt, args.out / f"data-{seed}")

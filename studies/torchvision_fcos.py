@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
-    (train_split, val_split), size = find_splits(args.data), (SIZE_PX, SIZE_PX)
+    (train_split, val_split, _), size = find_splits(args.data), (SIZE_PX, SIZE_PX)
     training = CocoDataset(train_split, train_transform(size, "flip"))
     validation = CocoDataset(val_split, eval_transform(size))
     about = {"command": f"python -m studies.torchvision_fcos --data {args.data}", "steps": args.steps}

@@ -117,34 +117,36 @@ def test_image_folder_may_be_a_link_and_must_exist(tmp_path):
     assert CocoDataset(split)[0][0].shape == (3, 30, 40)
 
 
-LAYOUTS = {  # annotation file, image folder, names of the halves
+LAYOUTS = {  # annotation file, image folder, names of the splits
     "coco-2017": ("annotations/instances_{}2017.json", "{}2017", ("train", "val")),
-    "coco": ("annotations/instances_{}.json", "{}", ("train", "val")),
-    "roboflow": ("{}/_annotations.coco.json", "{}", ("train", "valid")),
+    "coco": ("annotations/instances_{}.json", "{}", ("train", "val", "test")),
+    "roboflow": ("{}/_annotations.coco.json", "{}", ("train", "valid", "test")),
     "crowdhuman": ("annotation_{}.odgt", "Images", ("train", "val")),
     "voc-2007": ("ImageSets/Main/{}.txt", "JPEGImages", ("trainval", "test")),
-    "voc-2012": ("ImageSets/Main/{}.txt", "JPEGImages", ("train", "val")),
+    "voc-2012": ("ImageSets/Main/{}.txt", "JPEGImages", ("train", "val", "test")),
 }
 
 
-@pytest.mark.parametrize(("file", "folder", "halves"), LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_is_found(tmp_path, file, folder, halves):
-    """With both halves, beside a half of another layout that would come first, and with either half alone."""
-    paths = [tmp_path / file.format(half) for half in halves]
+@pytest.mark.parametrize(("file", "folder", "names"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_is_found(tmp_path, file, folder, names):
+    """With all splits, beside one of another layout that would come first, and with train or val alone."""
+    paths = [tmp_path / file.format(name) for name in names]
     for path in (*paths, tmp_path / "annotations" / "instances_train2017.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     (tmp_path / "data.yaml").write_text("[ of another program")
     splits = find_splits(str(tmp_path))
     (tmp_path / "data.yaml").unlink()
-    assert [(s.name, s.annotations) for s in splits] == [("train", paths[0]), ("val", paths[1])]
-    assert [split.images for split in splits] == [tmp_path / folder.format(half) for half in halves]
+    found = [split for split in splits if split]
+    assert [(s.name, s.annotations) for s in found] == [*zip(("train", "val", "test"), paths, strict=False)]
+    assert [split.images for split in found] == [tmp_path / folder.format(name) for name in names]
     (tmp_path / "annotations" / "instances_train2017.json").unlink()
     paths[0].touch()
-    paths[1].unlink()
-    assert find_splits(str(tmp_path)) == (splits[0], None)
+    for path in paths[1:]:
+        path.unlink()
+    assert find_splits(str(tmp_path)) == (splits.train, None, None)
     paths[0].rename(paths[1])
-    assert find_splits(str(tmp_path)) == (None, splits[1])
+    assert find_splits(str(tmp_path)) == (None, splits.val, None)
 
 
 def test_missing_set_says_where_and_how(tmp_path, monkeypatch):
@@ -175,8 +177,8 @@ def test_shapes_are_generated_once(tmp_path, monkeypatch):
     monkeypatch.setenv("OTA_DATA", str(tmp_path / "home"))
     small = partial(generate_shapes, train_images=2, val_images=1)
     monkeypatch.setattr(data.layouts, "generate_shapes", small)
-    train, val = find_splits("shapes")
+    train, val, _ = find_splits("shapes")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")}
-    assert find_splits("shapes") == (train, val) and val is not None
+    assert find_splits("shapes") == (train, val, None) and val is not None
     small(train.annotations.parents[1], seed=5)  # as a second process that came too late
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*")} == before

@@ -68,7 +68,7 @@ def test_command_writes_a_set(tmp_path, call, capsys):
     crowds = tmp_path / "crowds"
     flags = ("--train-images", 3, "--val-images", 1, "--size", 64, "--crowded-share", 1, "--one-class")
     assert f"python train.py --data {crowds}" in call(command, "generate", crowds, *flags)
-    train, val = (CocoDataset(split) for split in find_splits(str(crowds)))
+    train, val = (CocoDataset(split) for split in find_splits(str(crowds))[:2])
     assert (len(train), len(val), train.class_names) == (3, 1, ["shape"]) and train[0][0].shape == (3, 64, 64)
     for args, story in (([crowds], "exists; name another"), ([tmp_path / "x", "--size", 31], "--size between 32 and")):
         with pytest.raises(SystemExit):

@@ -90,9 +90,23 @@ def test_images_that_occur_twice_are_problems(changed, check):
     other = (train / "000004.jpg").read_bytes()
     (train / "000004.jpg").write_bytes(other + bytes(max(0, size - len(other))))
     status, said = check(root)
-    assert status == 1 and "in both halves (same bytes): 1\n    train image 1 (000001.jpg) = val image 2 (" in said
+    assert status == 1 and "in train and val (same bytes): 1\n    train image 1 (000001.jpg) = val image 2 (" in said
     assert "more than once in train (same bytes): 1\n    train image 2 (000002.jpg) = train image 3 (" in said
     assert said.count(" = ") == 2
+
+
+def test_image_that_cannot_be_loaded_is_a_problem_and_the_test_split_is_checked(changed, check):
+    root = changed()
+    shutil.copytree(root / "val", root / "test")
+    shutil.copy(root / "annotations" / "instances_val.json", root / "annotations" / "instances_test.json")
+    broken = root / "test" / "000002.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    status, said = check(root)
+    assert status == 1 and re.search(
+        r"cannot be read: 1\n    test, image 2: image file \S+ cannot be read: .*truncated", said
+    )
+    assert "images in test and val (same bytes): 1\n    val image 1 (000001.jpg) = test image 1 (" in said
+    assert rows_of(said)["images"] == ["4", "2", "2"]
 
 
 def test_class_in_one_half_only_is_marked(changed, check):
@@ -101,7 +115,7 @@ def test_class_in_one_half_only_is_marked(changed, check):
             content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 3]
 
     status, said = check(changed(leave_out))
-    lonely = [line.split()[0] for line in said.splitlines() if line.endswith("in one half only")]
+    lonely = [line.split()[0] for line in said.splitlines() if line.endswith("not in every split")]
     assert status == 0 and "triangle" in lonely and {*lonely} <= {*CLASSES}
     assert rows_of(said)["triangle"][2] == "0"
 
@@ -124,7 +138,7 @@ def test_half_without_boxes_or_images_to_learn_from_is_a_problem(changed, check)
     assert status == 1 and all(f"instances_{half}.json has no boxes" in said for half in ("train", "val"))
     (root / "annotations" / "instances_train.json").unlink()
     status, said = check(root)
-    assert status == 1 and "no training half" in said and rows_of(said)["images"] == ["2"]
+    assert status == 1 and "no training split" in said and rows_of(said)["images"] == ["2"]
 
 
 def test_other_classes_of_a_half_are_a_problem(changed, check):
@@ -145,7 +159,7 @@ def test_class_that_groups_others_is_kept_in_validation_where_training_uses_it(c
             content["annotations"][0]["category_id"] = 9
 
     status, said = check(changed(group))
-    assert status == 0 and rows_of(said)["shape"][2:] == ["0", "0.0%", "in one half only"]
+    assert status == 0 and rows_of(said)["shape"][2:] == ["0", "0.0%", "not in every split"]
 
 
 @pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc", "yolo"])

@@ -1,6 +1,7 @@
 """YOLO's form: what data.yaml may say, label files, every mistake named, and the same AP as in COCO layout."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import eval as eval_script
 import predict as predict_script
 import train
 from data import CocoDataset, DatasetError, eval_transform, find_form, find_splits, generate_shapes
+from errors import UserError
 from eval import coco_metrics, evaluate
 from tests.support.detectors import tiny_detector
 from tests.support.runs import CPU, DETECTOR, metrics_of
@@ -30,6 +32,10 @@ WAYS = {  # what data.yaml says, in which ROOT is the folder, and text files
     "text-files": (
         {"train": "lists/train.txt", "val": "val.txt", **CLASSES},
         {"lists/train.txt": "../train/images/b/1.jpg\r\n\ntrain/images/a/2.jpg\n", "val.txt": "./valid/images/3.jpg"},
+    ),
+    "path-above": (
+        {"path": "..", "train": "set/train.txt", "val": "set/valid", **CLASSES},
+        {"train.txt": "ROOT/train/images/b/1.jpg\nset/train/images/a/2.jpg"},
     ),
     "absolute-names": (
         {"train": "train.txt", "val": "valid", **CLASSES},
@@ -64,7 +70,7 @@ def test_folders_outside_and_splits_that_are_missing(tmp_path):
     write_yolo(tmp_path, {"train/images/a.jpg": BOX})
     folders = ["../train/images", "images"]
     other = write_yolo(tmp_path / "set", {"images/b.jpg": BOX}, train=folders, test="../train/images", nc=2)
-    train_split, val_split = find_splits(str((other / "data.yaml").rename(other / "my.yml")))
+    train_split, val_split, _ = find_splits(str((other / "data.yaml").rename(other / "my.yml")))
     assert val_split is None and CocoDataset(train_split).class_names == ["0", "1"]
     assert CocoDataset(train_split).num_boxes == 2
 
@@ -146,7 +152,7 @@ YAMLS = {  # keys -> the message
     "number": ({"train": ["train", 7], "nc": 2}, "7 in path or train is not the name of a folder"),
     "no-images": ({"train": "empty", "nc": 2}, r"no images \(.jpg .*\) for train in \S+/empty"),
     "no-labels": ({"train": "photos", "nc": 2}, r"without a label file, .*: 1\n.*b.jpg: there is no \S+/photos/b.txt"),
-    "outside": ({"train": "outside.txt", "nc": 2}, r"names that leave the image folder: 2\n.*passwd(.|\n)*secret.jpg"),
+    "outside": ({"train": "outside.txt", "nc": 2}, r"that leave .*make `path` .*: 2\n.*passwd(.|\n)*secret.jpg"),
     "missing": ({"train": "missing.txt", "nc": 2}, r"image files missing(.|\n)*case changed: train/images/a.jpg for"),
     "empty-list": ({"train": "empty.txt", "nc": 2}, r"empty.txt: cannot be read: the file is empty"),
     "neither": ({"names": ["a"]}, "no data.yaml with train, val and names"),
@@ -215,6 +221,12 @@ def test_set_trains_evaluates_and_predicts(call, tmp_path, lists):
         call(eval_script, *weights, "--data", data, *CPU)
         metrics.append(metrics_of(out / name) | {"data": None})
     assert metrics[0] == metrics[1]
+    with pytest.raises(UserError, match="has no test split; choose one that it has with --split: train, val"):
+        call(eval_script, *weights, "--data", root, "--split", "test", *CPU)
+    shutil.copytree(root / "valid", root / "test")
+    (root / "test.txt").write_text((root / "valid.txt").read_text().replace("valid", "test"))
+    call(eval_script, *weights, "--data", root, "--split", "test", *CPU)
+    assert metrics_of(out / "eval-yolo-test") | {"data": None} == metrics[0]
     found = call(predict_script, *weights, "--device", "cpu", "--out", tmp_path / "found", root / "valid" / "images")
     assert "4 pictures" in found
 

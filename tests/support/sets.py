@@ -164,5 +164,5 @@ def copy_as_yolo(source: Path, root: Path, lists: bool = False) -> Path:
             shutil.copy(dataset.split.images / images[i]["file_name"], root / file)
         (root / f"{folder}.txt").write_text("".join(f"./{file}\n" for file in files.values()))
     (root / "README.dataset.txt").write_text("Exported by roboflow.com")
-    splits = {"train": "train.txt", "val": "valid.txt"} if lists else splits
+    splits = {"train": "train.txt", "val": "valid.txt", "test": "test.txt"} if lists else splits
     return write_yolo(root, labels, None, **splits, nc=len(names), names=names)
