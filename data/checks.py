@@ -35,10 +35,10 @@ Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
 
 class ReadBytes:
-    """Reads files, whose contents become part of the split's digest."""
+    """Reads files, whose contents become part of the split's digest; `repairs` is what a reader mended."""
 
     def __init__(self) -> None:
-        self.digest = hashlib.sha256()
+        self.digest, self.repairs = hashlib.sha256(), defaultdict(list)
 
     def __call__(self, path: Path) -> bytes:
         content = path.read_bytes()
@@ -95,14 +95,16 @@ class Records(NamedTuple):
         return records._replace(owners=np.searchsorted(rows, self.owners[kept]))
 
 
-def check_annotations(content: object, split: Split, look_at_files: bool = True) -> Records:
+def check_annotations(
+    content: object, split: Split, look_at_files: bool = True, repairs: Problems | None = None
+) -> Records:
     """Return the records of a parsed file, or raise one DatasetError that lists every problem.
 
     With `look_at_files` the headers of the image files are read, all up to 5,000, above that an evenly spaced 2,000.
-    What is certain is repaired, see data/repairs.py; with `split.strict` that is a problem too.
+    What is certain is repaired, see data/repairs.py; with `split.strict` it is a problem, as are earlier `repairs`.
     """
     problems: Problems = defaultdict(list)
-    repairs: Problems = defaultdict(list)
+    repairs = defaultdict(list, repairs or {})
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
     sound = (_sound_records(key, content, problems, repairs) for key in FIELDS)

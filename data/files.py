@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 FILES_WALKED, WAYS_SHOWN = 200_000, 5
 
 VALUE = reprlib.Repr()  # cuts values for messages; repr() itself raises RecursionError where nesting is deep

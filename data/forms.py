@@ -36,7 +36,8 @@ def read_split(split: Split, look_at_files: bool = True) -> Records:
     read_bytes = ReadBytes()
     gc.disable()  # its passes over the millions of objects of a large file take a third of the time
     try:
-        records = check_annotations(split.form.read(split, read_bytes, look_at_files), split, look_at_files)
+        content = split.form.read(split, read_bytes, look_at_files)
+        records = check_annotations(content, split, look_at_files, read_bytes.repairs)
         return records._replace(digest=read_bytes.digest.hexdigest())
     except OSError as error:
         raise DatasetError(f"{error.filename or split.annotations}: cannot be read: {error}") from error

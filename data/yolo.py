@@ -44,13 +44,16 @@ def read_yolo(split: Split, read_bytes: ReadBytes, look_at_files: bool) -> dict:
     names = _class_names(source, content)
     columns = 5 if "kpt_shape" in content else None  # keypoints follow a box
     parse = partial(_parse_row, classes=len(names), columns=columns)
-    files = _image_files(split, _places(source, content, split.name), read_bytes)
+    places = _places(source, content, split.name)
+    files = _image_files(split, places, read_bytes)
     labels = [_read_rows(split, file, read_bytes, parse, problems) for file in files]
     if all(rows is None for rows in labels):
         missing = [f"{split.images / file}: there is no {split.images / _label_file(file)}" for file in files]
         problems["images without a label file, which are all (images/a.jpg has labels/a.txt)"] = missing
     named = [(f"image {number} ({file})", file) for number, file in enumerate(files, 1)]
     sizes, missing = read_sizes(named, split, problems if look_at_files else defaultdict(list))
+    if all(place.is_dir() for _, place in places) and (lonely := _lonely_label_files(split.images, files)):
+        read_bytes.repairs["label files without an image (or one of an unknown extension), left out"] = lonely
     if LEAVING in problems:
         problems[f"{LEAVING} (make `path` in {source.name} a folder that has all)"] = problems.pop(LEAVING)
     raise_problems(source, problems, missing, split.images)
@@ -149,6 +152,14 @@ def _image_files(split: Split, places: list[tuple[Path, Path]], read_bytes: Read
 def _label_file(image_file: str) -> str:
     path = "/labels/".join(f"/{image_file}".rsplit("/images/", 1))[1:]
     return os.path.splitext(path)[0] + ".txt"
+
+
+def _lonely_label_files(root: Path, files: list[str]) -> list[str]:
+    """Return the label files that are beside those of `files`, but of none of them."""
+    known = {_label_file(file) for file in files}
+    folders = {os.path.dirname(label) for label in known} - {os.path.dirname(file) for file in files}
+    present = (path.relative_to(root).as_posix() for folder in folders for path in (root / folder).glob("*.txt"))
+    return sorted(path for path in present if path not in known and not path.endswith("/classes.txt"))
 
 
 def _read_rows(

@@ -116,6 +116,18 @@ def test_fractions_are_those_of_the_image_as_displayed_and_a_box_precedes_keypoi
     assert dataset_of(root)[0][1]["boxes"].tolist() == [[10, 12, 30, 18]]
 
 
+def test_label_files_without_an_image_are_named(tmp_path):
+    """Their image may have an unknown extension; classes.txt is labelImg's. A text file may leave images out."""
+    root = write_yolo(tmp_path, {"train/images/[a].jpg": BOX, "train/images/b.jpg": BOX}, train="train", nc=2)
+    (root / "train" / "images" / "b.jpg").rename(root / "train" / "images" / "b.heic")
+    (root / "train" / "labels" / "classes.txt").write_text("cat")
+    assert [*dataset_of(root).repairs.values()] == [["labels/b.txt"]]
+    assert re.search(r"left out \(without --strict\): 1\n    labels/b.txt", refusal(root, strict=True))
+    (root / "train.txt").write_text("train/images/[a].jpg")
+    write_yolo(root, {}, train="train.txt", nc=2)
+    assert not dataset_of(root).repairs
+
+
 MALFORMED = {  # kind of problem -> rows
     r"rows that are not `class cx .* in numbers: 5": (
         "0 0.5 0.5 0.5", "0 0.5 0.5 0.5 wide", "0", "0 .1 .2 .3 .4 .9", "0 .1 .2 .3 .4 .5 .6 .7",
