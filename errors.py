@@ -16,5 +16,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        message = str(error)
+        if message.startswith("Caught "):  # a loader process's: DataLoader puts the traceback before the message
+            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
         module = sys.modules["__main__"].__spec__  # of python -m, else None
-        sys.exit(f"{module.name.removesuffix('.__main__') if module else Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{module.name.removesuffix('.__main__') if module else Path(sys.argv[0]).name}: {message}")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, Split, Splits, collate, eval_transform, find_splits, printable, read_split
+from data import BOXES, CocoDataset, Split, Splits, eval_transform, find_splits, printable, read_split
 from data.checks import repair_lines
 from data.layouts import data_name
 from errors import UserError, run_script
@@ -48,8 +48,8 @@ def batches_of_one_size(dataset: CocoDataset, image_size: tuple[int, int], batch
     return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
 
 
-def pack_samples(samples: list) -> tuple[Batch, list[dict]]:
-    images, targets = collate(samples)
+def pack_samples(samples: list) -> tuple[Batch, tuple[dict, ...]]:
+    images, targets = zip(*samples, strict=True)
     return pack(images, targets), targets
 
 
@@ -171,43 +171,30 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
     dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         if split.name == "train" and not options.get("first"):
-            note = "is the training split; the AP does not measure how well the detector generalises"
+            note = "is the training split; an AP on it does not measure how well the detector generalises"
             print(f"note: {split.annotations} {note}", file=sys.stderr)
         print(f"evaluation on {split.annotations}: {describe(dataset)}")
     dataset.require_classes(classes)
     return dataset
 
 
-def splits_of(
-    metadata: dict, data: str | None, box: str | None = None, follow_links: bool = False, strict: bool = False
-) -> tuple[str, Splits]:
-    """Return the name of a data set, and its splits. `data` and `box` default to those of the training; `metadata` is
-    that of weights, with their file as `source`. Raises UserError."""
-    if (data := data or metadata.get("data")) is None:
-        raise UserError(f"{metadata['source']} names no data set; name the data set with --data")
-    return data, from_main(lambda: find_splits(data, box or metadata.get("box"), follow_links, strict))
-
-
 def load_with_data(
-    weights: Path,
-    data: str | None,
-    box: str | None = None,
-    follow_links: bool = False,
-    strict: bool = False,
-    name: str | None = None,
+    weights: Path, data: str | None, name: str | None = None, box: str | None = None, **how: bool
 ) -> tuple[Detector, CocoDataset, str]:
     """Return the detector in a file that train.py wrote, a split with its classes, and the data set's name. `data` and
-    `box` default to those of the training, `name` to "val" or, without one, "train". Raises UserError."""
+    `box` default to those of the training, `name` to "val" or, without one, "train"; `how`: follow_links and strict of
+    `find_splits`. Raises UserError."""
     detector, metadata = load_weights(weights)
-    metadata["source"] = weights
-    data, splits = splits_of(metadata, data, box, follow_links, strict)
+    if (data := data or metadata.get("data")) is None:
+        raise UserError(f"{weights} names no data set; name the data set with --data")
+    splits = from_main(lambda: find_splits(data, box or metadata.get("box"), **how))
     split = getattr(splits, name) if name else splits.val or splits.train
     if split is None:
-        found = ", ".join(other.name for other in splits if other)
-        raise UserError(f"--data {data} has no {name or 'val'} split; choose one that it has with --split: {found}")
+        found = " and ".join(other.name for other in splits if other)
+        raise UserError(f"{data} has no {name or 'val'} split, only {found}; name another split or another data set")
     if box and not split.form.boxes:
         raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
-    return detector, evaluation_dataset(split, detector.config.image_size, metadata), data
+    return detector, evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights}), data
 
 
 def main() -> None:
@@ -228,13 +215,18 @@ def main() -> None:
         raise UserError('--report needs hotcoco: pip install -e ".[report]"')
     device, rank, world = setup_distributed(args.device)
     weights = local_file(args.weights)
-    detector, dataset, _ = load_with_data(weights, args.data, args.box, args.follow_links, args.strict, args.split)
+    how = {"follow_links": args.follow_links, "strict": args.strict}
+    detector, dataset, _ = load_with_data(weights, args.data, args.split, args.box, **how)
+    names = [name for name in (args.data and data_name(args.data), args.split, args.box) if name]
+    folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
+    out = args.out or folder / "-".join([name, *names])
+    try:  # before the work
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").touch()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}; name another folder with --out") from error
     metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
-        names = [name for name in (args.data and data_name(args.data), args.split, args.box) if name]
-        folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
-        out = args.out or folder / "-".join([name, *names])
-        out.mkdir(parents=True, exist_ok=True)
         (out / "detections.json").write_text(json.dumps(results))
         about = {"weights": args.weights, "data": str(dataset.split.annotations), "images": len(dataset)}
         (out / "metrics.json").write_text(json.dumps(about | metrics, indent=1))

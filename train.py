@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CocoDataset, DatasetError, collate, find_splits, read_split, train_transform
+from data import CocoDataset, DatasetError, find_splits, read_split, train_transform
 from data.dataset import SeededDataset, batches_from, seed_of, training_sides
 from data.layouts import data_name
 from errors import UserError, run_script
@@ -71,7 +71,7 @@ def load_data(args: argparse.Namespace, say: Callable) -> tuple[CocoDataset, Coc
 
 def pack_passes(samples: list, passes: int, sides: tuple[int, ...]) -> tuple[list[Batch], list[int]]:
     """Return a rank's share of a step as one batch for each pass of gradient accumulation, and its image ids."""
-    images, targets = collate(samples)
+    images, targets = zip(*samples, strict=True)
     size = len(images) // passes
     parts = [slice(i, i + size) for i in range(0, len(images), size)]
     return [pack(images[part], targets[part], sides) for part in parts], [t["image_id"] for t in targets]
@@ -239,7 +239,9 @@ def main() -> None:
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
     say(explain(args, dataset, steps))
     say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}", flush=True)
-    metadata = dataset.classes | {"data": args.data if args.data in RECIPES else str(Path(args.data).absolute())}
+    metadata = dataset.classes | {
+        "data": args.data if args.data in RECIPES else str(Path(args.data).expanduser().absolute())
+    }
     folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
 
     if is_main and not checkpoint:

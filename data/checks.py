@@ -18,6 +18,7 @@ from data.repairs import (
     GROUPING,
     NOT_TURNED,
     TURNED,
+    clipped_corners,
     fits_only_as_shown,
     free_ids,
     grouping_category,
@@ -87,8 +88,9 @@ class Records(NamedTuple):
     repairs: Problems = {}  # empty if nothing was repaired
 
     def first_images(self, count: int) -> "Records":
-        """Return the records of the first `count` images that have boxes."""
-        rows = np.unique(self.owners[~self.crowd])[:count]
+        """Return the records of the first `count` images that have targets."""
+        usable = clipped_corners(self.boxes, self.sizes[self.owners, ::-1])[1]
+        rows = np.unique(self.owners[~self.crowd & usable])[:count]
         kept = np.isin(self.owners, rows)
         columns = (*(column[rows] for column in self[1:4]), *(column[kept] for column in self[4:10]))
         records = Records(self.categories, *columns, *self[10:])

@@ -143,20 +143,23 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
         """
-        i, image = (i, self._load(i)) if self._bad is None else self._load_next_good(i)
+        i, image = (i, self.load(i)) if self._bad is None else self._load_next_good(i)
         size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
         boxes, labels = (torch.from_numpy(column[rows].copy()) for column in (self._boxes, self._labels))
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": labels, "image_id": int(self._image_ids[i]), "orig_size": size}
         image = tv_tensors.Image(image)
-        if self.transform:
-            image, target = self.transform(image, target)
+        try:
+            image, target = self.transform(image, target) if self.transform else (image, target)
+        except RuntimeError as error:  # such as that of a long thin image, resized to a side of 0 px
+            raise DatasetError(f"{self.split.annotations}, image {target['image_id']}: {error}") from error
         boxes, ignored = target["boxes"], target["labels"] == IGNORE
         target["ignore"] = tv_tensors.wrap(boxes[ignored], like=boxes)
         target["boxes"], target["labels"] = tv_tensors.wrap(boxes[~ignored], like=boxes), target["labels"][~ignored]
         return image, target
 
-    def _load(self, i: int) -> Tensor:
+    def load(self, i: int) -> Tensor:
+        """Return image i before the transform. Raises DatasetError, also if the record has another size."""
         source = f"{self.split.annotations}, image {int(self._image_ids[i])}"
         height, width = self._sizes[i].tolist()
         try:
@@ -173,7 +176,7 @@ class CocoDataset(torch.utils.data.Dataset):
         """Return the first good image from i on, around the end of the file; report others once, up to a cap."""
         for candidate in chain(range(i, len(self)), range(i)):
             try:
-                return candidate, self._load(candidate)
+                return candidate, self.load(candidate)
             except DatasetError as error:
                 with self._bad_lock:
                     known = bool(self._bad[candidate])
@@ -186,13 +189,6 @@ class CocoDataset(torch.utils.data.Dataset):
                         sys.stderr.write(f"skipped bad image {count} (at most {cap}): {error}\n")
                         sys.stderr.flush()
         raise DatasetError(f"{self.split.annotations}: not one image can be used")
-
-
-def collate(batch: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """Return images (3, H, W) uint8 of different sizes and their targets, as lists of plain tensors."""
-    images = [image.as_subclass(Tensor) for image, _ in batch]
-    targets = [target | {name: target[name].as_subclass(Tensor) for name in ("boxes", "ignore")} for _, target in batch]
-    return images, targets
 
 
 def train_transform(

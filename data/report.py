@@ -15,13 +15,11 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data.checks import Problems, Split
+from data.checks import Problems
 from data.dataset import CocoDataset, SeededDataset, batches_from
 from data.draw import draw_boxes, save_contact_sheet
 from data.files import DatasetError, path_inside, printable
 from data.layouts import Splits
-from errors import UserError
-from images import load_image
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import supplies
 from kernels.center_prior_torch import pairs_inside
@@ -98,17 +96,19 @@ def unusable_images(datasets: list[CocoDataset]) -> Problems:
     """Return the images that a training could not load, found by loading all of them."""
     problems = defaultdict(list)
 
-    def load(split: Split, image: dict) -> str | None:
+    def fault_of(dataset: CocoDataset, i: int) -> str | None:
         try:
-            load_image(path_inside(split.images, image["file_name"], split.follow_links))
-        except (OSError, ValueError, UserError) as error:
-            return f"{split.name}, image {image['id']}: {error}"
+            dataset.load(i)
+        except DatasetError as error:
+            return str(error)
 
-    images = [(dataset.split, image) for dataset in datasets for image in dataset.images]
+    images = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for fault in tqdm(pool.map(load, *zip(*images, strict=True)), "load", len(images), leave=False, disable=None):
+        for fault in tqdm(
+            pool.map(fault_of, *zip(*images, strict=True)), "load", len(images), leave=False, disable=None
+        ):
             if fault:
-                problems["image files that cannot be read"].append(fault)
+                problems["images that cannot be loaded"].append(fault)
     return problems
 
 

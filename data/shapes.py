@@ -18,6 +18,8 @@ from numpy.random import Generator as Rng
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
+from errors import UserError
+
 VERSION = 2  # raise it with any change to the pictures: it is part of the folder's name, like all settings
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 SIZE_PX, TRAIN_IMAGES, VAL_IMAGES = 160, 1000, 200
@@ -52,10 +54,15 @@ def generate_shapes(
     one_class: bool = False,
 ) -> None:
     """Write annotations/instances_{train,val}.json, train/ and val/ under `root`; a seed gives the same bytes. With
-    `one_class` all shapes are of the class "shape". Several processes may write at once: `root` appears complete."""
+    `one_class` all shapes are of the class "shape". Several processes may write at once: `root` appears complete.
+    Raises UserError if its folder cannot be written."""
     categories = [{"id": c, "name": name} for c, name in enumerate(("shape",) if one_class else CLASSES, 1)]
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-") as unfinished:
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        unfinished_folder = tempfile.TemporaryDirectory(dir=root.parent, prefix=f"{root.name}-unfinished-")
+    except OSError as error:
+        raise UserError(f"the generated shapes cannot be written to {root.absolute()}: {error}") from error
+    with unfinished_folder as unfinished:
         made = Path(unfinished) / root.name
         (made / "annotations").mkdir(parents=True)
         for split, (name, count) in enumerate((("train", train_images), ("val", val_images))):

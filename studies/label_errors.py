@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from data import CocoDataset, eval_transform, printable
-from errors import UserError, run_script
-from eval import detect_dataset, splits_of
+from data import CocoDataset, printable
+from errors import run_script
+from eval import detect_dataset, load_with_data
 from images import load_image
 from kernels import OTAConfig
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import background_cost
-from model import Detector, load_weights
+from model import Detector
 from studies.predictions import by_image, overlaps, predicted_scene
 from tests.support.scenes import Scene
 from training.settings import positive
@@ -129,12 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--most", type=positive, default=200, help="suspects of each list in suspects.json")
     parser.add_argument("--out", type=Path, default=Path("runs/label-errors"), help="folder to write to")
     args = parser.parse_args(argv)
-    detector, metadata = load_weights(args.weights)
-    _, (split, *_) = splits_of(metadata | {"source": args.weights}, args.data)
-    if split is None:
-        raise UserError("there is no training split to search; name a data set that has one with --data")
-    dataset = CocoDataset(split, eval_transform(detector.config.image_size), known_ids=metadata["category_ids"])
-    dataset.require_classes(metadata | {"source": args.weights})
+    detector, dataset, _ = load_with_data(args.weights, args.data, "train")
     suspects = find_suspects(detector.eval(), dataset, detect_dataset(detector, dataset, batch_size=8, workers=2))
     args.out.mkdir(parents=True, exist_ok=True)
     first = {kind: rows[: args.most] for kind, rows in suspects.items()}

@@ -20,7 +20,7 @@ def predicted_scene(detector: Detector, dataset: CocoDataset, i: int) -> tuple[T
     those in training.
     """
     image, target = dataset[i]
-    batch = pack([image.as_subclass(Tensor)], [target])
+    batch = pack([image], [target])
     predictions, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
     truth = batch.gt_boxes, batch.gt_labels, batch.gt_offsets
     return image, Scene(predictions.logits, predictions.boxes, *truth, grid)

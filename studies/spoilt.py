@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision.ops import box_convert
 
 from benchmarks.measure import write_report
@@ -130,7 +129,7 @@ def add_other_values(detector: Detector, dataset: CocoDataset, suspects: dict[st
     labelled = by_image(dataset.annotations["annotations"])
     for i, image in enumerate(dataset.images):
         sample, target = dataset[i]
-        batch = pack([sample.as_subclass(Tensor)], [target])
+        batch = pack([sample], [target])
         raw, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
         truth = Inputs(*raw[:2], batch.gt_boxes, batch.gt_labels, batch.gt_offsets, grid)
         match = ota_assign(*truth, detector.config.ota)

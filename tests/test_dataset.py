@@ -15,11 +15,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from data import CocoDataset, DatasetError, Split, collate, eval_transform, find_splits, resized_size, train_transform
+from data import CocoDataset, DatasetError, Split, eval_transform, find_splits, resized_size, train_transform
 from data.dataset import IGNORE, Crop, SeededDataset, batches_from, training_sides
 from data.layouts import COCO
 from eval import coco_metrics
-from tests.support.sets import box_record, dataset_of, image_record, refusal, write_coco
+from model.batch import pack
+from tests.support.sets import box_record, collate, dataset_of, image_record, refusal, write_coco
 
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -37,7 +38,7 @@ def test_classes_and_targets_in_file_order(tmp_path):
     assert [target["orig_size"] for target in targets] == [(30, 40), (20, 50), (30, 40)]
     assert targets[0]["boxes"].tolist() == [[0, 20, 40, 30]]  # clipped
     assert targets[2]["boxes"].tolist() == [[1, 2, 4, 6], [5, 6, 15, 18]] and targets[2]["labels"].tolist() == [2, 1]
-    assert all(type(x) is torch.Tensor for x in [*pictures, *(t[k] for t in targets for k in ("boxes", "ignore"))])
+    assert all(type(tensor) is torch.Tensor for tensor in pack(pictures, targets))
     assert pictures[1].shape == (3, 20, 50) and pictures[1].dtype == torch.uint8
 
 
@@ -222,6 +223,12 @@ def test_crop_keeps_objects_by_their_centre_and_ignores_what_it_leaves_of_others
         assert rows or cropped.shape == image.shape
         cut += int((~inside).sum())
     assert cut > 20
+
+
+def test_image_that_resizing_would_make_empty_is_named(tmp_path):
+    split = write_coco(tmp_path, [image_record(1, "a.png", 2000, 1)], [box_record(1, (3, 0, 9, 1))])
+    with pytest.raises(DatasetError, match="instances_train.json, image 1: .*W: 267"):
+        CocoDataset(split, eval_transform((160, 267)))[0]
 
 
 def test_ranks_share_each_batch_of_an_order_by_seed_and_step():

@@ -147,7 +147,12 @@ def test_category_that_only_groups_the_others_is_left_out(changed):
 
 
 def test_first_images_are_those_with_boxes(changed):
-    root = changed(lambda content: [a.update(image_id=2 + a["image_id"] // 3 * 2) for a in content["annotations"]])
+    def move(content: dict) -> None:
+        for record in content["annotations"]:
+            record.update(image_id=2 + record["image_id"] // 3 * 2)
+        content["annotations"] += [record | {"id": 999, "image_id": 1, "bbox": [5, 5, 0, 9]}]
+
+    root = changed(move)
     dataset = CocoDataset(find_splits(root)[0], first=2)
     assert [image["id"] for image in dataset.images] == [2, 4] and len(dataset) == 2
     assert {a["image_id"] for a in dataset.annotations["annotations"]} == {2, 4}

@@ -95,8 +95,7 @@ REFUSED = {
     "--ota sigma=1": "'sigma=1' is no key=value with a key of alpha, eps,",
     "--assigner simota --ota top_q=3": "--ota is for --assigner ota, not for simota",
     "--data shapes --box vbox": "--box vbox is for CrowdHuman",
-    "--radius 3": "--radius is now --ota radius=VALUE",
-    "--resume never": "--resume is gone; a run in --out is continued",
+    "--steps 1e3": "--steps: 1e3 is not",
     "--surprise": "unrecognized arguments: --surprise",
 }
 

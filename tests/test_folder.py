@@ -98,14 +98,6 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
         load_checkpoint(tmp_path)
 
 
-def test_run_from_before_augment_was_a_flag_continues_with_flips_only(tmp_path):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    save_checkpoint(tmp_path, {"step": 1, "identity": "{}", "optimizer": optimizer.state_dict()})
-    assert resume(tmp_path, {"--augment": "flip"}, {"optimizer": optimizer})[0]["step"] == 1
-    with pytest.raises(UserError, match="--augment: was flip, is light now"):
-        resume(tmp_path, {"--augment": "light"}, {"optimizer": optimizer})
-
-
 def hold(folder: Path, started) -> None:
     resume(folder, {}, {})
     started.set()

@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 
 import data.layouts
-from data import CocoDataset, DatasetError, collate, find_splits, generate_shapes
+from data import CocoDataset, DatasetError, find_splits, generate_shapes
+from errors import UserError
 from eval import coco_metrics
-from tests.support.sets import grey, refusal, write_coco, write_scenes
+from tests.support.sets import collate, grey, refusal, write_coco, write_scenes
 
 BOX = ([1, 1, 9, 9], False)
 each_form = pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
@@ -171,6 +172,12 @@ def test_data_of_another_form_is_named(tmp_path, files, data, story):
         (tmp_path / name).write_text(text)
     with pytest.raises(DatasetError, match=story):
         find_splits(str(tmp_path / data))
+
+
+def test_shapes_need_a_folder_that_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/shapes: "):
+        generate_shapes(tmp_path / "file" / "shapes")
 
 
 def test_shapes_are_generated_once(tmp_path, monkeypatch):

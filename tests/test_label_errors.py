@@ -149,5 +149,5 @@ def test_what_cannot_be_searched_is_refused(halves, tmp_path):
     with pytest.raises(UserError, match="ota.safetensors names no data set; name the data set with --data"):
         label_errors.main(["--weights", str(path)])
     write_coco(halves[1:], tmp_path / "validation-only")
-    with pytest.raises(UserError, match="no training split to search"):
+    with pytest.raises(UserError, match="has no train split, only val"):
         label_errors.main(["--weights", str(path), "--data", str(tmp_path / "validation-only")])

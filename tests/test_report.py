@@ -95,16 +95,18 @@ def test_images_that_occur_twice_are_problems(changed, check):
     assert said.count(" = ") == 2
 
 
-def test_image_that_cannot_be_loaded_is_a_problem_and_the_test_split_is_checked(changed, check):
+def test_image_that_cannot_be_loaded_is_a_problem_and_the_test_split_is_checked(changed, check, monkeypatch):
     root = changed()
     shutil.copytree(root / "val", root / "test")
     shutil.copy(root / "annotations" / "instances_val.json", root / "annotations" / "instances_test.json")
     broken = root / "test" / "000002.jpg"
     broken.write_bytes(broken.read_bytes()[:-200])
+    monkeypatch.setattr("data.checks.ALL_FILES_UP_TO", 0)
+    monkeypatch.setattr("data.checks.FILES_SAMPLED", 1)
+    Image.new("RGB", (7, 5)).save(root / "train" / "000003.jpg")
     status, said = check(root)
-    assert status == 1 and re.search(
-        r"cannot be read: 1\n    test, image 2: image file \S+ cannot be read: .*truncated", said
-    )
+    assert status == 1 and re.search(r"cannot be loaded: 2\n    \S+_train.json, image 3 .* in the record, 7 x 5", said)
+    assert re.search(r"_test.json, image 2: image file \S+ cannot be read: .*truncated", said)
     assert "images in test and val (same bytes): 1\n    val image 1 (000001.jpg) = test image 1 (" in said
     assert rows_of(said)["images"] == ["4", "2", "2"]
 

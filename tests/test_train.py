@@ -111,6 +111,9 @@ def test_eval_gives_the_ap_of_the_training_and_refuses_other_classes(call, train
     other = changed(lambda content: content["categories"][1].update(name="rhombus"))
     with pytest.raises(DatasetError, match="2 square.*2 rhombus.*--data"):
         call(eval_script, "--weights", weights, "--data", other)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written: .*--out"):
+        call(eval_script, "--weights", weights, "--out", tmp_path / "file", *CPU)
 
 
 # Refusals and warnings
@@ -145,6 +148,24 @@ def test_error_for_people_is_one_line_and_status_1(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_script(mock.Mock(side_effect=UserError("--lr is wrong")))
     assert stop.value.code == "train.py: --lr is wrong"  # Python prints a text on stderr, and ends with status 1
+
+
+class Refusing(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> None:
+        try:
+            {}[i]
+        except KeyError as error:
+            raise DatasetError("a.jpg: cut off\n  twice") from error
+
+
+def test_error_in_a_loader_process_has_no_traceback_either():
+    loader = torch.utils.data.DataLoader(Refusing(), num_workers=1)
+    with pytest.raises(SystemExit, match=r": a\.jpg: cut off\n  twice$") as stop:
+        run_script(lambda: next(iter(loader)))
+    assert stop.value.code.count("\n") == 1
 
 
 def test_set_without_boxes_is_refused(call, changed, tmp_path):

@@ -233,7 +233,7 @@ def test_set_trains_evaluates_and_predicts(call, tmp_path, lists):
         call(eval_script, *weights, "--data", data, *CPU)
         metrics.append(metrics_of(out / name) | {"data": None})
     assert metrics[0] == metrics[1]
-    with pytest.raises(UserError, match="has no test split; choose one that it has with --split: train, val"):
+    with pytest.raises(UserError, match="has no test split, only train and val"):
         call(eval_script, *weights, "--data", root, "--split", "test", *CPU)
     shutil.copytree(root / "valid", root / "test")
     (root / "test.txt").write_text((root / "valid.txt").read_text().replace("valid", "test"))

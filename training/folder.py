@@ -95,7 +95,7 @@ def _lock(folder: Path) -> None:
 def _check_identity(folder: Path, identity: dict, checkpoint: dict | None) -> None:
     if checkpoint is None and any((folder / name).exists() for name in ("log.jsonl", "ota.safetensors")):
         raise UserError(f"{folder} holds a run already, without a checkpoint; name another folder with --out")
-    before = {"--augment": "flip"} | json.loads(checkpoint["identity"]) if checkpoint else identity
+    before = json.loads(checkpoint["identity"]) if checkpoint else identity
     names = [name for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)]
     if names:
         lines = [f"\n  {n}: was {before.get(n, 'unknown')}, is {identity.get(n, 'unknown')} now" for n in names]

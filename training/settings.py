@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,22 +45,16 @@ FREE_FLAGS = (
 )  # fmt: skip
 
 OTA_DEFAULTS = dataclasses.asdict(OTAConfig())
-GONE = {  # flags of before -> the remedy
-    **{name: f"is now --ota {name}=VALUE" for name in OTA_DEFAULTS},
-    **dict.fromkeys(("group_aspect", "ignore_crowd", "channels_last"), "is always on; leave it out"),
-    **dict.fromkeys(("frozen_norm", "max_detections"), "follows --pretrained or the recipe; leave it out"),
-    "fast_eval": "is gone; hotcoco evaluates where it is installed",
-    "resume": "is gone; a run in --out is continued, and a new one needs another --out",
-}
 
 
 def number(kind: type, is_valid: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     """Return the type of a flag that takes a finite number."""
 
     def parse(text: str) -> float:
-        if not math.isfinite(value := kind(text)) or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(value := kind(text)) and is_valid(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     return parse
 
@@ -156,10 +151,7 @@ def create_parser(description: str) -> argparse.ArgumentParser:
 def parse_args(description: str = "") -> argparse.Namespace:
     """Return the flags with the values of their recipe filled in; `ota` has all settings of OTAConfig."""
     parser = create_parser(description)
-    args, unknown = parser.parse_known_args()
-    for flag in unknown:
-        name = flag.removeprefix("--").removeprefix("no-").partition("=")[0].replace("-", "_")
-        parser.error(f"{flag} {GONE[name]}" if name in GONE else f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_args()
     if args.assigner == "hungarian" and importlib.util.find_spec("scipy") is None:
         parser.error(NO_SCIPY)
     if args.assigner != "ota" and args.ota:

@@ -27,6 +27,11 @@ def dataset_of(root: Path, half: int = 0, **options) -> CocoDataset:
     return CocoDataset(find_splits(str(root), **options)[half])
 
 
+def collate(samples: list[tuple]) -> tuple[tuple, tuple]:
+    """Return images and targets."""
+    return tuple(zip(*samples, strict=True))
+
+
 def refusal(source: Split | Path, **options) -> str:
     """Return the message of the DatasetError that a split, or the training half of a folder, ends in."""
     with pytest.raises(DatasetError) as error:
