@@ -49,7 +49,6 @@ def ota_assign(
     *,
     backend: str | None = None,
     check: bool | None = None,
-    max_pairs: int | None = None,
 ) -> Assignment:
     """Optimal transport assignment (Ge et al., CVPR 2021) of a batch: which ground truth each point learns.
 
@@ -67,8 +66,7 @@ def ota_assign(
     the host would wait for the device. Unchecked, a row whose label is out of range is ignored, and decreasing offsets
     give a meaningless result.
 
-    "triton" reserves some 70 bytes for each possible pair. With center_prior="none" these are all G N pairs, or
-    `max_pairs`; more candidates than that are an error on the device.
+    "triton" reserves some 70 bytes for each possible pair; with center_prior="none" these are all G N pairs.
 
     Raises ValueError for shapes or devices that do not fit, and TypeError for wrong types.
     """
@@ -77,24 +75,24 @@ def ota_assign(
     inputs = check_inputs(Inputs(logits, boxes, gt_boxes, gt_labels, gt_offsets, grid), check)
     rows, columns = zip(*grid.sizes, strict=True)
     settings = [getattr(config, name) for name in OTAConfig.__dataclass_fields__]
-    return Assignment(*_assign(*inputs[:5], grid.strides, rows, columns, *settings, max_pairs, backend))
+    return Assignment(*_assign(*inputs[:5], grid.strides, rows, columns, *settings, backend))
 
 
 # One torch operator for all backends, so that torch.compile keeps a call in its graph on every device.
 SCHEMA = (  # explicit, because the schema that torch infers differs between versions
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_offsets, int[] strides, int[] rows, "
     "int[] columns, float alpha, float eps, int iterations, int top_q, int per_q, int? fixed_k, str center_prior, "
-    "float radius, str cls_cost, str reg_cost, bool rescale, int? max_pairs, str backend) -> (Tensor, Tensor, Tensor)"
+    "float radius, str cls_cost, str reg_cost, bool rescale, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::assign", mutates_args=(), schema=SCHEMA)
 def _assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, (strides, rows, columns), (*settings, max_pairs, backend) = arguments[:5], arguments[5:8], arguments[8:]
+    tensors, (strides, rows, columns), (*settings, backend) = arguments[:5], arguments[5:8], arguments[8:]
     inputs = Inputs(*tensors, PointGrid(tuple(strides), tuple(zip(rows, columns, strict=True))))
     config, device = OTAConfig(*settings), inputs.boxes.device
     if backend == "triton":
-        return tuple(ota_assign_triton(inputs, config, max_pairs))
+        return tuple(ota_assign_triton(inputs, config))
     if device.type == "mps":  # lacks float64 and segmented reductions
         return tuple(tensor.to(device) for tensor in BACKENDS[backend](inputs.to("cpu"), config))
     return tuple(BACKENDS[backend](inputs, config))
@@ -110,6 +108,9 @@ def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *_) -> tuple[Tensor, Tens
 def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
     """The inputs with labels and offsets as int64. Raises what `ota_assign` documents."""
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
+    for name, tensor, axes in (("logits", logits, "(B, N, C)"), ("gt_boxes", gt_boxes, "(G, 4)")):
+        if tensor.dim() != len(axes.split()):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {axes}")
     num_images, num_rows = logits.shape[0], gt_boxes.shape[0]  # len() would be a constant for torch.compile
     expected = {
         "logits": (logits, (num_images, grid.num_points, logits.shape[-1]), FLOATS),
@@ -126,7 +127,7 @@ def check_inputs(inputs: Inputs, check: bool | None = None) -> Inputs:
             expectation = f"expected 0..{num_classes - 1}, or -1 for a row to ignore ({len(bad_rows)} such rows)"
             raise ValueError(f"gt_labels[{bad_rows[0]}] is {labels[bad_rows[0]]}, {expectation}")
         if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > len(labels):
-            raise ValueError(f"gt_offsets must rise from 0 to at most G = {len(labels)}, not {offsets}")
+            raise ValueError(f"gt_offsets must not fall, and lie in 0 to G = {len(labels)}, not {offsets}")
     return inputs._replace(gt_labels=gt_labels.long(), gt_offsets=gt_offsets.long())
 
 

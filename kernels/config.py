@@ -75,12 +75,14 @@ class OTAConfig:
             if integer and (value < 1 or value != int(value)):
                 raise ValueError(f"OTAConfig.{name} is {value}, it must be at least 1 and a whole number")
             object.__setattr__(self, name, int(value) if integer or isinstance(value, int) else float(value))
-        if self.center_prior == "closest" and (self.radius < 1 or self.radius != int(self.radius)):
-            raise ValueError(f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number >= 1")
+        if self.center_prior == "closest" and (not 1 <= self.radius <= 100 or self.radius != int(self.radius)):
+            raise ValueError(
+                f"OTAConfig.radius is {self.radius}: 'closest' takes radius^2 points, a whole number to 100"
+            )
         if self.center_prior == "radius" and not 0 < self.radius < 2**14:
             raise ValueError(f"OTAConfig.radius is {self.radius}: 'radius' needs 0 < radius < {2**14} strides")
-        if self.eps <= 0 or self.alpha < 0:
-            raise ValueError(f"OTAConfig needs eps > 0 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
+        if self.eps < 1e-6 or self.alpha < 0:  # below, cost / eps leaves float32
+            raise ValueError(f"OTAConfig needs eps >= 1e-6 and alpha >= 0, not eps={self.eps}, alpha={self.alpha}")
 
 
 class Assignment(NamedTuple):

@@ -26,7 +26,7 @@ from .grid import PointGrid, radius_in_units
 _ALPHA = tl.constexpr(FOCAL_ALPHA)
 _IOU_FLOOR = tl.constexpr(IOU_FLOOR)
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=False)
-_VARYING = ["B", "N", "C", "capacity"]  # change from batch to batch: Triton must not recompile for 1 or multiples of 16
+_VARYING = ["B", "N", "C"]  # change from batch to batch: Triton must not recompile for 1 or multiples of 16
 
 
 class Pairs(NamedTuple):
@@ -95,20 +95,6 @@ def _top_sum(bits, start, count, top_q):
     return tl.sum(total, 0) + tl.where(smallest > 0, left * smallest.to(tl.float32, bitcast=True), 0.0)
 
 
-@triton.jit(do_not_specialize=["B", "C"])
-def _count_kernel(num_pairs, gt_boxes, gt_labels, gt_offsets, levels, B, C, L):
-    """Candidates of every ground truth when only its box bounds them."""
-    g = tl.program_id(0).to(tl.int64)
-    _, _, x1, y1, x2, y2, valid = prior.ground_truth(g, gt_boxes, gt_labels, gt_offsets, B, C)
-    total = tl.zeros([], tl.int64)
-    for level in range(L):
-        stride, columns, rows, _, _ = prior.level(levels, level, L)
-        first_x, last_x = prior.range_in_box(x1, x2, 0, stride, columns, 0, "none")
-        first_y, last_y = prior.range_in_box(y1, y2, 0, stride, rows, 0, "none")
-        total += tl.maximum(last_x - first_x + 1, 0).to(tl.int64) * tl.maximum(last_y - first_y + 1, 0)
-    tl.store(num_pairs + g, tl.where(valid, tl.maximum(total, 1), 0))
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def _pairs_kernel(
     pairs,
@@ -118,7 +104,6 @@ def _pairs_kernel(
     B,
     N,
     C,
-    capacity,
     settings,
     PRIOR: tl.constexpr,
     CLS: tl.constexpr,
@@ -134,7 +119,6 @@ def _pairs_kernel(
     center_x, center_y = prior.fixed_point(x1) + prior.fixed_point(x2), prior.fixed_point(y1) + prior.fixed_point(y2)
     lane = tl.arange(0, BLOCK)
     start = tl.load(pair_start + g)
-    room = capacity - start
     ranked_distance += g * num_ranks
     ranked_point += g * num_ranks
 
@@ -174,7 +158,7 @@ def _pairs_kernel(
                 point = (first_y + (base + lane) // width) * columns + first_x + (base + lane) % width
             place = packed + tl.cumsum(chosen.to(tl.int32), 0) - 1
             flat = (image * N + first_point + point).to(tl.int32)
-            tl.store(pair_point + start + place, flat, mask=chosen & (place < room))
+            tl.store(pair_point + start + place, flat, mask=chosen)
             packed += tl.sum(chosen.to(tl.int32), 0)
         if PRIOR == "closest":
             tl.debug_barrier()
@@ -185,8 +169,8 @@ def _pairs_kernel(
         closest_point = tl.where(distance < least, first_point + y * columns + x, closest_point)
         least = tl.minimum(distance, least)
     without = valid & (packed == 0)
-    tl.store(pair_point + start, (image * N + closest_point).to(tl.int32), mask=without & (room > 0))
-    packed = tl.minimum(tl.where(without, 1, packed), tl.maximum(room, 0).to(tl.int32))
+    tl.store(pair_point + start, (image * N + closest_point).to(tl.int32), mask=without)
+    packed = tl.where(without, 1, packed)
     tl.debug_barrier()
 
     # Their costs.
@@ -269,11 +253,10 @@ def cost_scale(config: OTAConfig) -> float:
     return math.log2(math.e) / config.eps
 
 
-def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pairs:
-    """Candidate pairs, costs and supplies of G >= 1 ground truths; inputs are contiguous.
+def find_pairs(inputs: Inputs, config: OTAConfig) -> Pairs:
+    """Candidate pairs, costs and supplies of the ground truths; inputs are contiguous.
 
-    Every ground truth has slots for as many candidates as the center prior allows. "none" allows all N points;
-    then the candidates are counted on the device first and the slots are `max_pairs` (G N when None) for all.
+    Every ground truth has slots for as many candidates as the center prior allows, with "none" for all N points.
     """
     logits, boxes, gt_boxes, gt_labels, gt_offsets, grid = inputs
     (B, N, C), G, L, device = logits.shape, len(gt_boxes), len(grid.strides), boxes.device
@@ -281,26 +264,17 @@ def find_pairs(inputs: Inputs, config: OTAConfig, max_pairs: int | None) -> Pair
     host = _host_table(grid, config.center_prior, config.radius, device.type == "cuda")
     levels, ranks = tables = host.to(device, non_blocking=True).tensor_split([5 * L])
     most = most_pairs_per_gt(grid, config)
-    capacity = G * most
-    if config.center_prior == "none":
-        counts = torch.empty(G, dtype=torch.int64, device=device)
-        _count_kernel[(G,)](counts, gt_boxes, gt_labels, gt_offsets, levels, B, C, L, **_OPTIONS)
-        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        if max_pairs is not None:
-            capacity = min(capacity, max_pairs)
-            torch._assert_async(start[-1] <= capacity, f"more than max_pairs={max_pairs} candidate pairs")
-    else:
-        start = torch.arange(0, (G + 1) * most, most, device=device)
-    if max(capacity, B * N) > NO_POINT.value - 2**16:
-        raise ValueError(f"{capacity:,} possible pairs of {B * N:,} points are too many for 32 bits; pass max_pairs")
+    num_slots, start = G * most, torch.arange(0, (G + 1) * most, most, device=device)
+    if max(num_slots, B * N) > NO_POINT.value - 2**16:
+        raise ValueError(f"{num_slots:,} possible pairs of {B * N:,} points are too many for 32 bits")
     empty, num_ranks = partial(torch.empty, dtype=torch.int32, device=device), len(ranks) // 2
-    point, cost = empty(capacity).fill_(NO_POINT.value), empty(capacity, dtype=torch.float32)
-    pairs = Pairs(point, empty(capacity), cost, start, empty(G), empty(G))
-    scratch = empty(capacity), empty(G, num_ranks, dtype=torch.int64), empty(G, num_ranks)
+    point, cost = empty(num_slots).fill_(NO_POINT.value), empty(num_slots, dtype=torch.float32)
+    pairs = Pairs(point, empty(num_slots), cost, start, empty(G), empty(G))
+    scratch = empty(num_slots), empty(G, num_ranks, dtype=torch.int64), empty(G, num_ranks)
     num_closest = int(config.radius) ** 2 if config.center_prior == "closest" else 0
     supply = config.top_q, config.per_q, config.fixed_k or 0
     settings = L, num_ranks, num_closest, *supply, float(config.alpha), cost_scale(config)
     kinds = dict(PRIOR=config.center_prior, CLS=config.cls_cost, REG=config.reg_cost)
     options = kinds | _OPTIONS | register_limit()
-    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, capacity, settings, **options)
+    _pairs_kernel[(G,)](pairs, scratch, inputs[:5], tables, B, N, C, settings, **options)
     return pairs

@@ -75,10 +75,24 @@ def _result(scene: Scene, config: OTAConfig, backend: str) -> tuple[Assignment, 
     if backend == "torch":
         return solve_torch(scene, config)
     if backend == "triton":
-        from kernels.assign_triton import solve as solve_triton
-
-        return solve_triton(scene, config)
+        return _solve_triton(scene, config)
     return ota_assign(*scene, config, backend=backend, check=False), None
+
+
+def _solve_triton(scene: Scene, config: OTAConfig) -> tuple[Assignment, Plan]:
+    from kernels.assign_triton import solve
+    from kernels.center_prior_triton import NO_POINT
+    from kernels.pairs_triton import cost_scale
+
+    match, pairs, state = solve(scene, config)
+    num_points, slot = scene.grid.num_points, (pairs.point != NO_POINT.value).nonzero()[:, 0]
+    gt, point, cost = pairs.gt[slot].long(), pairs.point[slot].long(), pairs.cost[slot].double()
+    v = state.v[state.first[point // num_points] + state.column[slot].long()]
+    log_plan = (state.u[gt] + v - cost) * math.log(2)
+    points, inverse = torch.unique(point, return_inverse=True)
+    v_of_point = torch.empty_like(points, dtype=v.dtype).scatter_(0, inverse, v)
+    log_plan_bg = (state.u_background[points // num_points] + v_of_point) * math.log(2)
+    return match, Plan(gt, point, cost / cost_scale(config), pairs.k.long(), log_plan, points, log_plan_bg)
 
 
 def _compare_image(
