@@ -113,8 +113,8 @@ class Detector(nn.Module):
         images = [to_tensor(image, f"image {i}") for i, image in enumerate(images)]
         if not self.training:
             return self.resize_and_detect(images)
-        if targets is None or len(targets) != len(images):
-            raise ValueError("a training step needs one target (boxes, labels) per image")
+        if not images or targets is None or len(targets) != len(images):
+            raise ValueError("a training step needs images, and one target (boxes, labels) for each")
         return self.losses(pack(images, targets).to(self.mean.device))
 
     def normalise(self, images: Tensor, sizes: Tensor) -> Tensor:
@@ -169,15 +169,16 @@ class Detector(nn.Module):
     def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
         return unpad(*self.detect_padded(images, sizes), self.class_names)
 
-    def resize_and_detect(self, images: list[Tensor]) -> list[Detections]:
-        """Detect in batches of one padded size, so that no detection depends on other images. Raises ImageError."""
+    def resize_and_detect(self, images: list[Tensor], first: int = 0) -> list[Detections]:
+        """Detect in batches of one padded size, so that no detection depends on other images. Raises ImageError, in
+        which the images count from `first` on."""
         groups, detections, device = defaultdict(list), [None] * len(images), self.mean.device
         for i, image in enumerate(images):
             try:
                 resized = self.resize(image)
             except RuntimeError as error:
                 size = f"{image.shape[2]} x {image.shape[1]} px"
-                raise ImageError(f"an image of {size} is too narrow: its shorter side would be 0 px") from error
+                raise ImageError(f"image {first + i}, {size}, cannot be resized: {error}") from error
             groups[tuple(map(padded_side, resized.shape[1:]))].append((i, resized))
         for group in groups.values():
             batch, sizes = pad_images([resized for _, resized in group])
@@ -198,7 +199,7 @@ class Detector(nn.Module):
         """
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")
-        if not isinstance(score, Real | Tensor | None) or score != score:
+        if not isinstance(score, Real | None) or score != score:
             raise ValueError(f"score is {score!r}, it must be a number or None")
         if self.training:
             raise RuntimeError("the detector is in training mode; call eval() first")
@@ -207,7 +208,7 @@ class Detector(nn.Module):
         results, cuts = [], torch.tensor(self.cuts)
         for start in range(0, len(images), batch_size):
             chunk = enumerate(images[start : start + batch_size], start)
-            for detections in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk]):
+            for detections in self.resize_and_detect([to_tensor(image, f"image {i}") for i, image in chunk], start):
                 boxes, scores, labels = (column.cpu() for column in detections[:3])
                 kept = scores >= (cuts[labels] if score is None else score)
                 results.append(Detections(boxes[kept], scores[kept], labels[kept], self.class_names))

@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     "normalisation.mean": list_of(number(-1000, 1000), "three numbers from -1000 to 1000", 3),
     "normalisation.std": list_of(number(0.001, 1000), "three numbers from 0.001 to 1000", 3),
     "class_names": optional(list_of(NAME, "a list of distinct names")),
-    "category_ids": optional(list_of(integer(-(2**63), 2**63), "a list of distinct whole numbers")),
+    "category_ids": optional(list_of(integer(-(2**63), 2**63 - 1), "a list of distinct whole numbers")),
     "cuts": optional((lambda v: isinstance(v, list) and all(map(SCORE[0], v)), "a list of numbers from 0 to 1")),
     "data": optional(one_of_type(str, "the name of a data set")),
     "box": optional(one_of_type(str | None, "the name of a kind of boxes")),

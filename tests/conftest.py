@@ -75,6 +75,18 @@ def call() -> Callable[..., str]:
 
 
 @pytest.fixture
+def figures(monkeypatch) -> list:
+    """Every matplotlib figure that is written to a file during the test."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **more: (drawn.append(figure), save(figure, *args, **more))
+    )
+    return drawn
+
+
+@pytest.fixture
 def changed(tmp_path) -> Callable[..., Path]:
     """Return a function: generate a data set, change the content of its annotation files, return its folder."""
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from data import CocoDataset, DatasetError, Split, eval_transform, find_splits, resized_size, train_transform
-from data.dataset import IGNORE, Crop, SeededDataset, batches_from, training_sides
+from data.dataset import IGNORE, Crop, SeededDataset, training_sides
 from data.layouts import COCO
 from eval import coco_metrics
 from model.batch import pack
@@ -229,20 +229,6 @@ def test_image_that_resizing_would_make_empty_is_named(tmp_path):
     split = write_coco(tmp_path, [image_record(1, "a.png", 2000, 1)], [box_record(1, (3, 0, 9, 1))])
     with pytest.raises(DatasetError, match="instances_train.json, image 1: .*W: 267"):
         CocoDataset(split, eval_transform((160, 267)))[0]
-
-
-def test_ranks_share_each_batch_of_an_order_by_seed_and_step():
-    tall = [i % 3 == 0 for i in range(21)]
-    whole = list(batches_from(0, 10, tall, 4, seed=1))
-    for world in (2, 4):
-        ranks = [list(batches_from(0, 10, tall, 4, 1, rank, world)) for rank in range(world)]
-        assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole
-    assert list(batches_from(7, 10, tall, 4, seed=1)) == whole[7:]
-    assert list(batches_from(0, 10, tall, 4, seed=2)) != whole
-    for epoch, batches in enumerate((whole[:5], whole[5:])):
-        assert {e for batch in batches for e, _ in batch} == {epoch}
-        assert len({i for batch in batches for _, i in batch}) == 20
-        assert sum(len({tall[i] for _, i in batch}) > 1 for batch in batches) <= 1  # the last one fills up
 
 
 def write_large(root: Path, images: int, boxes: int) -> Split:

@@ -6,7 +6,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import tomllib
 import warnings
@@ -26,7 +25,7 @@ from data import generate_shapes
 from data.shapes import shapes_folder
 from kernels import OTAConfig, PointGrid, ota_assign
 from tests.support.detectors import EXPORT_FLAGS
-from tests.support.embedding import block, names_of
+from tests.support.embedding import names_of
 from tests.support.runs import CPU, DETECTOR
 from tests.support.sets import copy_as_yolo, generate_crowds
 
@@ -173,17 +172,6 @@ def test_assignment_for_another_detector(compiled):
     expected = ota_assign(logits, boxes, gt_boxes[0], gt_labels[0], offsets, grid, OTAConfig())
     assert (match.gt_index[0] >= 0).any() and (match.gt_index[1] == -1).all()
     assert all(torch.equal(one, other) for one, other in zip(match, expected, strict=True))
-
-
-def test_folder_works_elsewhere_under_another_name(tmp_path):
-    """kernels/ needs nothing else of this repository on the path."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "assignment", ignore=shutil.ignore_patterns("__pycache__"))
-    code = (
-        f"{block('def assign(').replace('from ota_triton import', 'from assignment import')}\n"
-        "match = assign([torch.zeros(1, 2, 4, 4)], [torch.ones(1, 4, 4, 4)], [8], [torch.tensor([[0., 0, 32, 32]])],"
-        " [torch.tensor([1])])\nassert (match.gt_index == 0).any() and int(match.k) > 0"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -8,7 +8,6 @@ import torch
 
 from data.draw import draw_curves, draw_detections, fonts_of
 from tests.support.detectors import NAMES
-from tests.support.pictures import record_figures
 
 NONE_TRUE = torch.empty(0, 4)
 
@@ -53,8 +52,7 @@ def test_captions_are_in_a_font_that_has_the_name_or_numbers(tmp_path, monkeypat
     fonts_of.cache_clear()
 
 
-def test_curves_show_the_numbers_of_the_log(tmp_path, monkeypatch):
-    figures = record_figures(monkeypatch)
+def test_curves_show_the_numbers_of_the_log(tmp_path, figures):
     log = [
         {"step": 10, "loss": 3.0, "cls": 1.5, "box": 1.0, "iou": 0.5, "positives_per_gt": 4.0, "mean_k": 5.0},
         {"step": 20, "AP": 0.25, "AP50": 0.5, "AP75": 0.125},
@@ -63,9 +61,10 @@ def test_curves_show_the_numbers_of_the_log(tmp_path, monkeypatch):
     draw_curves(log, tmp_path / "curves.png")
     (figure,) = figures
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    drawn = {line.get_label(): line.get_xydata().tolist() for axis in figure.axes for line in axis.lines}
-    assert drawn == {
-        "loss": [[10, 3], [20, 2]], "cls": [[10, 1.5], [20, 1]], "box": [[10, 1], [20, 0.75]],
-        "iou": [[10, 0.5], [20, 0.25]], "AP": [[20, 0.25]], "AP50": [[20, 0.5]], "AP75": [[20, 0.125]],
-        "positives_per_gt": [[10, 4], [20, 6]], "mean_k": [[10, 5], [20, 7]],
-    }  # fmt: skip
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axis.lines} for axis in figure.axes]
+    assert drawn == [
+        {"loss": [[10, 3], [20, 2]], "cls": [[10, 1.5], [20, 1]], "box": [[10, 1], [20, 0.75]],
+         "iou": [[10, 0.5], [20, 0.25]]},
+        {"AP": [[20, 0.25]], "AP50": [[20, 0.5]], "AP75": [[20, 0.125]]},
+        {"positives_per_gt": [[10, 4], [20, 6]], "mean_k": [[10, 5], [20, 7]]},
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import eval as eval_script
-from data import CocoDataset, DatasetError, find_splits
+from data import CocoDataset, find_splits
 from eval import coco_evaluation, coco_metrics, evaluation_dataset
 from tests.support.sets import refusal
 
@@ -114,15 +114,6 @@ def test_both_evaluators_agree_bit_for_bit(case, monkeypatch):
 
 
 # Data sets of others
-
-
-def test_boxes_in_fractions_are_refused(changed):
-    def divide(content: dict) -> None:
-        for record in content["annotations"]:
-            record["bbox"] = [value / 96 for value in record["bbox"]]
-
-    with pytest.raises(DatasetError, match=r"100% of all \(normalised, fractions.*px\)"):
-        CocoDataset(find_splits(changed(divide))[0])
 
 
 def group(content: dict) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,21 +40,26 @@ def room_of(path: Path) -> str:
     return script if script in MAY_IMPORT else path.parts[0]
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a file imports anywhere, in functions as well; a relative import stays in its room."""
+def imported(path: Path) -> set[str]:
+    """Packages and rooms that a file imports anywhere, in functions as well; a relative import stays in its room."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module)
-    return {name.split(".")[0] for name in names} & ROOMS
+    return {name.split(".")[0] for name in names}
 
 
 def test_no_import_runs_upwards():
-    upwards = {str(p): imported_rooms(p) - MAY_IMPORT[room_of(p)] - {room_of(p)} for p in files()}
+    upwards = {str(p): imported(p) & ROOMS - MAY_IMPORT[room_of(p)] - {room_of(p)} for p in files()}
     assert not {path: rooms for path, rooms in upwards.items() if rooms}
-    assert imported_rooms(Path("train.py")) > {"data", "model"} and len(files()) > 50  # the search finds something
+    assert imported(Path("train.py")) > {"data", "model"} and len(files()) > 50  # the search finds something
+
+
+def test_kernels_import_only_torch_and_triton():
+    others = {str(p): imported(p) - {"torch", "triton", *sys.stdlib_module_names} for p in files()}
+    assert not {path: names for path, names in others.items() if names and path.startswith("kernels")}
 
 
 def test_files_of_the_product_are_readable():

@@ -57,7 +57,7 @@ NO_IMAGES = [
     (torch.zeros(3, 4, 5).long(), "uint8, or floating point.*int64"),
     (torch.full((3, 4, 5), 255.0), r"in 0\.\.1 .*, not torch.float32 from 255 to 255"),
     (torch.full((3, 4, 5), torch.nan), "from nan to nan"),
-    (torch.zeros(3, 1, 2000, dtype=torch.uint8), "2000 x 1 px is too narrow"),
+    (torch.zeros(3, 1, 2000, dtype=torch.uint8), "image 0, 2000 x 1 px, cannot be resized: .*H: 0"),
     (Image.new("I;16", (4, 5)), "size=4x5.* cannot be read.*more than 8 bits"),
     ("nowhere.jpg", "there is no image file nowhere.jpg"),
 ]

@@ -19,7 +19,6 @@ from studies.label_errors import BOX_WEIGHT, find_suspects, prices
 from studies.predictions import overlaps
 from studies.spoilt import KINDS, shares_found, spoil
 from tests.support.detectors import tiny_detector
-from tests.support.pictures import record_figures
 from tests.support.scenes import make_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,8 +70,8 @@ def test_suspects_have_the_reason_that_detections_give(halves):
     assert [(s["bbox"], s["reason"]) for s in suspects["missing"]] == [(found[2][0], f"not labelled: {names[0]}")]
 
 
-def test_lists_and_crops_are_written(halves, tmp_path, monkeypatch, capsys):
-    figures, path = record_figures(monkeypatch), tmp_path / "ota.safetensors"
+def test_lists_and_crops_are_written(halves, tmp_path, figures, capsys):
+    path = tmp_path / "ota.safetensors"
     about = halves[0].classes | {"data": str(halves[0].split.annotations.parents[1])}
     detector = tiny_detector(num_classes=5, image_size=(96, 160))
     detector.cuts = [0.02] * 5

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 import data.__main__ as command
 from data import CocoDataset, find_splits, generate_shapes
-from data.draw import draw_curves, draw_detections, save_contact_sheet
+from data.draw import save_contact_sheet
 from data.shapes import CLASSES, CROWD_OBJECTS, SPARSE_OBJECTS, Scene, Shape
 
 
@@ -76,32 +76,8 @@ def test_command_writes_a_set(tmp_path, call, capsys):
         assert story in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_true_boxes_are_white_and_the_best_detection_is_on_top():
-    """In an image enlarged by 10, with its boxes."""
-    image, truth = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.tensor([[5.0, 25, 15, 35]])
-    boxes = torch.tensor([[20.0, 10, 30, 20], [20, 10, 30, 20], [35, 10, 45, 20]])
-    scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 1])
-    picture = draw_detections(image, truth, boxes, scores, labels, ["cat", "dog"])
-    assert picture.shape == (3, 400, 500)
-    assert picture[:, 300, 50].tolist() == [255] * 3 and picture[:, 300, 100].tolist() == [0] * 3
-    cat, dog = picture[:, 150, 200].tolist(), picture[:, 150, 350].tolist()
-    assert cat[0] == 255 > 100 > max(cat[1:]) and dog != cat and max(dog) == 255 and max(picture[:, 150, 250]) == 0
-
-
 def test_contact_sheet_has_the_pictures_row_by_row(tmp_path):
     pictures = [torch.full((3, 20 + i, 30), 50 * (i + 1), dtype=torch.uint8) for i in range(3)]
     save_contact_sheet(pictures, tmp_path / "sheet.png", columns=2)
     sheet = pixels(tmp_path / "sheet.png")
     assert [sheet[y, x, 0] for y, x in ((10, 10), (10, 45), (35, 10), (35, 45))] == [50, 100, 150, 0]
-
-
-def test_curves_are_in_their_panels(tmp_path):
-    """Loss on the left, average precision in the middle, supplies on the right: another AP changes the middle alone."""
-    line = dict.fromkeys(("loss", "cls", "box", "iou", "positives_per_gt", "mean_k"), 0.5)
-    log = [line | {"step": step} for step in (1, 2)] + [{"step": 2, "AP": 0.5, "AP50": 0.5, "AP75": 0.5}]
-    draw_curves(log, tmp_path / "one.png")
-    log[-1]["AP50"] = 0.8
-    draw_curves(log, tmp_path / "other.png")
-    one, other = (pixels(tmp_path / f"{name}.png") for name in ("one", "other"))
-    columns = np.flatnonzero((one != other).any((0, 2)))
-    assert len(columns) and (3 * columns // one.shape[1] == 1).all()

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from data.dataset import SeededDataset, batches_from
+from data.dataset import batches_from
 from errors import UserError
 from kernels import Inputs, OTAConfig, PointGrid, assignment_statistics
 from kernels.assign_reference import assign_image
@@ -61,21 +61,10 @@ def test_batches_are_a_function_of_seed_and_step(batch_size):
         assert len(set(orders[-1])) == len(orders[-1]) == epoch_steps * batch_size
         assert sum(len({tall[i] for _, i in batch}) > 1 for batch in of_epoch) <= 1
     assert orders[0] != orders[1]
-    ranks = [list(batches_from(0, steps, tall, 2 * batch_size, 5, rank, 2)) for rank in (0, 1)]
-    whole = list(batches_from(0, steps, tall, 2 * batch_size, 5))
-    assert [one + two for one, two in zip(*ranks, strict=True)] == whole
-
-
-def test_random_transforms_are_a_function_of_seed_epoch_and_image():
-    class Draws(torch.utils.data.Dataset):
-        def __getitem__(self, i):
-            return torch.rand(1).item()
-
-    keys = [(epoch, i) for epoch in range(5) for i in range(50)]
-    drawn = [SeededDataset(Draws(), 0)[key] for key in keys]
-    torch.manual_seed(5)
-    assert [SeededDataset(Draws(), 0)[key] for key in reversed(keys)] == drawn[::-1]
-    assert len(set(drawn)) == 250 and SeededDataset(Draws(), 1)[keys[0]] != drawn[0]
+    whole = list(batches_from(0, steps, tall, 4 * batch_size, 5))
+    for world in (2, 4):
+        ranks = [list(batches_from(0, steps, tall, 4 * batch_size, 5, rank, world)) for rank in range(world)]
+        assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole
 
 
 # Passes

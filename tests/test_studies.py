@@ -25,7 +25,6 @@ from studies.draw_assignment import colors_of, generated_crowd
 from studies.exact import DUAL_TOLERANCE, exact_pairs, exact_units
 from tests.support.backends import GRID, C
 from tests.support.detectors import tiny_detector
-from tests.support.pictures import record_figures
 from tests.support.scenes import make_scene, trained_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,8 +81,7 @@ def test_runs_become_rows_a_table_and_a_plot(weights, tmp_path, monkeypatch, cap
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pictures_of_a_generated_crowd(tmp_path, monkeypatch):
-    figures = record_figures(monkeypatch)
+def test_pictures_of_a_generated_crowd(tmp_path, figures):
     draw_assignment.main(["--out", str(tmp_path), "--strategies", "ota"])
     for name in ("levels.png", "plan.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -107,8 +105,8 @@ def test_pictures_of_a_generated_crowd(tmp_path, monkeypatch):
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-2)
 
 
-def test_pictures_and_audit_of_a_detector(weights, dataset, tmp_path, monkeypatch):
-    figures, out = record_figures(monkeypatch), str(tmp_path)
+def test_pictures_and_audit_of_a_detector(weights, dataset, tmp_path, figures, monkeypatch):
+    out = str(tmp_path)
     draw_assignment.main(["--weights", str(weights), "--image", "1", "--strategies", "ota", "--out", out])
     name = dataset.images[1]["file_name"]
     assert figures[0].get_suptitle().startswith(f"{name} of shapes, ota.safetensors\n")
