@@ -10,6 +10,7 @@ metrics.json beside the weights, or into --out, and report.html with --report. t
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from operator import itemgetter
@@ -197,6 +198,16 @@ def load_with_data(
     return detector, evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights}), data
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder unless it is there. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; name another folder with --out") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
@@ -220,11 +231,7 @@ def main() -> None:
     names = [name for name in (args.data and data_name(args.data), args.split, args.box) if name]
     folder, name = (Path(), "eval") if is_on_hub(args.weights) else (weights.parent, "eval" if names else "")
     out = args.out or folder / "-".join([name, *names])
-    try:  # before the work
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").touch()
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}; name another folder with --out") from error
+    from_main(lambda: make_folder(out))  # before the work
     metrics, results = evaluate(detector.to(device), dataset, args.batch_size, args.workers)
     if rank == 0:
         (out / "detections.json").write_text(json.dumps(results))

@@ -239,10 +239,9 @@ def main() -> None:
     place = f"{world} x {device.type} in {'bfloat16' if args.bf16 else 'float32'}"
     say(explain(args, dataset, steps))
     say(f"{steps} steps of {args.batch_size} images on {place}; learning rate {rate}", flush=True)
-    metadata = dataset.classes | {
-        "data": args.data if args.data in RECIPES else str(Path(args.data).expanduser().absolute())
-    }
-    folder = RunFolder(out, settings, identity, metadata | {"box": args.box}, steps, start, log) if is_main else None
+    data = args.data if args.data in RECIPES else str(Path(args.data).expanduser().absolute())
+    metadata = dataset.classes | {"data": data, "box": args.box}
+    folder = RunFolder(out, settings, identity, metadata, steps, start, log) if is_main else None
 
     if is_main and not checkpoint:
         folder.save_checkpoint(0, window, parts)  # by which a run that ends before its next one is recognised

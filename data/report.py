@@ -94,7 +94,6 @@ def most_points(boxes: np.ndarray, longest_px: int, config: OTAConfig) -> np.nda
 
 def unusable_images(datasets: list[CocoDataset]) -> Problems:
     """Return the images that a training could not load, found by loading all of them."""
-    problems = defaultdict(list)
 
     def fault_of(dataset: CocoDataset, i: int) -> str | None:
         try:
@@ -104,12 +103,9 @@ def unusable_images(datasets: list[CocoDataset]) -> Problems:
 
     images = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for fault in tqdm(
-            pool.map(fault_of, *zip(*images, strict=True)), "load", len(images), leave=False, disable=None
-        ):
-            if fault:
-                problems["images that cannot be loaded"].append(fault)
-    return problems
+        faults = pool.map(fault_of, *zip(*images, strict=True))
+        faults = [*filter(None, tqdm(faults, "load", len(images), leave=False, disable=None))]
+    return {"images that cannot be loaded": faults} if faults else {}
 
 
 def repeated_images(datasets: list[CocoDataset]) -> Problems:
