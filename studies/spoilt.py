@@ -29,7 +29,7 @@ from torchvision.ops import box_convert
 from benchmarks.measure import write_report
 from data import CocoDataset, eval_transform, find_splits
 from data.report import write_coco
-from errors import run_script
+from errors import UserError, run_script
 from eval import coco_evaluation, detect_dataset
 from kernels import Assignment, Inputs, OTAConfig, focal_loss, ota_assign
 from kernels.assign_torch import solve
@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(flags)
     halves, rows = [CocoDataset(split) for split in find_splits(args.data) if split], {}
+    if len(halves[0].class_names) < 2:
+        raise UserError(f"--data {args.data} has one class, and none to confuse it with")
     for seed in args.seeds:
         spoilt, errors = spoil(halves[0].annotations, args.share, seed)
         parts = write_parts(halves, spoilt, args.out / f"data-{seed}")

@@ -16,6 +16,7 @@ from benchmarks.measure import write_report
 from benchmarks.tables import APS, SIZES, seeds_table
 from data import CocoDataset, eval_transform, find_splits, train_transform
 from data.dataset import SeededDataset, batches_from
+from errors import UserError, run_script
 from eval import coco_metrics, coco_results
 from kernels import OTAConfig
 from model import Detections
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
     (train_split, val_split, _), size = find_splits(args.data), (SIZE_PX, SIZE_PX)
+    if not train_split or not val_split:
+        raise UserError(f"--data {args.data} needs a training and a validation split")
     training = CocoDataset(train_split, train_transform(size, "flip"))
     validation = CocoDataset(val_split, eval_transform(size))
     about = {"command": f"python -m studies.torchvision_fcos --data {args.data}", "steps": args.steps}
@@ -74,4 +77,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
