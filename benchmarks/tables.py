@@ -114,6 +114,7 @@ TABLES = {
     "bccd": partial(compare, "bccd", APS | CELLS | POINTS, slice(9)),
     "supply": partial(compare, "bccd", APS | CELLS | POINTS, slice(9, None)),
     "augment": partial(compare, "augment", APS | CELLS),
+    "augment_320": partial(compare, "augment-320", APS | CELLS),
     "augment_shapes": partial(compare, "augment-shapes", APS | SIZES),
     "labels_bccd": partial(compare, "labels-bccd", FOUND),
     "labels_shapes": partial(compare, "labels-shapes", FOUND),
