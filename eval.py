@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BOXES, CocoDataset, Split, Splits, eval_transform, find_splits, printable, read_split
+from data import BOXES, SPLITS, CocoDataset, Split, eval_transform, find_splits, printable, read_split
 from data.checks import repair_lines
 from data.layouts import data_name
 from errors import UserError, run_script
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, help="file written by train.py, or hf://user/repo[/file]")
     parser.add_argument("--data", help="coco, crowdhuman, shapes or a folder; default: that of the training")
-    parser.add_argument("--split", choices=Splits._fields, help="default: val, or train where there is no val")
+    parser.add_argument("--split", choices=SPLITS, help="default: val, or train where there is no val")
     parser.add_argument("--box", choices=BOXES, help="which of CrowdHuman's boxes; default: those of the training")
     parser.add_argument("--follow-links", action="store_true", help="read images that are links to other folders")
     parser.add_argument("--strict", action="store_true", help="stop for flaws that would be repaired, too")

@@ -5,5 +5,5 @@ from data.checks import Split, check_annotations
 from data.dataset import AUGMENTATIONS, CocoDataset, eval_transform, resized_size, train_transform
 from data.files import DatasetError, printable
 from data.forms import read_split
-from data.layouts import BOXES, Splits, find_form, find_splits
+from data.layouts import BOXES, SPLITS, find_form, find_splits
 from data.shapes import generate_shapes

@@ -149,10 +149,11 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
         target = {"boxes": boxes, "labels": labels, "image_id": int(self._image_ids[i]), "orig_size": size}
         image = tv_tensors.Image(image)
-        try:
-            image, target = self.transform(image, target) if self.transform else (image, target)
-        except RuntimeError as error:  # such as that of a long thin image, resized to a side of 0 px
-            raise DatasetError(f"{self.split.annotations}, image {target['image_id']}: {error}") from error
+        if self.transform:
+            try:
+                image, target = self.transform(image, target)
+            except RuntimeError as error:  # such as that of a long thin image, resized to a side of 0 px
+                raise DatasetError(f"{self.split.annotations}, image {target['image_id']}: {error}") from error
         boxes, ignored = target["boxes"], target["labels"] == IGNORE
         target["ignore"] = tv_tensors.wrap(boxes[ignored], like=boxes)
         target["boxes"], target["labels"] = tv_tensors.wrap(boxes[~ignored], like=boxes), target["labels"][~ignored]

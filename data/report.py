@@ -113,7 +113,7 @@ def repeated_images(datasets: list[CocoDataset]) -> Problems:
     and those that can be."""
     problems, same_size, same_bytes = defaultdict(list), defaultdict(list), defaultdict(list)
     for split, image in ((dataset.split, image) for dataset in datasets for image in dataset.images):
-        with suppress(OSError, ValueError, DatasetError):
+        with suppress(OSError, ValueError):
             path = path_inside(split.images, image["file_name"], split.follow_links)
             same_size[path.stat().st_size].append((split.name, image, path))
     for name, image, path in (entry for entries in same_size.values() if len(entries) > 1 for entry in entries):

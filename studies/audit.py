@@ -65,7 +65,7 @@ class Row:
     gaps: list[float] = field(default_factory=list)
     unrounded: int = 0
     violations: int = 0
-    changed: Counter = field(default_factory=Counter)  # decoding -> points
+    decoded: Counter = field(default_factory=Counter)  # decoding -> points changed
 
 
 @dataclass
@@ -90,10 +90,9 @@ class Audit:
         for row in self.rows:
             plan = {"plan_cost_ratio": ratio(row.plan_cost, self.cost), "residual": ratio(row.residual, self.points)}
             plan |= {"median_gap": median(row.gaps) if row.gaps else None}
-            changed = {
-                name: {"changed": n, "changed_share": ratio(n, self.positives)} for name, n in row.changed.items()
-            }
-            rows.append(vars(row) | plan | {"decoded": changed})
+            counts = row.decoded.items()
+            decoded = {name: {"changed": n, "changed_share": ratio(n, self.positives)} for name, n in counts}
+            rows.append(vars(row) | plan | {"decoded": decoded})
         return vars(self) | {"rows": rows}
 
 
@@ -128,7 +127,7 @@ def audit_image(audit: Audit, name: str, scene: Scene, config: OTAConfig) -> Non
             setting = replace(config, eps=row.eps, iterations=row.iterations, rescale=rescale)
             match, plan = solve(scene, setting)
             labels = match.gt_index.flatten()[plan.points]
-            row.changed[decoding] += int((labels != exact).sum())
+            row.decoded[decoding] += int((labels != exact).sum())
         received = units_received(plan)[0]
         row.plan_cost += float(received @ cost_bg + plan.log_plan.exp() @ plan.cost.double())
         row.residual += float((received - 1).abs().sum())

@@ -1,4 +1,4 @@
-"""What ota_assign and its settings refuse, and by which message; what the folder kernels/ imports."""
+"""What ota_assign and its settings refuse, and by which message."""
 
 import math
 import re
