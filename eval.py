@@ -10,7 +10,6 @@ metrics.json beside the weights, or into --out, and report.html with --report. t
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from operator import itemgetter
@@ -26,7 +25,7 @@ from data import BOXES, SPLITS, CocoDataset, Split, eval_transform, find_splits,
 from data.checks import repair_lines
 from data.layouts import data_name
 from errors import UserError, run_script
-from model import DEFAULT_SCORE, Detections, Detector, is_on_hub, load_weights, local_file
+from model import DEFAULT_SCORE, Detections, Detector, is_on_hub, load_weights, local_file, make_folder
 from model.batch import Batch, pack, padded_side
 from report import write_report
 from training.process import from_main, ignore_interrupts, setup_distributed, wait_for_main
@@ -196,16 +195,6 @@ def load_with_data(
     if box and not split.form.boxes:
         raise UserError(f"--box {box} is for CrowdHuman; {split.annotations} has one kind of boxes")
     return detector, evaluation_dataset(split, detector.config.image_size, metadata | {"source": weights}), data
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder unless it is there. Raises UserError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; name another folder with --out") from error
 
 
 def main() -> None:

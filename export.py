@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 from errors import UserError, run_script
 from kernels.grid import MAX_SIDE_PX
-from model import Detector, is_on_hub, load, local_file, write_file
+from model import Detector, is_on_hub, load, local_file, make_folder, write_file
 from model.batch import SIZE_DIVISOR
 from model.postprocess import suppressed
 
@@ -117,9 +117,9 @@ def main() -> None:
     detector = load(weights)
     export, suffix = (export_onnx, ".onnx") if args.format == "onnx" else (export_torch, ".pt2")
     out = args.out or (Path() if is_on_hub(args.weights) else weights.parent) / (weights.stem + suffix)
+    make_folder(out.parent)  # before the work
     data = export(detector, args.nms)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, data)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}; name another file with --out") from error

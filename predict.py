@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import printable, resized_size
 from data.draw import draw_detections
+from data.files import IMAGE_SUFFIXES
 from errors import UserError, run_script
 from eval import coco_results
 from images import ImageError, load_image
@@ -32,7 +33,7 @@ from model import DEFAULT_SCORE, Detector, load, write_file
 from training.process import setup_distributed
 from training.settings import number, positive
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # searched for in folders, and written
+WRITTEN = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # kinds of pictures; of other images: PNG
 
 
 def find_images(inputs: list[str]) -> list[Path]:
@@ -43,20 +44,21 @@ def find_images(inputs: list[str]) -> list[Path]:
         paths = [path := Path(name).expanduser()]
         if path.is_dir() or (not path.exists() and glob.has_magic(name)):
             matches = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-            paths = sorted(p for p in matches if p.is_file() and p.suffix.lower() in SUFFIXES)
+            shown = (p for p in matches if p.is_file() and not p.name.startswith("."))
+            paths = sorted(p for p in shown if p.suffix.lower() in IMAGE_SUFFIXES)
         for path in paths:
             images.setdefault(os.path.normpath(path.absolute()), path)
     if not images:
-        raise UserError(f"no images in {', '.join(inputs)}; a folder or glob is searched for {' '.join(SUFFIXES)}")
+        raise UserError(f"no images in {', '.join(inputs)}; searched for {' '.join(IMAGE_SUFFIXES)}")
     return list(images.values())
 
 
 def picture_paths(images: list[Path], out: Path) -> list[Path]:
-    """Return the paths of pictures: the images' names in `out`, with a number if the name is taken; GIF and other kinds
-    of files that are not written become PNG. Raises UserError: a picture would overwrite an image."""
+    """Return the paths of pictures: the images' names in `out`, with a number if the name is taken; kinds of files that
+    are not WRITTEN become PNG. Raises UserError: a picture would overwrite an image."""
     pictures: dict[str, Path] = {}  # by name in lower case, as some file systems have it
     for image in images:
-        name = image.name if image.suffix.lower() in SUFFIXES else f"{image.name}.png"
+        name = image.name if image.suffix.lower() in WRITTEN else f"{image.name}.png"
         names = (f"{n}-{name}" if n else name for n in itertools.count())
         name = next(name for name in names if name.lower() not in pictures)
         pictures[name.lower()] = out / name

@@ -143,7 +143,10 @@ class CocoDataset(torch.utils.data.Dataset):
         boxes (n, 4) float32 BoundingBoxes, labels (n,) int64, ignore (m, 4) float32 BoundingBoxes (regions to ignore),
         image_id the file's own, and orig_size (H, W) in px from before the transform.
         """
-        i, image = (i, self.load(i)) if self._bad is None else self._load_next_good(i)
+        return self._sample(i) if self._bad is None else self._next_good_sample(i)
+
+    def _sample(self, i: int) -> tuple[tv_tensors.Image, dict]:
+        image = self.load(i)
         size, rows = tuple(self._sizes[i].tolist()), slice(self._offsets[i], self._offsets[i + 1])
         boxes, labels = (torch.from_numpy(column[rows].copy()) for column in (self._boxes, self._labels))
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
@@ -173,11 +176,11 @@ class CocoDataset(torch.utils.data.Dataset):
             raise DatasetError(f"{source}: {sizes} with its EXIF orientation applied")
         return image
 
-    def _load_next_good(self, i: int) -> tuple[int, Tensor]:
-        """Return the first good image from i on, around the end of the file; report others once, up to a cap."""
+    def _next_good_sample(self, i: int) -> tuple[tv_tensors.Image, dict]:
+        """Return the first good sample from i on, around the end of the file; report others once, up to a cap."""
         for candidate in chain(range(i, len(self)), range(i)):
             try:
-                return candidate, self.load(candidate)
+                return self._sample(candidate)
             except DatasetError as error:
                 with self._bad_lock:
                     known = bool(self._bad[candidate])

@@ -3,4 +3,4 @@
 # ruff: noqa: F401
 from .detector import DEFAULT_SCORE, Detector, DetectorConfig
 from .postprocess import Detections
-from .weights import init_weights, is_on_hub, load, load_weights, local_file, save_weights, write_file
+from .weights import init_weights, is_on_hub, load, load_weights, local_file, make_folder, save_weights, write_file

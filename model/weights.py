@@ -40,6 +40,16 @@ def write_file(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder unless it is there. Raises UserError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; name another folder with --out") from error
+
+
 OBJECT = one_of_type(dict, "an object")
 SCORE = number(0, 1)
 NAME: Rule = lambda v: isinstance(v, str) and v.strip() != "", "a name"

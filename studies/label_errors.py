@@ -31,7 +31,7 @@ from kernels import OTAConfig
 from kernels.assign_torch import solve
 from kernels.config import Plan
 from kernels.statistics import background_cost
-from model import Detector
+from model import Detector, make_folder
 from studies.predictions import by_image, overlaps, predicted_scene
 from tests.support.scenes import Scene
 from training.settings import positive
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/label-errors"), help="folder to write to")
     args = parser.parse_args(argv)
     detector, dataset, _ = load_with_data(args.weights, args.data, "train")
+    make_folder(args.out)  # before the work
     suspects = find_suspects(detector.eval(), dataset, detect_dataset(detector, dataset, batch_size=8, workers=2))
-    args.out.mkdir(parents=True, exist_ok=True)
     first = {kind: rows[: args.most] for kind, rows in suspects.items()}
     (args.out / "suspects.json").write_text(json.dumps(first, indent=1))
     draw_suspects(suspects, dataset.split.images, args.out / "suspects.png")

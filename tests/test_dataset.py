@@ -225,10 +225,13 @@ def test_crop_keeps_objects_by_their_centre_and_ignores_what_it_leaves_of_others
     assert cut > 20
 
 
-def test_image_that_resizing_would_make_empty_is_named(tmp_path):
-    split = write_coco(tmp_path, [image_record(1, "a.png", 2000, 1)], [box_record(1, (3, 0, 9, 1))])
+def test_image_that_resizing_would_make_empty_is_named_or_skipped(tmp_path, capfd):
+    images = [image_record(1, "a.png", 2000, 1), image_record(2, "b.png")]
+    split, transform = write_coco(tmp_path, images, [box_record(1, (3, 0, 9, 1))]), eval_transform((160, 267))
     with pytest.raises(DatasetError, match="instances_train.json, image 1: .*W: 267"):
-        CocoDataset(split, eval_transform((160, 267)))[0]
+        CocoDataset(split, transform)[0]
+    assert CocoDataset(split, transform, bad_images="skip")[0][1]["image_id"] == 2
+    assert "skipped bad image 1 (at most 10)" in capfd.readouterr().err
 
 
 def write_large(root: Path, images: int, boxes: int) -> Split:

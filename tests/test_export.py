@@ -112,7 +112,7 @@ def test_where_the_file_goes(call, weights, tmp_path, monkeypatch):
     for name, wanted, flags in ((weights, beside, ()), ("hf://a/b", "ota.pt2", ()), (weights, "sub/x.pt2", out)):
         said = call(export_script, "--weights", name, "--format", "torch", *flags)
         assert Path(wanted).read_bytes() == b"exported" and f"wrote {wanted}" in said
-    with pytest.raises(UserError, match="cannot write ota.pt2/x.pt2: .*; name another file with --out"):
+    with pytest.raises(UserError, match="ota.pt2 cannot be written: .*; name another folder with --out"):
         call(export_script, "--weights", weights, "--format", "torch", "--out", "ota.pt2/x.pt2")
 
 

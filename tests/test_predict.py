@@ -185,13 +185,13 @@ def test_broken_files_are_named_and_the_others_come_out(call, weights, tmp_path,
 
 
 def test_folders_and_globs(tmp_path, monkeypatch):
-    for name in ("b.jpg", "a.PNG", "notes.txt", "sub/c.jpg", "odd[1].jpg", "empty/notes.txt"):
+    for name in ("b.jpg", "a.PNG", "notes.txt", "._b.jpg", "d.avif", "sub/c.jpg", "odd[1].jpg", "empty/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     for inputs, found in (
-        ([".", "b.jpg"], ["a.PNG", "b.jpg", "odd[1].jpg"]),
-        (["**/*"], ["a.PNG", "b.jpg", "odd[1].jpg", "sub/c.jpg"]),
+        ([".", "b.jpg"], ["a.PNG", "b.jpg", "d.avif", "odd[1].jpg"]),
+        (["**/*"], ["a.PNG", "b.jpg", "d.avif", "odd[1].jpg", "sub/c.jpg"]),
         (["odd[1].jpg", "missing.jpg"], ["odd[1].jpg", "missing.jpg"]),
     ):
         assert [str(path) for path in find_images(inputs)] == found
