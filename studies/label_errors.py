@@ -29,7 +29,6 @@ from eval import detect_dataset, load_with_data
 from images import load_image
 from kernels import OTAConfig
 from kernels.assign_torch import solve
-from kernels.config import Plan
 from kernels.statistics import background_cost
 from model import Detector, make_folder
 from studies.predictions import by_image, overlaps, predicted_scene
@@ -48,12 +47,7 @@ def prices(scene: Scene, config: OTAConfig) -> Tensor:
     config = replace(config, alpha=BOX_WEIGHT * config.alpha)
     _, plan = solve(scene, config)
     of_background = background_cost(scene.logits, plan, config)[plan.column]
-    return mean_unit(plan, plan.cost + of_background)
-
-
-def mean_unit(plan: Plan, cost: Tensor) -> Tensor:
-    """Return what a unit of each ground truth (G,) costs on average, if pair p costs cost[p]."""
-    cost = plan.log_plan.exp() * cost
+    cost = plan.log_plan.exp() * (plan.cost + of_background)
     return cost.new_zeros(len(plan.k)).index_add(0, plan.gt, cost) / plan.k
 
 

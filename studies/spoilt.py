@@ -9,10 +9,9 @@ Each seed has its own errors, of four kinds, each in `--share` of the boxes, no 
     extra      a box where no object is: the shape and the class of a random one, IoU under 0.1 with all of its image
     missing    left out; found by a detection that is listed and has an IoU of 0.5 or more with it
 
-Three detectors are trained: on the spoilt set, and, with as many steps, on each half of its images. Rankings of the
-annotations and of the detections without one (studies/label_errors.py) are compared by the share of the errors that are
-among the first 1, 2 and 3 times as many suspects as there are errors; "crossed" is each half ranked by the detector of
-the other. Needs hotcoco. Writes spoilt.json; a command that is started again leaves out complete runs.
+A detector is trained on the spoilt set. Rankings of the annotations and of the detections without one (see
+studies/label_errors.py) are compared by the share of the errors that are among the first 1, 2 and 3 times as many
+suspects as there are errors. Needs hotcoco. Writes spoilt.json; the same command again leaves out complete runs.
 """
 
 import argparse
@@ -24,21 +23,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.ops import box_convert
 
 from benchmarks.measure import write_report
-from data import CocoDataset, eval_transform, find_splits
+from data import CocoDataset, find_splits
 from data.report import write_coco
 from errors import UserError, run_script
-from eval import coco_evaluation, detect_dataset
-from kernels import Assignment, Inputs, OTAConfig, focal_loss, ota_assign
-from kernels.assign_torch import solve
-from model import Detector, load_weights
-from model.batch import pack
-from model.head import Predictions
+from eval import coco_evaluation, detect_dataset, load_with_data
+from kernels import ota_assign
+from model import Detector
+from model.batch import Batch, pack
 from model.losses import detection_losses
 from studies.compare import split_flags, train
-from studies.label_errors import find_suspects, mean_unit
+from studies.label_errors import find_suspects
 from studies.predictions import by_image, overlaps
 from training.environment import environment
 
@@ -108,64 +104,29 @@ def spoil(truth: dict, share: float, seed: int) -> tuple[dict, list[dict]]:
     return truth | {"annotations": [*annotations.values()]}, errors
 
 
-def write_parts(halves: list[CocoDataset], spoilt: dict, root: Path) -> dict[str, Path]:
-    """Write the spoilt set and halves of its images, each as a data set of its own; return their folders by name."""
-    parts = {"all": spoilt["images"], "even": spoilt["images"][::2], "odd": spoilt["images"][1::2]}
-    for name, images in parts.items():
-        if not (root / name).exists():
-            write_coco(halves, root / name)
-            ids = {image["id"] for image in images}
-            records = [a for a in spoilt["annotations"] if a["image_id"] in ids]
-            part = json.dumps(spoilt | {"images": images, "annotations": records})
-            (root / name / "annotations" / "instances_train.json").write_text(part)
-    return {name: root / name for name in parts}
+def add_losses(detector: Detector, dataset: CocoDataset, annotations: list[dict]) -> None:
+    """Add to the annotations among the suspects what `training_losses` yields."""
+    suspects, labelled = {s["id"]: s for s in annotations}, by_image(dataset.annotations["annotations"])
+    for i, image in enumerate(dataset.images):
+        sample, target = dataset[i]
+        losses = training_losses(detector, pack([sample], [target]))
+        for annotation, of_annotation in zip(labelled[image["id"]], losses, strict=True):
+            suspects[annotation["id"]] |= of_annotation
 
 
 @torch.no_grad()
-def add_other_values(detector: Detector, dataset: CocoDataset, suspects: dict[str, list[dict]]) -> None:
-    """Add to the suspects of `find_suspects` what else they can be ranked by: to annotations what `training_losses`
-    returns, to missing ones what `detection_values` returns."""
-    annotations, missing = map(by_image, (suspects[name] for name in LISTS))
-    labelled = by_image(dataset.annotations["annotations"])
-    for i, image in enumerate(dataset.images):
-        sample, target = dataset[i]
-        batch = pack([sample], [target])
-        raw, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
-        truth = Inputs(*raw[:2], batch.gt_boxes, batch.gt_labels, batch.gt_offsets, grid)
-        match = ota_assign(*truth, detector.config.ota)
-        losses = dict(zip([a["id"] for a in labelled[image["id"]]], training_losses(raw, match, truth), strict=True))
-        for suspect in annotations[image["id"]]:
-            suspect |= losses[suspect["id"]]
-        if found := missing[image["id"]]:
-            boxes = box_convert(torch.tensor([d["bbox"] for d in found]), "xywh", "xyxy")
-            boxes = boxes * (batch.sizes[0] / torch.tensor(target["orig_size"])).flip(0).repeat(2)
-            labels = torch.tensor([dataset.category_ids.index(d["category_id"]) for d in found])
-            objects = truth._replace(gt_boxes=boxes, gt_labels=labels, gt_offsets=torch.tensor([0, len(found)]))
-            for suspect, values in zip(
-                found, detection_values(objects, match, truth, detector.config.ota), strict=True
-            ):
-                suspect |= values
-
-
-def training_losses(raw: Predictions, match: Assignment, truth: Inputs) -> Iterator[dict]:
-    """Yield for each ground truth of an image its training loss, the mean of its points, and with the classes doubled;
-    it is infinite if it gets no point."""
-    for row in range(len(truth.gt_boxes)):
+def training_losses(detector: Detector, batch: Batch) -> Iterator[dict]:
+    """Yield for each ground truth of a batch of one image its training loss, the mean of its points, and with the
+    classes doubled; it is infinite if it gets no point."""
+    raw, grid = detector.predict_raw(detector.normalise(batch.images, batch.sizes))
+    truth = batch.gt_boxes, batch.gt_labels
+    match = ota_assign(*raw[:2], *truth, batch.gt_offsets, grid, detector.config.ota)
+    for row in range(len(truth[0])):
         mine = match.gt_index == row
         alone = match._replace(gt_index=torch.where(mine, row, -1))
-        terms = detection_losses(raw, alone, truth.gt_boxes, truth.gt_labels, ~mine)
+        terms = detection_losses(raw, alone, *truth, ~mine)
         loss = sum(map(float, terms.values())) if mine.any() else math.inf
         yield {"loss": loss, "loss, classes doubled": loss + float(terms["cls"])}
-
-
-def detection_values(objects: Inputs, match: Assignment, truth: Inputs, config: OTAConfig) -> Iterator[dict]:
-    """Yield for each detection, assigned as if it were a ground truth, its worth, what a unit of its supply would save,
-    and the focal loss of its points under the true labels, the mean."""
-    own, plan = solve(objects, config)
-    for row, cost in enumerate(mean_unit(plan, plan.cost).tolist()):
-        mine = own.gt_index == row
-        loss = focal_loss(truth.logits, torch.where(mine, match.gt_index, -1), truth.gt_labels, ~mine)
-        yield {"worth": -cost, "loss": float(loss / mine.sum().clamp(min=1))}
 
 
 def hotcoco_suspects(dataset: CocoDataset, results: list[dict]) -> dict[str, list[dict]]:
@@ -200,7 +161,7 @@ def is_found(error: dict, suspect: dict) -> bool:
 
 def rankings(suspects: dict[str, list[dict]], listed: dict[str, list[dict]], seed: int) -> dict[str, dict[str, list]]:
     """List -> name of a ranking -> the suspects, most suspicious first."""
-    names = {"annotations": ("price", "loss", "loss, classes doubled"), "missing": ("score", "worth", "loss")}
+    names = {"annotations": ("price", "loss", "loss, classes doubled"), "missing": ("score",)}
     random, orders = np.random.default_rng(seed), {}
     for kind, keys in names.items():
         orders[kind] = {key: sorted(suspects[kind], key=lambda s, key=key: -s[key]) for key in keys}
@@ -209,13 +170,12 @@ def rankings(suspects: dict[str, list[dict]], listed: dict[str, list[dict]], see
     return orders
 
 
-def search(weights: Path, root: Path) -> tuple[dict, dict]:
-    """The suspects of a data set under a detector with all values, and hotcoco's."""
-    detector, metadata = load_weights(weights)
-    dataset = CocoDataset(find_splits(str(root))[0], eval_transform(detector.config.image_size))
+def search(weights: Path) -> tuple[dict, dict]:
+    """The suspects in the training split of a detector, with the losses of annotations, and hotcoco's."""
+    detector, dataset, _ = load_with_data(weights, None, "train")
     results = detect_dataset(detector.eval(), dataset, batch_size=8, workers=0)
     suspects = find_suspects(detector, dataset, results)
-    add_other_values(detector, dataset, suspects)
+    add_losses(detector, dataset, suspects["annotations"])
     return suspects, hotcoco_suspects(dataset, results)
 
 
@@ -232,20 +192,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--data {args.data} has one class, and none to confuse it with")
     for seed in args.seeds:
         spoilt, errors = spoil(halves[0].annotations, args.share, seed)
-        parts = write_parts(halves, spoilt, args.out / f"data-{seed}")
-        runs = {
-            name: train("ota", seed, str(root), args.out / name, more, torch.get_num_threads()) / "ota.safetensors"
-            for name, root in parts.items()
-        }
-        crossed = search(runs["even"], parts["odd"]), search(runs["odd"], parts["even"])
-        merged = tuple({name: a[name] + b[name] for name in LISTS} for a, b in zip(*crossed, strict=True))
-        for variant, found in (("", search(runs["all"], parts["all"])), (", crossed", merged)):
-            for kind, orders in rankings(*found, seed).items():
-                wanted = [e for e in errors if (e["kind"] == "missing") == (kind == "missing")]
-                for name, order in orders.items():
-                    row = shares_found(order, wanted) | {"seed": seed}
-                    rows.setdefault(f"{kind}: {name}{variant}", []).append(row)
-                    print(f"{seed} {kind}: {name}{variant}: {row}", flush=True)
+        if not (root := args.out / f"data-{seed}").exists():
+            write_coco(halves, root)
+            (root / "annotations" / "instances_train.json").write_text(json.dumps(spoilt))
+        run = train("ota", seed, str(root), args.out, more, torch.get_num_threads())
+        for kind, orders in rankings(*search(run / "ota.safetensors"), seed).items():
+            wanted = [e for e in errors if (e["kind"] == "missing") == (kind == "missing")]
+            for name, order in orders.items():
+                row = shares_found(order, wanted) | {"seed": seed}
+                rows.setdefault(f"{kind}: {name}", []).append(row)
+                print(f"{seed} {kind}: {name}: {row}", flush=True)
     write_report(args.out / "spoilt.json", {"command": command, **environment(torch.device("cpu")), "rows": rows})
     print(f"wrote {args.out / 'spoilt.json'}")
 

@@ -125,7 +125,6 @@ def test_protocol(halves, tmp_path, monkeypatch):
         torch.manual_seed(seed)
         detector = tiny_detector(num_classes=5, image_size=(96, 160))
         detector.cuts = [0.02] * 5
-        out.mkdir(parents=True)
         save_weights(out / "ota.safetensors", detector, halves[0].classes | {"data": data})
         return out
 
@@ -133,13 +132,8 @@ def test_protocol(halves, tmp_path, monkeypatch):
     write_coco(halves, tmp_path / "set")
     spoilt.main(["--data", str(tmp_path / "set"), "--seeds", "1", "--share", "0.1", "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out" / "spoilt.json").read_text())["rows"]
-    assert {"annotations: price", "annotations: loss, crossed", "missing: hotcoco", "missing: worth"} <= rows.keys()
+    assert {"annotations: price", "annotations: loss", "missing: hotcoco", "missing: score"} <= rows.keys()
     assert all(0 <= row[0]["first 1x"] <= row[0]["first 3x"] <= 1 for row in rows.values())
-    even, odd, whole = (
-        {i["id"] for i in CocoDataset(find_splits(str(tmp_path / f"out/data-1/{part}"))[0]).images}
-        for part in ("even", "odd", "all")
-    )
-    assert even | odd == whole and not even & odd
 
 
 def test_what_cannot_be_searched_is_refused(halves, tmp_path):
