@@ -111,12 +111,12 @@ def check_annotations(
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
     sound = (_sound_records(key, content, problems, repairs) for key in FIELDS)
     (categories, images, objects), known = zip(*sound, strict=True)
-    for name, count in Counter(category["name"] for category in categories).items():
-        if count > 1:
-            problems["category names that occur twice"].append(repr(name))
     records = _columns(categories, images, objects)
     if group := grouping_category(categories, set(records.category_ids.tolist())):
         repairs[GROUPING].append(f"category {group['id']} {VALUE.repr(group['name'])}")
+    for name, count in Counter(c["name"] for c in categories if c is not group).items():
+        if count > 1:
+            problems["category names that occur twice"].append(repr(name))
     turned, missing = _check_files(images, split, look_at_files, problems)
     records = _turn_sizes(records, turned, problems, repairs)
     records = _check_boxes(records, objects, known, problems, repairs)

@@ -76,6 +76,14 @@ def test_missing_ids_are_free_numbers_in_file_order(tmp_path):
     assert "ids that occur twice in 'annotations': 1\n    record 4, id 5" in refusal(write_coco(tmp_path, boxes=boxes))
 
 
+def test_grouping_category_may_have_the_name_of_its_only_class(tmp_path):
+    """As in Roboflow's exports of a project with one class."""
+    categories = [{"id": 0, "name": "cat", "supercategory": "none"}, {"id": 3, "name": "cat", "supercategory": "cat"}]
+    assert CocoDataset(write_coco(tmp_path, boxes=[box_record()], categories=categories)).categories == categories[1:]
+    both = [box_record(), box_record(2, category_id=0)]
+    assert "names that occur twice: 1\n    'cat'" in refusal(write_coco(tmp_path, boxes=both, categories=categories))
+
+
 @pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
 def test_sound_file_is_not_repaired(tmp_path, form):
     """A box half a pixel outside is rounding; its truth stays as it is in the file."""
