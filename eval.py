@@ -168,7 +168,7 @@ def evaluation_dataset(split: Split, image_size: tuple[int, int], classes: dict,
     """Return `split`, with a note if it is a whole training split; options: `first` and `records` of CocoDataset.
     Raises DatasetError unless it has the class_names and category_ids in `classes`, whose file is their source."""
     options["records"] = options.get("records") or from_main(lambda: read_split(split))
-    dataset = CocoDataset(split, eval_transform(image_size), known_ids=classes["category_ids"], **options)
+    dataset = CocoDataset(split, eval_transform(image_size), known=classes, **options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         if split.name == "train" and not options.get("first"):
             note = "is the training split; an AP on it does not measure how well the detector generalises"

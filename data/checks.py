@@ -6,6 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from data.files import VALUE, DatasetError, leaves_folder, near_misses, path_inside, printable
 from data.repairs import (
     GROUPING,
+    NO_SIZE,
     NOT_TURNED,
     TURNED,
     clipped_corners,
@@ -109,7 +111,7 @@ def check_annotations(
     repairs = defaultdict(list, repairs or {})
     if not isinstance(content, dict):
         raise DatasetError(f"{split.annotations}: the top level is a {type(content).__name__}, not an object")
-    sound = (_sound_records(key, content, problems, repairs) for key in FIELDS)
+    sound = (_sound_records(key, content, split, problems, repairs) for key in FIELDS)
     (categories, images, objects), known = zip(*sound, strict=True)
     records = _columns(categories, images, objects)
     if group := grouping_category(categories, set(records.category_ids.tolist())):
@@ -146,7 +148,9 @@ FIELDS = {  # that a record must have: name -> (predicate, the required value in
 }
 
 
-def _sound_records(key: str, content: dict, problems: Problems, repairs: Problems) -> tuple[list[dict], list[int]]:
+def _sound_records(
+    key: str, content: dict, split: Split, problems: Problems, repairs: Problems
+) -> tuple[list[dict], list[int]]:
     """Return the well-formed records under a top-level key, each id once, and the ids of all records."""
     records = content.get(key)
     if not isinstance(records, list):
@@ -166,6 +170,8 @@ def _sound_records(key: str, content: dict, problems: Problems, repairs: Problem
         changes: dict[str, str] = {}
         if flaw and isinstance(record, dict):
             record, changes = repair_fields(record, id_fields, free)
+            if key == "images" and (size := _size_from_file(record, split)):
+                record, changes[NO_SIZE] = record | size, "{width} x {height}".format(**size)
             flaw = _flaw(record, rules)
         if flaw:
             problems[f"malformed records in {key!r}"].append(f"{line}: {flaw}")
@@ -175,6 +181,16 @@ def _sound_records(key: str, content: dict, problems: Problems, repairs: Problem
         for kind, change in changes.items() if not flaw else ():
             repairs[kind].append(f"{line}: {change}")
     return list(sound.values()), [*sound, *malformed_ids]
+
+
+def _size_from_file(record: dict, split: Split) -> dict[str, int]:
+    """Return width and height of an image whose record has none, or 0; {} if its EXIF orientation turns them."""
+    if any(record.get(side) in (None, 0, -1) for side in ("width", "height")):
+        with suppress(Exception):  # Pillow's readers raise nearly anything on a broken file
+            path = path_inside(split.images, record["file_name"], split.follow_links)
+            if not is_turned(path):
+                return dict(zip(("width", "height"), header_size(path), strict=True))
+    return {}
 
 
 def _flaw(record: object, fields: dict[str, tuple[Callable[[object], bool], str]]) -> str | None:

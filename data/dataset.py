@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from data.checks import Records, Split
 from data.files import DatasetError, path_inside, printable
 from data.forms import read_split
-from data.repairs import clipped_corners, grouping_category
+from data.repairs import ABSENT, absent_categories, clipped_corners, grouping_category
 from images import load_image
 
 IGNORE = -1  # label of the regions to ignore, inside the data set and its transform
@@ -57,16 +57,19 @@ class CocoDataset(torch.utils.data.Dataset):
         transform: Callable | None = None,  # of torchvision's v2, on (image, target), regions to ignore labelled IGNORE
         bad_images: str = "stop",  # or "skip": report images that cannot be used, and take the next good ones instead
         first: int | None = None,  # only so many images, the first ones that have boxes
-        known_ids: Collection[int] = (),  # of a detector or the training split, never left out as `grouping`
+        known: dict | None = None,  # class_names and category_ids of a detector or the training split
         records: Records | None = None,  # of the split, if it was read before
     ) -> None:
         self.split, self.transform = split, transform
         records = read_split(split, bad_images == "stop") if records is None else records
-        used_ids = {*np.unique(records.category_ids).tolist(), *known_ids}
-        self.grouping = grouping_category(records.categories, used_ids)
-        self.digest, self.repairs = records.digest, records.repairs
+        names = dict(zip(known["category_ids"], known["class_names"], strict=True)) if known else {}
+        self.grouping = grouping_category(records.categories, {*np.unique(records.category_ids).tolist(), *names})
+        categories = [category for category in records.categories if category != self.grouping]
+        absent = [] if split.strict else absent_categories(categories, names)
+        lines = [f"category {category['id']} {printable(category['name'])}" for category in absent]
+        self.digest, self.repairs = records.digest, records.repairs | ({ABSENT: lines} if lines else {})
         records = self._used = records if first is None else records.first_images(first)
-        self.categories = sorted((c for c in records.categories if c != self.grouping), key=lambda c: c["id"])
+        self.categories = sorted(categories + absent, key=lambda category: category["id"])
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
         self.classes = {"class_names": self.class_names, "category_ids": self.category_ids}

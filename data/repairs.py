@@ -17,6 +17,7 @@ WHOLE_FLOATS = 2**53  # beyond it, neighbouring integers are the same float
 # Kinds of repairs, with what is done; NOT_TURNED and UNITS are of problems.
 FLOAT_ID = "ids that are whole numbers in another type, taken as integers"
 NO_ID = "missing annotation ids, numbered"
+NO_SIZE = "sizes of images that are missing or 0, taken from their files"
 ISCROWD = "iscrowd in another type, taken as 0 or 1"
 TURNED = "sizes from before the EXIF rotation, boxes from after it or none, width and height swapped"
 NOT_TURNED = (
@@ -29,6 +30,7 @@ EMPTY = "boxes without width or height, or with numbers that are not finite, dro
 UNITS = "x, y, width, height in px of the recorded size? Two corners, or another size, would give this"
 AREA = "areas that are missing or cannot be those of their boxes, computed from the boxes"
 GROUPING = "categories that only group the others, left out unless the detector has them"
+ABSENT = "categories of the training that the file lacks, added"
 
 
 def free_ids(records: list) -> Iterator[int]:
@@ -79,6 +81,12 @@ def grouping_category(categories: list[dict], used_ids: Collection[int]) -> dict
         groups = [other.get("supercategory") for other in categories if other is not category]
         if groups and groups == [category["name"]] * len(groups):
             return category
+
+
+def absent_categories(categories: list[dict], known: dict[int, str]) -> list[dict]:
+    """Return the `known` categories, id -> name, that `categories` lacks, none if it has others than these."""
+    own = {(category["id"], category["name"]) for category in categories}
+    return [{"id": i, "name": name} for i, name in sorted(known.items() - own)] if own <= known.items() else []
 
 
 def clipped_corners(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ def open_splits(splits: Splits, transform: Callable) -> tuple[list[CocoDataset],
     datasets, messages = [], [] if splits.train else ["there is no training split"]
     for split in filter(None, splits):
         try:
-            dataset = CocoDataset(split, transform, known_ids=datasets[0].category_ids if datasets else ())
+            dataset = CocoDataset(split, transform, known=datasets[0].classes if datasets else None)
             datasets.append(dataset)
             dataset.require_classes(datasets[0].classes | {"source": datasets[0].split.annotations})
             if not dataset.num_boxes:

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import data.checks
 import eval as eval_script
 import train
 from data import CocoDataset, DatasetError, generate_shapes, read_split
 from data.dataset import SeededDataset
-from data.repairs import AREA, CLIPPED, EMPTY, FLOAT_ID, ISCROWD, NO_ID, NOT_TURNED, OUTSIDE, TURNED
+from data.repairs import ABSENT, AREA, CLIPPED, EMPTY, FLOAT_ID, ISCROWD, NO_ID, NO_SIZE, NOT_TURNED, OUTSIDE, TURNED
 from errors import UserError
 from eval import coco_metrics
 from tests.support.detectors import tiny_detector
@@ -82,6 +82,43 @@ def test_grouping_category_may_have_the_name_of_its_only_class(tmp_path):
     assert CocoDataset(write_coco(tmp_path, boxes=[box_record()], categories=categories)).categories == categories[1:]
     both = [box_record(), box_record(2, category_id=0)]
     assert "names that occur twice: 1\n    'cat'" in refusal(write_coco(tmp_path, boxes=both, categories=categories))
+
+
+def test_categories_of_the_training_that_a_file_lacks_are_added(tmp_path):
+    """As in files that a program writes for each split, from the objects in it."""
+    split, known = (
+        write_coco(tmp_path, boxes=[box_record(area=120)]),
+        {"class_names": ["bird", "cat"], "category_ids": [1, 3]},
+    )
+    dataset = CocoDataset(split, known=known)
+    assert dataset.classes == known and dataset.repairs == {ABSENT: ["category 1 bird"]}
+    assert dataset[0][1]["labels"].tolist() == [1] and perfect_ap(dataset) == pytest.approx(1)
+    dataset.require_classes(known | {"source": "weights"})
+    other = known | {"class_names": ["bird", "dog"]}
+    for strict, classes, told in (
+        (False, other, "only in weights: 1 bird, 3 dog; only in .*instances_train.json: 3 cat"),
+        (True, known, "only in weights: 1 bird. Training"),
+    ):
+        with pytest.raises(DatasetError, match=told):
+            CocoDataset(replace(split, strict=strict), known=classes).require_classes(classes | {"source": "weights"})
+
+
+def test_sizes_that_records_lack_are_those_of_the_files(tmp_path):
+    """CVAT writes 0 where it does not have the images (datumaro, issue 775); other programs write none."""
+    images = [image_record(1) | {"width": 0, "height": 0}, {"id": 2.0, "file_name": "b.jpg"}, image_record(3, "c.jpg")]
+    split = write_coco(tmp_path, images, pixels=False)
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        grey(split.images / name)
+    dataset = CocoDataset(split)
+    assert dataset.images == [image_record(i, f"{name}.jpg") for i, name in enumerate("abc", 1)]
+    lines = ["record 0, id 1, file_name 'a.jpg': 40 x 30", "record 1, id 2.0, file_name 'b.jpg': 40 x 30"]
+    assert dataset.repairs[NO_SIZE] == lines and "without --strict" in refusal(replace(split, strict=True))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 30)).save(split.images / "a.jpg", exif=exif)
+    (split.images / "b.jpg").unlink()
+    said = refusal(split)
+    assert "'a.jpg': width is 0, not a number of pixels" in said and "'b.jpg': width is missing" in said
 
 
 @pytest.mark.parametrize("form", ["coco", "crowdhuman", "voc"])
