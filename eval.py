@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import BOXES, SPLITS, CocoDataset, Split, eval_transform, find_splits, printable, read_split
-from data.checks import repair_lines
 from data.layouts import data_name
+from data.problems import repair_lines
 from errors import UserError, run_script
 from model import DEFAULT_SCORE, Detections, Detector, is_on_hub, load_weights, local_file, make_folder
 from model.batch import Batch, pack, padded_side

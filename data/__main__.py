@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.checks import culprit_lines
 from data.dataset import train_transform
 from data.files import DatasetError
 from data.layouts import find_splits
+from data.problems import culprit_lines
 from data.report import SAMPLES, open_splits, print_tables, repeated_images, save_samples, unusable_images, write_coco
 from data.shapes import CROWDED_SHARE, SIZE_PX, TRAIN_IMAGES, VAL_IMAGES, generate_shapes
 from errors import run_script

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import VALUE, DatasetError, leaves_folder, near_misses, path_inside, printable
+from data.files import VALUE, DatasetError, leaves_folder, path_inside
+from data.problems import Problems, raise_problems
 from data.repairs import (
     GROUPING,
     NO_SIZE,
@@ -30,11 +31,8 @@ from data.repairs import (
 from images import header_size, is_turned
 
 ALL_FILES_UP_TO, FILES_SAMPLED = 5_000, 2_000
-CULPRITS_SHOWN, REPAIRS_SHOWN, CULPRIT_LENGTH = 5, 3, 400
 MOST_BOXES = 0.95  # of the boxes: such a share of tiny ones means other units, not tiny objects
 LEAVING = "file names that leave the image folder"
-
-Problems = dict[str, list[str]]  # kind -> one line for each culprit
 
 
 class ReadBytes:
@@ -327,35 +325,3 @@ def read_sizes(named: list[tuple[str, str]], split: Split, problems: Problems, c
             problems[kind + coverage].append(f"{who}: {remark}" if remark else who)
     missing = [name for (_, name), (size, _, remark) in zip(named, answers, strict=True) if not size and not remark]
     return [size for size, _, _ in answers], missing
-
-
-def raise_problems(source: Path, problems: Problems, missing: list[str], folder: Path) -> None:
-    """Raise a DatasetError with every kind of problem, its first culprits, and where missing files may be, if any."""
-    if not problems:
-        return
-    head = f"{source}: {sum(map(len, problems.values()))} problem(s); correct the file or take these records out"
-    remarks = [f"  {_shortened(remark)}" for remark in near_misses(missing, folder)]
-    raise DatasetError("\n".join([head, *culprit_lines(problems), *remarks]))
-
-
-def culprit_lines(problems: Problems) -> list[str]:
-    """Return a line for each kind, with its count, and lines for its first culprits."""
-    lines = []
-    for kind, culprits in problems.items():
-        lines += [f"  {kind}: {len(culprits)}", *(f"    {line}" for line in _first(culprits, CULPRITS_SHOWN))]
-    return lines
-
-
-def repair_lines(repairs: Problems) -> list[str]:
-    """Return a line for each kind of repair, with its count and first culprits."""
-    return [f"{kind}: {len(them)}; {'; '.join(_first(them, REPAIRS_SHOWN))}" for kind, them in repairs.items()]
-
-
-def _first(culprits: list[str], count: int) -> list[str]:
-    more = len(culprits) - count
-    return [*map(_shortened, culprits[:count]), *[f"and {more} more"] * (more > 0)]
-
-
-def _shortened(line: str) -> str:
-    half, line = CULPRIT_LENGTH // 2, printable(line)
-    return line if len(line) <= 3 * half else f"{line[:half]} [...] {line[-half:]}"

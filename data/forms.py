@@ -18,8 +18,9 @@ from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 
-from data.checks import BOX, Problems, ReadBytes, Records, Split, check_annotations, is_box, raise_problems, read_sizes
+from data.checks import BOX, ReadBytes, Records, Split, check_annotations, is_box, read_sizes
 from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, leaves_folder, parse_json, path_inside
+from data.problems import Problems, raise_problems
 
 # The polygons are most of a large file, and not needed; parsing their numbers takes twice the time of the rest.
 POLYGONS = re.compile(r'"segmentation"\s*:\s*\[(?:[^][{}"]|\[[^][{}"]*\])*\]')

@@ -15,11 +15,11 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data.checks import Problems
 from data.dataset import CocoDataset, SeededDataset, batches_from
 from data.draw import draw_boxes, save_contact_sheet
 from data.files import DatasetError, path_inside, printable
 from data.layouts import Splits
+from data.problems import Problems
 from kernels import OTAConfig, PointGrid
 from kernels.assign_torch import supplies
 from kernels.center_prior_torch import pairs_inside

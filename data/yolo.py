@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from data.checks import LEAVING, Problems, ReadBytes, Split, raise_problems, read_sizes
+from data.checks import LEAVING, ReadBytes, Split, read_sizes
 from data.files import IMAGE_SUFFIXES, VALUE, DatasetError, decode, path_inside
 from data.forms import coco_content
+from data.problems import Problems, raise_problems
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # Name of a split -> its keys in data.yaml.
