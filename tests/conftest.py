@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from numpy.lib import NumpyVersion
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -21,6 +23,7 @@ if not torch.cuda.is_available():
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, runs compiled kernels")
     if not torch.cuda.is_available():
+        _refuse_broken_interpreter()
         _patch_once_per_launch()
         _leave_out_what_is_dropped()
 
@@ -128,6 +131,16 @@ def exported(tmp_path_factory, call) -> Path:
     with contextlib.chdir(folder):
         call(export, *EXPORT_FLAGS)
     return folder
+
+
+def _refuse_broken_interpreter() -> None:
+    """Triton 3.6, with torch 2.11, makes integers of arrays with one element, which numpy 2.4 refuses."""
+    with contextlib.suppress(ImportError):
+        from triton import __version__ as triton
+
+        if NumpyVersion(triton) < "3.7.0" and NumpyVersion(np.__version__) >= "2.4.0":
+            remedy = 'pip install "numpy<2.4", or a newer torch'
+            pytest.exit(f"Triton {triton} cannot interpret kernels with numpy {np.__version__}: {remedy}", 4)
 
 
 def _patch_once_per_launch():
