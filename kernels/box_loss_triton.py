@@ -79,7 +79,8 @@ def _box_loss_kernel(partial, inputs, num_points, G):
 @triton.jit(do_not_specialize=_VARYING)
 def _box_gradient_kernel(box_gradient, logit_gradient, upstream, inputs, num_points, G):
     point, exists, matched, box, gt_box, z, target = _load(inputs, num_points, G)
-    (x1, y1, x2, y2), (gx1, gy1, gx2, gy2) = box, gt_box
+    x1, y1, x2, y2 = box
+    gx1, gy1, gx2, gy2 = gt_box
     width, height, hull_width, hull_height = _sides(box, gt_box)
     overlap, hull = width * height, hull_width * hull_height + _EPS
     union = _area(box) + _area(gt_box) - overlap + _EPS

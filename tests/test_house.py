@@ -62,6 +62,17 @@ def test_kernels_import_only_torch_and_triton():
     assert not {path: names for path, names in others.items() if names and path.startswith("kernels")}
 
 
+def test_kernels_assign_to_flat_targets():
+    """Triton 3.6 cannot compile a kernel with (a, b), c = ..."""
+    nodes = [n for path in (ROOT / "kernels").glob("*_triton.py") for n in ast.walk(ast.parse(path.read_text()))]
+    kernels = [n for n in nodes if any("triton.jit" in ast.unparse(d) for d in getattr(n, "decorator_list", ()))]
+    targets = [t for n in kernels for node in ast.walk(n) if isinstance(node, ast.Assign) for t in node.targets]
+    nested = [
+        ast.unparse(t) for t in targets if isinstance(t, ast.Tuple) and any(isinstance(e, ast.Tuple) for e in t.elts)
+    ]
+    assert len(targets) > 200 and not nested
+
+
 def test_files_of_the_product_are_readable():
     lines = {str(path): len((ROOT / path).read_text().splitlines()) for path in files() if room_of(path) in PRODUCT}
     assert not {name: count for name, count in lines.items() if count > 350}
