@@ -27,11 +27,8 @@ def test_coco_recipe_is_the_papers(parse):
     assert (args.backbone, args.pretrained, args.image_size, args.optimizer) == ("resnet50", True, [800, 1333], "sgd")
     assert (args.steps, args.batch_size, args.lr, args.weight_decay) == (90_000, 16, 0.01, 1e-4)
     assert train.detector_config(args, 80) == DetectorConfig(80, frozen_norm=True)
-    assert [parse(f"--data {line}").augment for line in ("coco", "crowdhuman", "coco --overfit 4")] == [
-        "flip",
-        "flip",
-        "none",
-    ]
+    augments = {"coco": "flip", "crowdhuman": "flip", "shapes": "flip", "my-data": "light", "coco --overfit 4": "none"}
+    assert {line: parse(f"--data {line}").augment for line in augments} == augments
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,12 @@ COCO = dict(  # the paper's (section 4.1), and so are CROWDHUMAN's; an image the
 CROWDHUMAN = COCO | dict(image_size=[800, 1400], steps=30_000, eval_every=5, max_detections=500, box="fbox")
 OWN = COCO | dict(
     image_size=[480], steps=None, epochs=36, batch_size=8, optimizer="adamw", lr=4e-4, weight_decay=0.05,
-    schedule="cosine", warmup=200, ota={"per_q": 3},  # docs/assignment.md, "What the supply should follow"
+    schedule="cosine", warmup=200, augment="light",  # docs/data.md, "Augmentation"
+    ota={"per_q": 3},  # docs/assignment.md, "What the supply should follow"
 )  # fmt: skip
 SHAPES = OWN | dict(
     pretrained=False, backbone="test_resnet", channels=64, head_convs=2, image_size=[160], epochs=14, lr=4e-3,
-    warmup=100, eval_every=7, ota={"radius": 3, "top_q": 10},
+    warmup=100, eval_every=7, augment="flip", ota={"radius": 3, "top_q": 10},
 )  # fmt: skip
 RECIPES = {"coco": COCO, "crowdhuman": CROWDHUMAN, "shapes": SHAPES}
 CLASSES_SHOWN = 10
