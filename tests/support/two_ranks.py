@@ -22,8 +22,9 @@ from data import DatasetError
 from tests.support.runs import flags_of
 from training.process import from_main, setup_distributed
 
-# SGD, and a backbone without batch norm, which would see each rank's share alone.
-WITHOUT_NORM = ("--backbone", "test_convnext", "--optimizer", "sgd", "--accumulate", 2)
+# SGD, a backbone without batch norm, which would see each rank's share alone, and images of one size: group norm sees
+# the padding, and an image is padded to the largest of its share.
+WITHOUT_NORM = ("--backbone", "test_convnext", "--optimizer", "sgd", "--accumulate", 2, "--augment", "flip")
 TIME_LIMIT_S, METRICS_S = 6, 10
 
 
