@@ -86,10 +86,8 @@ def test_grouping_category_may_have_the_name_of_its_only_class(tmp_path):
 
 def test_categories_of_the_training_that_a_file_lacks_are_added(tmp_path):
     """As in files that a program writes for each split, from the objects in it."""
-    split, known = (
-        write_coco(tmp_path, boxes=[box_record(area=120)]),
-        {"class_names": ["bird", "cat"], "category_ids": [1, 3]},
-    )
+    split = write_coco(tmp_path, boxes=[box_record(area=120)])
+    known = {"class_names": ["bird", "cat"], "category_ids": [1, 3]}
     dataset = CocoDataset(split, known=known)
     assert dataset.classes == known and dataset.repairs == {ABSENT: ["category 1 bird"]}
     assert dataset[0][1]["labels"].tolist() == [1] and perfect_ap(dataset) == pytest.approx(1)

@@ -50,21 +50,8 @@ def trained(call, two_images, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     said = call(
         *(train, "--data", two_images, *SMALL, "--image-size", 96, "--batch-size", 2, "--steps", 100),
-        *(
-            "--augment",
-            "flip",
-            "--lr",
-            0.032,
-            "--warmup",
-            20,
-            "--ota",
-            "radius=3",
-            "top_q=10",
-            "--eval-every",
-            1000,
-            "--out",
-            out,
-        ),
+        *("--augment", "flip", "--lr", 0.032, "--warmup", 20, "--ota", "radius=3", "top_q=10"),
+        *("--eval-every", 1000, "--out", out),
     )
     assert "100 steps of 2 images on 1 x cpu in float32; learning rate 0.004 = 0.032 x 2 / 16" in said
     assert "5 classes, from the annotation file, and their boxes: " in said
